@@ -1,0 +1,47 @@
+# Needs make and Python 3.11 to 3.13, nothing else. See `make help`.
+
+MODEL ?=
+ARGS ?=
+VARIANT ?= auto
+BIN := .venv/bin
+TYPES := build/types
+
+# The first of these that runs, is new enough and can make virtual environments.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	2>/dev/null && { echo $$p; break; }; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint clean
+
+help:
+	@echo "make install             set up .venv (CUDA or CPU, found by itself; VARIANT=cpu or cuda to choose)"
+	@echo "make serve MODEL=... ARGS=...   serve a model; without MODEL the bundled one"
+	@echo "make test                lint, then the tests"
+	@echo "make lint                ruff and mypy"
+	@echo "make clean               remove caches and build files (.venv stays)"
+
+install:
+	@py="$(PYTHON)"; test -n "$$py" || { echo "setup: Python 3.11 to 3.13 with its venv module \
+	is needed (Debian, Ubuntu: apt install python3-venv), or name one: make PYTHON=..." >&2; \
+	exit 2; }; "$$py" setup_env.py --variant $(VARIANT)
+
+serve: install
+	@$(BIN)/fusedstep serve $(MODEL) $(ARGS)
+
+test: lint
+	$(BIN)/pytest $(ARGS)
+
+# mypy sees the packages under their import names: a tree of links (see pyproject.toml).
+lint: install
+	$(BIN)/ruff check .
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/fusedstep
+	@ln -s "$(CURDIR)"/fusedstep/* $(TYPES)/fusedstep/
+	@ln -s "$(CURDIR)/bench" "$(CURDIR)/cli" $(TYPES)/fusedstep/
+	@ln -s "$(CURDIR)/triton_kernels" $(TYPES)/fusedstep/kernels
+	cd $(TYPES) && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+		--cache-dir ../../.mypy_cache -p fusedstep
+
+clean:
+	rm -rf build fusedstep.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find fusedstep triton_kernels cli bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Measurements: engines side by side in processes of their own, rows as dataclasses."""

@@ -1,0 +1,192 @@
+"""One vLLM engine in a process of its own, driven over a pipe.
+
+Stock and fusedstep cannot share a process (vLLM picks its platform once), and a measurement
+wants them side by side: an engine that is not being measured is stopped (SIGSTOP).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, Literal, Self
+
+from fusedstep.errors import ConfigError, FusedStepError
+from fusedstep.vllm_plugin import compat, startup, wiring
+from fusedstep.vllm_plugin.register import SWITCH
+
+# stock: vLLM as it comes.  oracle: stock Model Runner V2 (on the CPU: with native kernels), the
+# one whose random numbers ours are.  fusedstep: ours.
+Kind = Literal["stock", "oracle", "fusedstep"]
+PROBE_CLS = "fusedstep.bench.probe.WorkerProbe"
+
+
+class Engine:
+    """Parent side. ``call`` runs a method of ``EngineServer`` in the child."""
+
+    def __init__(
+        self, kind: Kind, model: str, decode_steps: str = "auto", options: tuple[str, ...] = ()
+    ) -> None:
+        self.kind = kind
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by ``close``)
+        self.connection, child = Pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "fusedstep.bench.engine", str(child.fileno())],
+            pass_fds=(child.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=self._environment(),
+            start_new_session=True,
+        )
+        child.close()
+        try:
+            self.call("start", kind=kind, model=model, decode_steps=decode_steps, options=options)
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, method: str, /, **kwargs: Any) -> Any:
+        """Result of the child's method; its errors are raised here, in one line."""
+        try:
+            self.connection.send((method, kwargs))
+            ok, result = self.connection.recv()
+        except (EOFError, ConnectionError):
+            tail = self._log_tail()
+            raise FusedStepError(f"the {self.kind} engine died; its log ends: {tail}") from None
+        if not ok:
+            raise ConfigError(f"the {self.kind} engine: {result}")
+        return result
+
+    def _log_tail(self, lines: int = 5) -> str:
+        self.log.seek(0)
+        return "".join(self.log.readlines()[-lines:])
+
+    def stop_clock(self) -> None:
+        """Take every thread of the engine off the cores."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        """End the engine and everything it started."""
+        self.connection.close()
+        with contextlib.suppress(ProcessLookupError):
+            self.go_on()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _environment(self) -> dict[str, str]:
+        switch = {"stock": "", "oracle": "oracle", "fusedstep": "on"}[self.kind]
+        environment = dict(os.environ, VLLM_LOGGING_STREAM="ext://sys.stderr", **{SWITCH: switch})
+        environment.setdefault("VLLM_NO_USAGE_STATS", "1")
+        return environment
+
+
+class EngineServer:
+    """Child side: owns the vllm.LLM."""
+
+    def start(self, kind: Kind, model: str, decode_steps: str, options: tuple[str, ...]) -> None:
+        compat.check_vllm_version()
+        with startup.one_line_errors():
+            self._start(kind, model, decode_steps, options)
+
+    def _start(self, kind: Kind, model: str, decode_steps: str, options: tuple[str, ...]) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+        parser.error = _raise_config_error
+        args = parser.parse_args([*options, "--model", model])
+        engine_args = EngineArgs.from_cli_args(args)
+        defaults = vars(EngineArgs(model=model))
+        given = {k: v for k, v in vars(engine_args).items() if v != defaults.get(k)}
+        given.setdefault("worker_extension_cls", PROBE_CLS)
+        if kind == "fusedstep":
+            given = wiring.engine_options(decode_steps, given)
+        else:
+            given = wiring.bounded_kv_cache(given)
+        given["model"] = model
+        import vllm
+
+        self.llm = vllm.LLM(**given)
+
+    def generate(
+        self, prompts: list[Any], params: list[dict[str, Any]], *, timing: bool = False
+    ) -> Any:
+        """Outputs as plain dicts, or only the seconds it took when ``timing``."""
+        from vllm import SamplingParams
+
+        sampling = [SamplingParams(**p) for p in params]
+        began = time.perf_counter()
+        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+        if timing:
+            seconds = time.perf_counter() - began
+            return seconds, [o.outputs[0].token_ids for o in outputs]
+        return [_plain(o) for o in outputs]
+
+    def rpc(self, method: str) -> Any:
+        """A method of the first worker."""
+        return self.llm.collective_rpc(method)[0]
+
+    def vocab_size(self) -> int:
+        return int(self.llm.llm_engine.model_config.get_vocab_size())
+
+
+def _plain(output: Any) -> dict[str, Any]:
+    """A RequestOutput without vLLM's types."""
+    return {
+        "prompt": output.prompt,
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "completions": [
+            {
+                "text": c.text,
+                "token_ids": list(c.token_ids),
+                "finish_reason": c.finish_reason,
+                "stop_reason": c.stop_reason,
+                "logprobs": c.logprobs
+                and [{t: (lp.logprob, lp.rank) for t, lp in step.items()} for step in c.logprobs],
+            }
+            for c in output.outputs
+        ],
+    }
+
+
+def _raise_config_error(message: str) -> None:
+    raise ConfigError(message)
+
+
+def serve(connection: Connection) -> None:
+    """Answer calls until the parent closes the pipe."""
+    server = EngineServer()
+    while True:
+        try:
+            method, kwargs = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, getattr(server, method)(**kwargs)))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((False, startup.first_line(error)))
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,58 @@
+"""Where a figure was measured: versions, device, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusedstep.vllm_plugin import compat
+
+
+def describe(model: str, options: tuple[str, ...], decode_steps: str) -> dict[str, Any]:
+    """Everything that a reader needs to compare a row with their own."""
+    return {
+        "device": device_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vllm": compat.vllm_version(),
+        "fusedstep": version("fusedstep"),
+        "git_sha": git_sha(),
+        "model": Path(model).name,
+        "decode_steps": decode_steps,
+        "options": list(options),
+    }
+
+
+def device_name() -> str:
+    """Name of the GPU, else of the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_sha() -> str | None:
+    """Commit of this checkout, with + when it has changes; None outside one."""
+    folder = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

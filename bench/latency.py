@@ -1,0 +1,200 @@
+"""Decode cost per step: stock vLLM and fusedstep side by side, alternating."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fusedstep.bench.engine import Engine, Kind
+from fusedstep.bench.environment import describe
+
+KINDS: tuple[Kind, ...] = ("stock", "fusedstep")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. Lengths in tokens."""
+
+    batch_sizes: tuple[int, ...]
+    temperatures: tuple[float, ...]
+    input_len: int
+    output_len: int
+    repeats: int
+    sampling: dict[str, Any]  # vLLM's SamplingParams names, beside temperature
+    detokenize: bool
+
+    @property
+    def short_len(self) -> int:
+        """The shorter of the two output lengths whose difference is measured."""
+        return max(self.output_len // 4, 1)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """20th, 50th and 80th percentile, and the extremes."""
+
+    p20: float
+    p50: float
+    p80: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        ordered = sorted(values)
+
+        def quantile(q: float) -> float:
+            place = q * (len(ordered) - 1)
+            low = int(place)
+            high = min(low + 1, len(ordered) - 1)
+            return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+        return cls(quantile(0.2), quantile(0.5), quantile(0.8), ordered[0], ordered[-1])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine at one batch size and temperature."""
+
+    engine: Kind
+    batch_size: int
+    temperature: float
+    ms_per_step: Spread
+    tokens_per_s: float
+    idle_share: float  # share of a decode step in which no forward ran
+    same_tokens: bool  # greedy outputs equal to stock's (True when it samples)
+
+
+@dataclass(frozen=True)
+class Result:
+    env: dict[str, Any]
+    rows: list[Row]
+    peak_rss_mib: dict[str, float]  # per engine, of its worker process
+
+    def pairs(self) -> Iterator[tuple[Row, Row]]:
+        """Stock's row and ours, per point."""
+        yield from zip(self.rows[::2], self.rows[1::2], strict=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "env": self.env,
+            "rows": [asdict(row) for row in self.rows],
+            "ratios": [
+                {
+                    "batch_size": stock.batch_size,
+                    "temperature": stock.temperature,
+                    "speedup": stock.ms_per_step.p50 / ours.ms_per_step.p50,
+                }
+                for stock, ours in self.pairs()
+            ],
+            "peak_rss_mib": self.peak_rss_mib,
+        }
+
+
+def measure(
+    model: str,
+    plan: Plan,
+    decode_steps: str,
+    options: tuple[str, ...],
+    progress: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """ms per step = (t(long) - t(short)) / (long - short): prefill and constant costs cancel.
+
+    Both engines stay alive; the one that waits is stopped. Each repeat measures stock, then ours.
+    """
+    with ExitStack() as stack:
+        engines: dict[Kind, Engine] = {}
+        for kind in KINDS:
+            progress(f"{kind}: starting the engine")
+            engines[kind] = stack.enter_context(Engine(kind, model, decode_steps, options))
+            engines[kind].stop_clock()
+        rows: list[Row] = []
+        for temperature in plan.temperatures:
+            for batch_size in plan.batch_sizes:
+                progress(f"batch {batch_size}, temperature {temperature:g}")
+                rows += _point(engines, plan, batch_size, temperature)
+        peak: dict[str, float] = {}
+        for kind, engine in engines.items():
+            engine.go_on()
+            peak[kind] = engine.call("rpc", method="peak_rss_bytes") / (1 << 20)
+            engine.stop_clock()
+        return Result(describe(model, options, decode_steps), rows, peak)
+
+
+def _point(
+    engines: dict[Kind, Engine], plan: Plan, batch_size: int, temperature: float
+) -> list[Row]:
+    """All repeats of one batch size and temperature, engines alternating."""
+    steps = plan.output_len - plan.short_len
+    seconds: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
+    idle_share: dict[Kind, float] = {}
+    tokens: dict[Kind, Any] = {}
+    for repeat in range(plan.repeats + 1):
+        for kind in KINDS:
+            engine = engines[kind]
+            engine.go_on()
+            if repeat == 0:  # warms up, and watches the forwards, which costs a little
+                engine.call("rpc", method="watch_forwards")
+            short = _generate(engine, plan, batch_size, temperature, plan.short_len, repeat)
+            long = _generate(engine, plan, batch_size, temperature, plan.output_len, repeat)
+            if repeat == 0:
+                idle_share[kind] = 1 - (long.in_forward - short.in_forward) / (
+                    long.seconds - short.seconds
+                )
+                engine.call("rpc", method="look_away")
+            else:
+                seconds[kind].append((long.seconds - short.seconds) / steps)
+            engine.stop_clock()
+            tokens[kind] = long.tokens
+    same = temperature > 0 or tokens["stock"] == tokens["fusedstep"]
+    rows = []
+    for kind in KINDS:
+        spread = Spread.of([1e3 * s for s in seconds[kind]])
+        rows.append(
+            Row(
+                engine=kind,
+                batch_size=batch_size,
+                temperature=temperature,
+                ms_per_step=spread,
+                tokens_per_s=1e3 * batch_size / spread.p50,
+                idle_share=idle_share[kind],
+                same_tokens=same,
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class _Run:
+    seconds: float
+    in_forward: float
+    tokens: list[tuple[int, ...]]
+
+
+def _generate(
+    engine: Engine, plan: Plan, batch_size: int, temperature: float, output_len: int, repeat: int
+) -> _Run:
+    """One timed call of ``generate`` with random prompts (the same for both engines)."""
+    rng = random.Random(f"{batch_size}/{repeat}/{output_len}")
+    vocab_size = engine.call("vocab_size")
+    prompts = [
+        {"prompt_token_ids": [rng.randrange(vocab_size) for _ in range(plan.input_len)]}
+        for _ in range(batch_size)
+    ]
+    params = {
+        "temperature": temperature,
+        "max_tokens": output_len,
+        "min_tokens": 0,
+        "ignore_eos": True,
+        "detokenize": plan.detokenize,
+        **(plan.sampling if temperature > 0 else {}),
+    }
+    before = engine.call("rpc", method="seconds_in_forward")
+    seconds, tokens = engine.call(
+        "generate", prompts=prompts, params=[params] * batch_size, timing=True
+    )
+    after = engine.call("rpc", method="seconds_in_forward")
+    return _Run(seconds, after - before, tokens)

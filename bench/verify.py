@@ -1,0 +1,163 @@
+"""The same requests through stock vLLM and through fusedstep, token for token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fusedstep.bench.engine import Engine, Kind
+from fusedstep.errors import ConfigError
+
+# Two engines that sum in another order differ by rounding: an argmax may then fall either way
+# when the two best logits are this close (natural-log units).
+NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.05}
+
+DEFAULT_PROMPTS = Path(__file__).with_name("prompts.jsonl")
+Verdict = Literal["identical", "near-tie", "DIFFERENT"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with its sampling fields (vLLM's SamplingParams names)."""
+
+    prompt: str
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Item:
+    """The comparison of one request; ``at`` is the first token that differs."""
+
+    prompt: str
+    verdict: Verdict
+    tokens: int
+    at: int | None = None
+    stock_token: int | None = None
+    fusedstep_token: int | None = None
+    top_logprobs: list[float] | None = None  # stock's two best at ``at``, where they are known
+
+
+@dataclass(frozen=True)
+class Report:
+    """All comparisons of one run, and how long the windows were."""
+
+    oracle: Kind
+    items: list[Item]
+    steps_per_window_mean: float
+    stock_steps: dict[str, int]
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(item.verdict == verdict for item in self.items)
+
+    @property
+    def tokens(self) -> int:
+        return sum(item.tokens for item in self.items)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "requests": len(self.items),
+            "identical": self.count("identical"),
+            "near_tie": self.count("near-tie"),
+            "different": self.count("DIFFERENT"),
+            "tokens": self.tokens,
+            "steps_per_window_mean": self.steps_per_window_mean,
+            "oracle": self.oracle,
+            "stock_steps": self.stock_steps,
+            "items": [asdict(item) for item in self.items],
+        }
+
+
+def read_requests(path: Path | None, sampling: dict[str, Any]) -> list[Request]:
+    """Prompts of a text file (one per line) or JSONL file; ``sampling`` fills in what is absent.
+
+    Raises ConfigError when the file cannot be read, is empty, or a line has no prompt.
+    """
+    path = path or DEFAULT_PROMPTS
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompts file {path}: {error}") from None
+    if not lines:
+        raise ConfigError(f"the prompts file {path} is empty: one prompt per line, or JSONL")
+    if not lines[0].lstrip().startswith("{"):
+        return [Request(line, sampling) for line in lines]
+    requests = []
+    for number, line in enumerate(lines, 1):
+        try:
+            fields = json.loads(line)
+            prompt = fields.pop("prompt")
+        except (ValueError, AttributeError, KeyError):
+            raise ConfigError(f'{path} line {number}: want JSON with "prompt"') from None
+        if "logit_bias" in fields:  # JSON has no integer keys
+            fields["logit_bias"] = {int(k): v for k, v in fields["logit_bias"].items()}
+        requests.append(Request(prompt, sampling | fields))
+    return requests
+
+
+def verify(
+    model: str,
+    requests: list[Request],
+    max_tokens: int,
+    decode_steps: str,
+    dtype: str,
+    options: tuple[str, ...],
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Run both engines, one after the other, and compare.
+
+    Greedy requests are held against stock vLLM as it comes. Where a request samples, the oracle
+    is stock vLLM's Model Runner V2: its random numbers are the ones that a seed promises.
+    """
+    params = [
+        {"max_tokens": max_tokens, "temperature": 0.0, "logprobs": 1} | r.sampling for r in requests
+    ]
+    for request_params in params:  # the gap between the two best, to judge a divergence
+        request_params["logprobs"] = max(2, request_params.get("logprobs") or 0)
+        if request_params["temperature"] > 0:
+            request_params.setdefault("seed", 0)
+    oracle: Kind = "oracle" if any(p["temperature"] > 0 for p in params) else "stock"
+    prompts = [r.prompt for r in requests]
+    engine_options = (*options, "--dtype", dtype)
+
+    def run(kind: Kind) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        progress(f"{kind}: starting the engine")
+        with Engine(kind, model, decode_steps, engine_options) as engine:
+            progress(f"{kind}: {len(prompts)} requests")
+            outputs = engine.call("generate", prompts=prompts, params=params)
+            stats = engine.call("rpc", method="window_stats") if kind == "fusedstep" else {}
+            return outputs, stats
+
+    expected, _ = run(oracle)
+    actual, stats = run("fusedstep")
+    gap = NEAR_TIE.get(dtype, NEAR_TIE["bfloat16"])
+    return Report(
+        oracle=oracle,
+        items=[
+            compare(want, have, completion, gap)
+            for want, have in zip(expected, actual, strict=True)
+            for completion in range(len(want["completions"]))
+        ],
+        steps_per_window_mean=stats["steps"] / max(stats["windows"], 1),
+        stock_steps=stats["stock_steps"],
+    )
+
+
+def compare(want: dict[str, Any], have: dict[str, Any], completion: int, gap: float) -> Item:
+    """One completion of stock's against ours."""
+    stock, ours = want["completions"][completion], have["completions"][completion]
+    prompt, tokens = want["prompt"] or "", len(stock["token_ids"])
+    same_end = stock["finish_reason"] == ours["finish_reason"]
+    if stock["token_ids"] == ours["token_ids"] and same_end:
+        return Item(prompt, "identical", tokens)
+    pairs = zip(stock["token_ids"], ours["token_ids"], strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if at is None:
+        return Item(prompt, "DIFFERENT", tokens, at=min(tokens, len(ours["token_ids"])))
+    a, b = stock["token_ids"][at], ours["token_ids"][at]
+    step = stock["logprobs"][at] if stock["logprobs"] else {}
+    top = sorted((logprob for logprob, _ in step.values()), reverse=True)[:2]
+    near = len(top) == 2 and top[0] - top[1] <= gap and {a, b} <= set(step)
+    return Item(prompt, "near-tie" if near else "DIFFERENT", tokens, at, a, b, top)

@@ -1,0 +1,61 @@
+"""``fusedstep``: the group of commands. A command's module is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from fusedstep.cli import console
+from fusedstep.errors import EXIT_CODE, FusedStepError
+
+COMMANDS = {
+    "serve": "fusedstep.cli.serve:serve",
+    "verify": "fusedstep.cli.verify:verify",
+    "bench": "fusedstep.cli.bench:bench",
+    "doctor": "fusedstep.cli.doctor:doctor",
+}
+# Kept here so that `fusedstep --help` imports no command.
+SUMMARIES = {
+    "serve": "Serve a model over the OpenAI API.",
+    "verify": "Check that fused decoding gives the same tokens as stock vLLM.",
+    "bench": "Measure fused decoding against stock vLLM.",
+    "doctor": "Say what this machine can do, and what is missing.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports its commands on use and prints our errors in one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FusedStepError as error:
+            console.print_error(error)
+            ctx.exit(EXIT_CODE)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fusedstep", message="%(package)s %(version)s")
+def group() -> None:
+    """fusedstep: several decode steps per scheduler turn, for vLLM."""
+
+
+def main() -> None:
+    """Entry point of the ``fusedstep`` script."""
+    group(prog_name="fusedstep")

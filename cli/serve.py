@@ -1,0 +1,47 @@
+"""``fusedstep serve``: vLLM's OpenAI server, decoding in windows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fusedstep.cli import console
+from fusedstep.cli.options import PASS_ON, decode_steps_option, split_model
+
+if TYPE_CHECKING:
+    from fusedstep.vllm_plugin.server import Banner
+
+
+@click.command(context_settings=PASS_ON)
+@decode_steps_option
+@click.option("--stock", is_flag=True, help="Serve with stock vLLM, for comparison.")
+@click.argument("model_and_vllm_options", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] ...")
+def serve(decode_steps: str, stock: bool, model_and_vllm_options: tuple[str, ...]) -> None:
+    """Serve MODEL over the OpenAI API on 127.0.0.1:8000.
+
+    Every other option goes to vLLM untouched (see `vllm serve --help`). Without MODEL the bundled
+    SmolLM2-135M-Instruct is served.
+    """
+    from fusedstep.vllm_plugin import server
+
+    model, vllm_args = split_model(model_and_vllm_options)
+    server.serve(model, decode_steps, stock, vllm_args, announce=_print)
+
+
+def _print(banner: Banner) -> None:
+    from rich.panel import Panel
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("model", banner.model),
+        ("device", banner.device),
+        ("attention", banner.attention_backend),
+        ("decode steps", banner.decode_steps),
+        ("KV cache", banner.kv_cache),
+        ("versions", banner.versions),
+        ("server", banner.url),
+    ):
+        table.add_row(name, value)
+    console.stderr().print(Panel(table, title="fusedstep serve", expand=False))

@@ -1,0 +1,88 @@
+"""``fusedstep verify``: the same requests through stock vLLM and through fusedstep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fusedstep.cli import console
+from fusedstep.cli.options import PASS_ON, decode_steps_option, json_fields, split_model
+
+if TYPE_CHECKING:
+    from fusedstep.bench.verify import Report
+
+
+@click.command(context_settings=PASS_ON)
+@click.option("--prompts", type=click.Path(path_type=Path), help="One prompt per line, or JSONL.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=48, show_default=True)
+@click.option(
+    "--sampling",
+    callback=json_fields,
+    metavar="JSON",
+    help="Sampling fields for prompts that do not set them (vLLM's SamplingParams names).",
+)
+@decode_steps_option
+@click.option("--dtype", default="float32", show_default=True, help="The model's dtype.")
+@console.json_option
+@click.argument("model_and_vllm_options", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] ...")
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    prompts: Path | None,
+    max_tokens: int,
+    sampling: dict[str, Any],
+    decode_steps: str,
+    dtype: str,
+    json_path: str | None,
+    model_and_vllm_options: tuple[str, ...],
+) -> None:
+    """Check that fused decoding gives the same tokens as stock vLLM.
+
+    Exits with 0 only if no request is DIFFERENT. Every other option goes to both vLLM engines.
+    """
+    from fusedstep.bench import verify as library
+
+    requests = library.read_requests(prompts, sampling)
+    model, options = split_model(model_and_vllm_options)
+    with console.stderr().status("reading") as status:
+        report = library.verify(
+            model, requests, max_tokens, decode_steps, dtype, options, status.update
+        )
+    if json_path is not None:
+        console.write_json(json_path, report.as_dict())
+    if json_path != "-":
+        _print(report)
+    ctx.exit(1 if report.count("DIFFERENT") else 0)
+
+
+def _print(report: Report) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {"identical": "green", "near-tie": "yellow", "DIFFERENT": "bold red"}
+    table = Table(box=None, pad_edge=False)
+    for heading in ("verdict", "tokens", "prompt", "first difference"):
+        table.add_column(heading)
+    for item in report.items:
+        detail = ""
+        if item.at is not None:
+            detail = f"at {item.at}: {item.stock_token} | {item.fusedstep_token}"
+            if item.top_logprobs:
+                detail += " (top " + ", ".join(f"{x:.5f}" for x in item.top_logprobs) + ")"
+        table.add_row(
+            Text(item.verdict, style=styles[item.verdict]),
+            str(item.tokens),
+            Text(" ".join(item.prompt.split())[:50]),
+            detail,
+        )
+    out = console.stdout()
+    out.print(table)
+    oracle = {"stock": "stock vLLM", "oracle": "stock Model Runner V2"}[report.oracle]
+    out.print(
+        f"{len(report.items)} completions, {report.tokens} tokens against {oracle}: "
+        f"{report.count('identical')} identical, {report.count('near-tie')} near-tie, "
+        f"{report.count('DIFFERENT')} DIFFERENT; "
+        f"{report.steps_per_window_mean:.1f} steps per window"
+    )

@@ -1,0 +1,21 @@
+"""Errors that a user can act on.
+
+Each carries a message of one line that says what to do next. The command line prints that line
+without a traceback and exits with ``EXIT_CODE``.
+"""
+
+from __future__ import annotations
+
+EXIT_CODE = 2
+
+
+class FusedStepError(Exception):
+    """Base of every error that fusedstep raises on purpose."""
+
+
+class ConfigError(FusedStepError):
+    """A setting, an argument or the installation is wrong; the message says how to put it right."""
+
+
+class UnsupportedError(FusedStepError):
+    """Valid, but this version or machine cannot do it; the message says what can."""

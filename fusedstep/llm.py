@@ -1,0 +1,27 @@
+"""``fusedstep.LLM``: vllm.LLM with the wiring done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusedstep.vllm_plugin import wiring
+
+wiring.switch_on()
+
+import vllm  # noqa: E402  (vLLM picks its platform at import: the switch comes first)
+
+
+class LLM(vllm.LLM):  # type: ignore[misc]
+    """A ``vllm.LLM`` that decodes in windows of up to ``decode_steps`` steps.
+
+    ``decode_steps``: "auto" or a number from 1 to 64; every other argument is vLLM's.
+    Raises ConfigError for a wrong value, UnsupportedError for a vLLM out of range.
+    """
+
+    def __init__(self, model: str, decode_steps: int | str = "auto", **vllm_kwargs: Any) -> None:
+        super().__init__(model, **wiring.engine_options(decode_steps, vllm_kwargs))
+
+    def window_stats(self) -> dict[str, Any]:
+        """Windows, steps, tokens, and stock steps by reason since start (first worker)."""
+        stats: dict[str, Any] = self.collective_rpc("window_stats")[0]
+        return stats

@@ -1,0 +1,286 @@
+"""The step operations on the CPU: torch in, torch out, numba in between.
+
+``NativeStep`` binds the state once, so that a call costs a few microseconds: the tensors have
+static addresses, and their numpy views are made when they are first seen.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fusedstep.ops import native_rows, native_sample
+from fusedstep.ops.types import (
+    PAD_SLOT_ID,
+    RequestState,
+    SamplingState,
+    StepInputs,
+    StopState,
+    WindowRows,
+)
+
+# The integer type that carries a 16-bit float's bits to native_sample.widen.
+_BIT_CARRIERS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def _view_class(state_class: type) -> Any:
+    return namedtuple(f"{state_class.__name__}Views", [f.name for f in fields(state_class)])
+
+
+# Named tuples of numpy arrays with the fields of the class: what a kernel takes. They are
+# attributes of the module because numba's on-disk cache finds them by name.
+RequestStateViews = _view_class(RequestState)
+SamplingStateViews = _view_class(SamplingState)
+StopStateViews = _view_class(StopState)
+WindowRowsViews = _view_class(WindowRows)
+
+
+class StepInputsViews(NamedTuple):
+    """The part of StepInputs that has no KV cache group."""
+
+    input_ids: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int64]
+    seq_lens: npt.NDArray[np.int32]
+
+
+class _Group(NamedTuple):
+    """One KV cache group's arrays."""
+
+    block_table: npt.NDArray[np.int32]  # [R, max_num_blocks], row = req_state_idx
+    num_blocks: npt.NDArray[np.int32]  # [R]
+    input_block_table: npt.NDArray[np.int32]  # [R, max_num_blocks], row = batch_idx
+    slots: npt.NDArray[np.int64]  # [max_num_tokens]
+    block_size: int
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    assert tensor.is_contiguous(), "kernels are compiled for contiguous state"
+    return tensor.numpy()
+
+
+def _views(view_class: Any, state: object) -> Any:
+    return view_class(*(_array(getattr(state, name)) for name in view_class._fields))
+
+
+def flat_logits(logits: torch.Tensor) -> npt.NDArray[Any]:
+    """A 1-D view of [n, V] logits with any row stride; 16-bit floats come as integers."""
+    num_rows, vocab_size = logits.shape
+    assert vocab_size == 1 or logits.stride(1) == 1, "logits must be contiguous in the vocabulary"
+    size = (num_rows - 1) * logits.stride(0) + vocab_size if num_rows else 0
+    flat = logits.as_strided((size,), (1,))
+    carrier = _BIT_CARRIERS.get(logits.dtype)
+    array: npt.NDArray[Any] = (flat if carrier is None else flat.view(carrier)).numpy()
+    return array
+
+
+class NativeStep:
+    """``prepare``, then ``sample`` and ``advance`` once per decode step, on bound state."""
+
+    def __init__(
+        self,
+        requests: RequestState,
+        sampling: SamplingState,
+        stop: StopState,
+        inputs: StepInputs,
+        block_tables: tuple[torch.Tensor, ...],  # per group [R, max_num_blocks] int32
+        num_blocks: torch.Tensor,  # [num_kv_cache_groups, R] int32
+    ) -> None:
+        vocab_size = requests.output_bin_counts.shape[1]
+        self._vocab_size = vocab_size
+        self._requests = _views(RequestStateViews, requests)
+        self._sampling = _views(SamplingStateViews, sampling)
+        self._stop = _views(StopStateViews, stop)
+        self._inputs = _views(StepInputsViews, inputs)
+        self._groups = [
+            _Group(
+                block_table=_array(block_table),
+                num_blocks=_array(num_blocks[group]),
+                input_block_table=_array(inputs.input_block_tables[group]),
+                slots=_array(inputs.slot_mappings[group]),
+                block_size=inputs.block_sizes[group],
+            )
+            for group, block_table in enumerate(block_tables)
+        ]
+        self._scratch = tuple(
+            np.empty(size, np.float32) for size in (vocab_size, vocab_size, native_sample.BLOCK)
+        )
+        self._rows: dict[int, tuple[WindowRows, Any]] = {}
+
+    def prepare(self, rows: WindowRows, num_reqs: int) -> int:
+        """Start a window of ``num_reqs`` rows, whose ``idx_mapping`` and ``budget`` are staged.
+
+        A row is active if its request has not stopped and its budget is positive. Gathers the
+        block tables and writes the first step's inputs; an inactive row gets PAD_SLOT_ID, places
+        beyond the batch get ``seq_lens`` 0 and PAD_SLOT_ID. Returns the number of active rows.
+        """
+        views = self._views_of(rows)
+        num_active: int = native_rows.prepare_rows(num_reqs, views, self._requests, self._inputs)
+        for group in self._groups:
+            native_rows.gather_blocks(
+                num_reqs,
+                views.idx_mapping,
+                group.block_table,
+                group.num_blocks,
+                group.input_block_table,
+            )
+            group.slots[num_reqs:] = PAD_SLOT_ID
+        self._map_slots(views, num_reqs)
+        return num_active
+
+    def sample(
+        self,
+        logits: torch.Tensor,  # [num_reqs, V] bfloat16, float16 or float32, any row stride
+        rows: WindowRows,
+        num_reqs: int,
+    ) -> None:
+        """Write the token of each active row to ``rows.sampled``. ``logits`` is left as it is.
+
+        The tokens are those of vLLM's model runner V2 sampler. A greedy row takes the first index
+        of the largest logit after bias, penalties and bad words; min-p, top-k and top-p cannot
+        change it and are skipped.
+        """
+        assert logits.shape == (num_reqs, self._vocab_size)
+        native_sample.sample_rows(
+            flat_logits(logits),
+            logits.stride(0),
+            num_reqs,
+            self._inputs.positions,
+            self._views_of(rows),
+            self._requests,
+            self._sampling,
+            self._scratch,
+        )
+
+    def advance(self, rows: WindowRows, num_reqs: int, step: int) -> int:
+        """Record the sampled tokens as step ``step`` and place the next step's inputs.
+
+        A row ends when its request stops (``StopState``) or its budget is used; it then keeps its
+        position and gets PAD_SLOT_ID. Returns the number of rows that are still active.
+        """
+        views = self._views_of(rows)
+        num_active: int = native_rows.advance_rows(
+            num_reqs, step, views, self._requests, self._stop, self._inputs
+        )
+        self._map_slots(views, num_reqs)
+        return num_active
+
+    def token_logprobs(
+        self, logits: torch.Tensor, token_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the function ``token_logprobs``."""
+        return token_logprobs(logits, token_ids)
+
+    def _map_slots(self, views: Any, num_reqs: int) -> None:
+        for group in self._groups:
+            native_rows.map_slots(
+                num_reqs,
+                views.active,
+                self._inputs.positions,
+                group.input_block_table,
+                group.block_size,
+                group.slots,
+            )
+
+    def _views_of(self, rows: WindowRows) -> Any:
+        """Views are kept for each WindowRows seen: a runner has two, one per slot."""
+        known = self._rows.get(id(rows))
+        if known is None:
+            known = self._rows[id(rows)] = (rows, _views(WindowRowsViews, rows))
+        return known[1]
+
+
+def token_logprobs(
+    logits: torch.Tensor,  # [n, V] bfloat16, float16 or float32, any row stride
+    token_ids: torch.Tensor,  # [n, m] int64, m >= 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log softmax of raw logits at ``token_ids``, [n, m] float32, and the first ids' ranks, [n].
+
+    As vLLM's ``compute_token_logprobs`` and ``_ranks_kernel``: a rank (int64) counts the logits
+    that are at least that of column 0's token.
+    """
+    num_rows, vocab_size = logits.shape
+    flat, ids = flat_logits(logits), token_ids.contiguous().numpy()
+    logprobs, ranks = np.empty(ids.shape, np.float32), np.empty(num_rows, np.int64)
+    row, weights = np.empty((2, vocab_size), np.float32)
+    for i in range(num_rows):
+        start = i * logits.stride(0)
+        raw = flat[start : start + vocab_size]
+        native_sample.row_logprobs(raw, ids[i], row, weights, logprobs[i])
+        ranks[i] = native_sample.row_rank(raw, ids[i, 0])
+    return torch.from_numpy(logprobs), torch.from_numpy(ranks)
+
+
+def warm_up(vocab_size: int, dtype: torch.dtype, num_groups: int = 1) -> None:
+    """Compile, or load from numba's cache, all that serving calls, so that no request waits.
+
+    ``dtype`` is that of the logits. The first start on a machine takes about ten seconds.
+    """
+    step, rows = _smallest_step(vocab_size, num_groups)
+    logits = torch.zeros(1, vocab_size, dtype=dtype)
+    step.prepare(rows, 1)
+    step.sample(logits, rows, 1)
+    step.advance(rows, 1, 0)
+    token_logprobs(logits, torch.zeros(1, 1, dtype=torch.int64))
+
+
+def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, WindowRows]:
+    """A step of one greedy request with one token of room; all of its state is zero."""
+
+    def int32(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    def int64(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64)
+
+    requests = RequestState(
+        last_sampled_tokens=int64(1, 1),
+        num_computed_tokens=int32(1),
+        total_len=int32(1),
+        prompt_len=int32(1),
+        all_token_ids=int32(1, 1),
+        prompt_bin_mask=int32(1, -(-vocab_size // 32)),
+        output_bin_counts=int32(1, vocab_size),
+        stopped=torch.zeros(1, dtype=torch.bool),
+    )
+    inputs = StepInputs(
+        input_ids=int32(1),
+        positions=int64(1),
+        seq_lens=int32(1),
+        slot_mappings=int64(num_groups, 1),
+        input_block_tables=tuple(int32(1, 1) for _ in range(num_groups)),
+        block_sizes=(1,) * num_groups,
+    )
+    rows = WindowRows(
+        idx_mapping=int64(1),
+        budget=int32(1) + 1,
+        active=torch.zeros(1, dtype=torch.bool),
+        sampled=int64(1),
+        num_sampled=int32(1),
+        out_tokens=int64(1, 1),
+    )
+    step = NativeStep(
+        requests,
+        _no_sampling_options(),
+        StopState(max_len=int32(1), num_stop_token_ids=int32(1), stop_token_ids=int32(1, 1)),
+        inputs,
+        block_tables=tuple(int32(1, 1) for _ in range(num_groups)),
+        num_blocks=int32(num_groups, 1),
+    )
+    return step, rows
+
+
+def _no_sampling_options() -> SamplingState:
+    scalars = torch.zeros(1)
+    floats = ("temperature", "top_p", "min_p")
+    penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    tables = ("allowed_token_ids", "logit_bias_token_ids", "min_stop_token_ids")
+    bad_words = ("bad_word_token_ids", "bad_word_offsets")
+    state = {field.name: scalars.int() for field in fields(SamplingState)}
+    state |= {name: scalars.clone() for name in (*floats, *penalties)}
+    state |= {name: scalars.int()[None] for name in (*tables, *bad_words)}
+    return SamplingState(**state | {"seeds": scalars.long(), "logit_bias": scalars[None].clone()})

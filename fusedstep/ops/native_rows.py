@@ -1,0 +1,108 @@
+"""Bookkeeping of a window's rows on the CPU: numba kernels, used by ``native.py``.
+
+Rows and requests are named tuples of numpy arrays with the fields of ``types.WindowRows`` and
+``types.RequestState``. One file, because numba's on-disk cache sees changes of a kernel's own file
+only.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+from numba import njit
+
+from fusedstep.ops.types import PAD_SLOT_ID
+
+_kernel = njit(cache=True, nogil=True, error_model="numpy")
+
+
+@_kernel
+def _place_input(batch_idx, req, requests, inputs):
+    """The request's last token is the next step's input."""
+    position = requests.num_computed_tokens[req]
+    inputs.input_ids[batch_idx] = requests.last_sampled_tokens[req, 0]
+    inputs.positions[batch_idx] = position
+    inputs.seq_lens[batch_idx] = position + 1
+
+
+@_kernel
+def prepare_rows(num_reqs, rows, requests, inputs):
+    """Starts a window: who is active, and the first step's inputs. Returns the active rows."""
+    num_active = 0
+    for batch_idx in range(num_reqs):
+        req = rows.idx_mapping[batch_idx]
+        active = not requests.stopped[req] and rows.budget[batch_idx] > 0
+        rows.active[batch_idx] = active
+        rows.num_sampled[batch_idx] = 0
+        num_active += active
+        _place_input(batch_idx, req, requests, inputs)
+    inputs.seq_lens[num_reqs:] = 0
+    return num_active
+
+
+@_kernel
+def gather_blocks(num_reqs, idx_mapping, block_table, num_blocks, out):
+    """Copies each request's block ids into its row of ``out``; the rest of the row is stale."""
+    for batch_idx in range(num_reqs):
+        req = idx_mapping[batch_idx]
+        for i in range(num_blocks[req]):
+            out[batch_idx, i] = block_table[req, i]
+
+
+@_kernel
+def map_slots(num_reqs, active, positions, block_table, block_size, slots):
+    """The KV slot of each active row's position, PAD_SLOT_ID for the others."""
+    for batch_idx in range(num_reqs):
+        slot = PAD_SLOT_ID
+        if active[batch_idx]:
+            position = positions[batch_idx]
+            block = block_table[batch_idx, position // block_size]
+            slot = block * block_size + position % block_size
+        slots[batch_idx] = slot
+
+
+@_kernel
+def _accept(req, token, requests):
+    """Appends a token to its request."""
+    total_len = requests.total_len[req]
+    requests.all_token_ids[req, total_len] = token
+    requests.total_len[req] = total_len + 1
+    requests.last_sampled_tokens[req, 0] = token
+    requests.num_computed_tokens[req] += 1
+    requests.output_bin_counts[req, token] += 1
+
+
+@_kernel
+def _must_stop(req, token, total_len, stop):
+    if total_len >= stop.max_len[req]:
+        return True
+    for i in range(stop.num_stop_token_ids[req]):
+        if stop.stop_token_ids[req, i] == token:
+            return True
+    return False
+
+
+@_kernel
+def advance_rows(num_reqs, step, rows, requests, stop, inputs):
+    """Takes each active row's token, stops the row or places its next input.
+
+    Returns the number of rows that are still active.
+    """
+    num_active = 0
+    for batch_idx in range(num_reqs):
+        if not rows.active[batch_idx]:
+            continue
+        req = rows.idx_mapping[batch_idx]
+        token = rows.sampled[batch_idx]
+        rows.out_tokens[step, batch_idx] = token
+        rows.num_sampled[batch_idx] += 1
+        _accept(req, token, requests)
+        if _must_stop(req, token, requests.total_len[req], stop):
+            requests.stopped[req] = True
+            rows.active[batch_idx] = False
+        elif rows.num_sampled[batch_idx] >= rows.budget[batch_idx]:
+            rows.active[batch_idx] = False
+        else:
+            num_active += 1
+            _place_input(batch_idx, req, requests, inputs)
+    return num_active

@@ -1,0 +1,281 @@
+"""The step operations in plain torch: the truth that the other implementations are tested against.
+
+Slow and obvious: one row at a time, one sort per top-p row. ``ReferenceStep`` has the methods of
+``native.NativeStep``; the functions below it are its parts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusedstep.ops.types import (
+    PAD_SLOT_ID,
+    RequestState,
+    SamplingState,
+    StepInputs,
+    StopState,
+    WindowRows,
+)
+
+_UINT32 = 0xFFFFFFFF
+
+
+class ReferenceStep:
+    """``prepare``, then ``sample`` and ``advance`` once per decode step, on bound state."""
+
+    def __init__(
+        self,
+        requests: RequestState,
+        sampling: SamplingState,
+        stop: StopState,
+        inputs: StepInputs,
+        block_tables: tuple[torch.Tensor, ...],  # per group [R, max_num_blocks] int32
+        num_blocks: torch.Tensor,  # [num_kv_cache_groups, R] int32
+    ) -> None:
+        self.requests = requests
+        self.sampling = sampling
+        self.stop = stop
+        self.inputs = inputs
+        self.block_tables = block_tables
+        self.num_blocks = num_blocks
+
+    def prepare(self, rows: WindowRows, num_reqs: int) -> int:
+        """Start a window of ``num_reqs`` rows; returns the number of active rows."""
+        inputs = self.inputs
+        for batch_idx in range(num_reqs):
+            req = int(rows.idx_mapping[batch_idx])
+            rows.active[batch_idx] = not self.requests.stopped[req] and rows.budget[batch_idx] > 0
+            rows.num_sampled[batch_idx] = 0
+            for group, block_table in enumerate(self.block_tables):
+                num_blocks = int(self.num_blocks[group, req])
+                inputs.input_block_tables[group][batch_idx, :num_blocks] = block_table[
+                    req, :num_blocks
+                ]
+            self._place_input(batch_idx, req)
+        inputs.seq_lens[num_reqs:] = 0
+        inputs.slot_mappings[:, num_reqs:] = PAD_SLOT_ID
+        self._map_slots(rows, num_reqs)
+        return int(rows.active[:num_reqs].sum())
+
+    def sample(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
+        """Write the token of each active row to ``rows.sampled``; ``logits`` is [num_reqs, V]."""
+        for batch_idx in range(num_reqs):
+            if rows.active[batch_idx]:
+                req = int(rows.idx_mapping[batch_idx])
+                position = int(self.inputs.positions[batch_idx])
+                rows.sampled[batch_idx] = sample_row(
+                    logits[batch_idx].float(), req, position, self.requests, self.sampling
+                )
+
+    def advance(self, rows: WindowRows, num_reqs: int, step: int) -> int:
+        """Record the sampled tokens as step ``step``; returns the rows that are still active."""
+        requests = self.requests
+        for batch_idx in range(num_reqs):
+            if not rows.active[batch_idx]:
+                continue
+            req, token = int(rows.idx_mapping[batch_idx]), int(rows.sampled[batch_idx])
+            rows.out_tokens[step, batch_idx] = token
+            rows.num_sampled[batch_idx] += 1
+            requests.last_sampled_tokens[req, 0] = token
+            requests.all_token_ids[req, requests.total_len[req]] = token
+            requests.total_len[req] += 1
+            requests.num_computed_tokens[req] += 1
+            requests.output_bin_counts[req, token] += 1
+            if must_stop(token, int(requests.total_len[req]), req, self.stop):
+                requests.stopped[req] = True
+                rows.active[batch_idx] = False
+            elif rows.num_sampled[batch_idx] >= rows.budget[batch_idx]:
+                rows.active[batch_idx] = False
+            else:
+                self._place_input(batch_idx, req)
+        self._map_slots(rows, num_reqs)
+        return int(rows.active[:num_reqs].sum())
+
+    def token_logprobs(
+        self, logits: torch.Tensor, token_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the function ``token_logprobs``."""
+        return token_logprobs(logits, token_ids)
+
+    def _place_input(self, batch_idx: int, req: int) -> None:
+        position = int(self.requests.num_computed_tokens[req])
+        self.inputs.input_ids[batch_idx] = self.requests.last_sampled_tokens[req, 0]
+        self.inputs.positions[batch_idx] = position
+        self.inputs.seq_lens[batch_idx] = position + 1
+
+    def _map_slots(self, rows: WindowRows, num_reqs: int) -> None:
+        inputs = self.inputs
+        for group, block_size in enumerate(inputs.block_sizes):
+            for batch_idx in range(num_reqs):
+                slot = PAD_SLOT_ID
+                if rows.active[batch_idx]:
+                    index, offset = divmod(int(inputs.positions[batch_idx]), block_size)
+                    block = int(inputs.input_block_tables[group][batch_idx, index])
+                    slot = block * block_size + offset
+                inputs.slot_mappings[group, batch_idx] = slot
+
+
+def must_stop(token: int, total_len: int, req: int, stop: StopState) -> bool:
+    """The device's part of vLLM's ``check_stop`` after ``token`` made the length ``total_len``."""
+    stop_ids = stop.stop_token_ids[req, : int(stop.num_stop_token_ids[req])].tolist()
+    return token in stop_ids or total_len >= int(stop.max_len[req])
+
+
+def sample_row(
+    logits: torch.Tensor,  # [V] float32
+    req: int,
+    position: int,
+    requests: RequestState,
+    sampling: SamplingState,
+) -> int:
+    """One token for request ``req``, whose input token is at ``position``.
+
+    The order of vLLM's ``v1/worker/gpu/sample/sampler.py``. Min-p, top-k and top-p are skipped for
+    a greedy row, whose token they cannot change.
+    """
+    logits = apply_bias(logits.clone(), req, position, sampling)
+    logits = apply_penalties(logits, req, requests, sampling)
+    logits = apply_bad_words(logits, req, requests, sampling)
+    temperature = float(sampling.temperature[req])
+    if temperature == 0:
+        return first_argmax(logits)
+    logits = logits / sampling.temperature[req]
+    logits = apply_min_p(logits, sampling.min_p[req])
+    logits = apply_top_k(logits, int(sampling.top_k[req]))
+    logits = apply_top_p(logits, sampling.top_p[req])
+    tokens = torch.arange(logits.numel())
+    return first_argmax(logits + gumbel_noise(int(sampling.seeds[req]), position, tokens))
+
+
+def first_argmax(scores: torch.Tensor) -> int:
+    """The first index of the largest score."""
+    return int((scores == scores.max()).nonzero()[0])
+
+
+def apply_bias(
+    logits: torch.Tensor, req: int, position: int, sampling: SamplingState
+) -> torch.Tensor:
+    """Allowed token ids, logit bias, and no stop token before ``min_lens`` (``logit_bias.py``)."""
+    if num_allowed := int(sampling.num_allowed_token_ids[req]):
+        allowed = sampling.allowed_token_ids[req, :num_allowed].long()
+        kept = torch.full_like(logits, -torch.inf)
+        kept[allowed] = logits[allowed]
+        logits = kept
+    num_bias = int(sampling.num_logit_bias[req])
+    biased = sampling.logit_bias_token_ids[req, :num_bias].long()
+    logits[biased] += sampling.logit_bias[req, :num_bias]
+    if position + 1 < int(sampling.min_lens[req]):
+        num_stop = int(sampling.num_min_stop_token_ids[req])
+        logits[sampling.min_stop_token_ids[req, :num_stop].long()] = -torch.inf
+    return logits
+
+
+def apply_penalties(
+    logits: torch.Tensor, req: int, requests: RequestState, sampling: SamplingState
+) -> torch.Tensor:
+    """Repetition, frequency and presence penalty (``penalties.py``)."""
+    repetition = sampling.repetition_penalty[req]
+    tokens = torch.arange(logits.numel())
+    in_prompt = (requests.prompt_bin_mask[req, tokens // 32] >> (tokens % 32)) & 1 == 1
+    counts = requests.output_bin_counts[req]
+    in_output = counts > 0
+    if repetition != 1:
+        scale = torch.where(in_prompt | in_output, repetition, torch.tensor(1.0))
+        logits = logits * torch.where(logits > 0, 1 / scale, scale)
+    logits = logits - sampling.frequency_penalty[req] * counts
+    return logits - sampling.presence_penalty[req] * in_output
+
+
+def apply_bad_words(
+    logits: torch.Tensor, req: int, requests: RequestState, sampling: SamplingState
+) -> torch.Tensor:
+    """Mask the last token of each bad word whose other tokens end the output (``bad_words.py``)."""
+    prompt_len, total_len = requests.prompt_len[req], requests.total_len[req]
+    output = requests.all_token_ids[req, prompt_len:total_len].tolist()
+    for word in range(int(sampling.num_bad_words[req])):
+        start, end = sampling.bad_word_offsets[req, word : word + 2].tolist()
+        *prefix, last = sampling.bad_word_token_ids[req, start:end].tolist()
+        if output[max(len(output) - len(prefix), 0) :] == prefix:
+            logits[last] = -torch.inf
+    return logits
+
+
+def apply_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Mask logits below max + log(min_p) (``min_p.py``)."""
+    if min_p == 0:
+        return logits
+    return logits.masked_fill(logits < logits.max() + log(min_p), -torch.inf)
+
+
+def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Mask logits below the k-th largest; its ties stay (``topk_topp_sampler.py``)."""
+    if k >= logits.numel():
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
+
+
+def apply_top_p(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Mask, in ascending order, while the cumulative probability is <= 1 - p; the last stays.
+
+    Ties are in the order of their index (``v1/sample/ops/topk_topp_sampler.py``).
+    """
+    if top_p >= 1:
+        return logits
+    ascending, order = logits.sort(stable=True)
+    masked = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+    masked[-1] = False
+    return logits.masked_fill(torch.zeros_like(masked).scatter(0, order, masked), -torch.inf)
+
+
+def log(values: torch.Tensor) -> torch.Tensor:
+    """The correctly rounded float32 logarithm."""
+    return values.double().log().float()
+
+
+def gumbel_noise(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
+    """Noise of ``token_ids`` [n] int64 at (seed, position), float32 (``gumbel.py``).
+
+    -log(-log(1 - u)), where u is (hash + 1/2) / 2**32 rounded to float32, the inner logarithm a
+    series below 1/4. Any two correct implementations agree bit for bit, as both logarithms are
+    correctly rounded here; vLLM's are those of its device and may differ in the last place.
+    """
+    random = murmur3(seed, position, token_ids)
+    u = (random >> 16).float() * 2.0**-16 + ((random & 0xFFFF).float() + 0.5) * 2.0**-32
+    series = torch.full_like(u, 1 / 8)
+    for n in range(7, 0, -1):
+        series = 1 / n + u * series
+    minus_log = torch.where(u < 0.25, u * series, -log((1 - u).clamp(min=2.0**-24)))
+    return -log(minus_log)
+
+
+def murmur3(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 (x86, 32 bits) of seed (64 bits), position and token id (32 bits each).
+
+    ``token_ids`` and the result are int64, [n]; the values are those of a uint32.
+    """
+    state = torch.zeros_like(token_ids)
+    for key in (seed & _UINT32, (seed >> 32) & _UINT32, position & _UINT32, token_ids):
+        mixed = _rotate(torch.as_tensor(key) * 0xCC9E2D51 & _UINT32, 15) * 0x1B873593 & _UINT32
+        state = (_rotate(state ^ mixed, 13) * 5 + 0xE6546B64) & _UINT32
+    state = state ^ 16
+    state = (state ^ (state >> 16)) * 0x85EBCA6B & _UINT32
+    state = (state ^ (state >> 13)) * 0xC2B2AE35 & _UINT32
+    return state ^ (state >> 16)
+
+
+def _rotate(value: torch.Tensor, shift: int) -> torch.Tensor:
+    return ((value << shift) | (value >> (32 - shift))) & _UINT32
+
+
+def token_logprobs(
+    logits: torch.Tensor,  # [n, V], any float dtype
+    token_ids: torch.Tensor,  # [n, m] int64, m >= 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log softmax of raw logits at ``token_ids``, [n, m] float32, and the first ids' ranks, [n].
+
+    A rank (int64) counts the logits that are at least that of column 0's token (``logprob.py``).
+    """
+    logits = logits.float()
+    logprobs = logits.log_softmax(-1).gather(1, token_ids)
+    ranks = (logits >= logits.gather(1, token_ids[:, :1])).sum(-1)
+    return logprobs, ranks

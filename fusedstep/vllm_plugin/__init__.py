@@ -1,0 +1,1 @@
+"""The only place that imports vLLM: scheduler, runner, worker and platform of fusedstep."""

@@ -1,0 +1,55 @@
+"""CPU platforms: vLLM's own, with Model Runner V2's kernels native and async scheduling kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms.cpu import CpuPlatform
+
+from fusedstep.vllm_plugin import compat
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class OracleCpuPlatform(CpuPlatform):  # type: ignore[misc]
+    """Stock Model Runner V2 on the CPU: what ``verify`` compares sampled requests with."""
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        """Native kernels: vLLM's own for the CPU, and ours for Model Runner V2."""
+        import vllm.triton_utils  # asks for the platform: not while it is being chosen
+        from vllm.triton_utils import dispatcher
+        from vllm.v1.sample.ops import topk_topp_sampler
+
+        from fusedstep.vllm_plugin import stock_kernels
+
+        dispatcher.vars = _namespace
+        vllm.triton_utils.HAS_TRITON = False  # vLLM's CPU kernels are for "no Triton"
+        try:
+            super().register_triton_kernel_overrides()
+        finally:
+            vllm.triton_utils.HAS_TRITON = True
+        topk_topp_sampler.HAS_TRITON = False  # torch sorts faster than an interpreted kernel
+        stock_kernels.register()
+
+
+class FusedStepCpuPlatform(OracleCpuPlatform):
+    """The CPU as fusedstep's device: the engine may schedule ahead of the worker."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """vLLM's CPU settings, but with the async scheduling that the user would get on CUDA."""
+        scheduler_config = vllm_config.scheduler_config
+        async_scheduling = scheduler_config.async_scheduling
+        super().check_and_update_config(vllm_config)
+        if scheduler_config.scheduler_cls == compat.SCHEDULER_CLS:
+            scheduler_config.async_scheduling = async_scheduling
+
+
+def _namespace(value: object) -> Mapping[str, Any]:
+    """``vars`` for vLLM's dispatcher, which looks into every object of every module: llvmlite
+    has one that answers ``__dict__`` with a function."""
+    namespace = getattr(value, "__dict__", None)
+    return namespace if isinstance(namespace, Mapping) else {}

@@ -1,0 +1,250 @@
+"""FusedStepRunner: vLLM's Model Runner V2, with decode batches run as windows of K steps."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from fusedstep.ops import dispatch, native
+from fusedstep.policy import MAX_STEPS
+from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin.model import VllmDecodeModel
+from fusedstep.vllm_plugin.scheduler import arrival_counter
+from fusedstep.vllm_plugin.tables import DeviceTables, PrefillSampler
+from fusedstep.window import arrivals, output
+from fusedstep.window.loop import run_window
+from fusedstep.window.state import WindowSlot, WindowState
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+logger = logging.getLogger("vllm.fusedstep")
+
+
+@dataclass
+class WindowStats:
+    """Counts since start."""
+
+    windows: int = 0
+    steps: int = 0
+    tokens: int = 0
+    stock_steps: Counter[str] = field(default_factory=Counter)  # reason -> steps
+
+    def stock(self, reason: str) -> None:
+        """One more stock step; the first of each reason is logged."""
+        if reason not in self.stock_steps:
+            logger.info("fusedstep: stock step (%s)", reason)
+        self.stock_steps[reason] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "windows": self.windows,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "stock_steps": dict(self.stock_steps),
+        }
+
+
+class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
+    """A decode batch becomes a window: staged in ``execute_model``, run in ``sample_tokens``.
+
+    Everything else is Model Runner V2's own step, with a reason in ``stats.stock_steps``.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.stats = WindowStats()
+        self.engine_reason = compat.engine_reason(vllm_config)
+        self.ops_choice = dispatch.resolve(device)
+        if self.ops_choice.name is None:
+            self.engine_reason = self.engine_reason or self.ops_choice.reason
+        self.staged: tuple[SchedulerOutput, WindowSlot, np.ndarray] | None = None
+
+    def warming_up_model(self) -> None:
+        """Called by the CPU worker before it sizes the KV cache."""
+        self.profile_run()
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        """The block tables exist from here on: build what windows need."""
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self.engine_reason is not None:
+            return
+        step_ops = dispatch.load(self.ops_choice.name)
+        self.tables = DeviceTables(self)
+        self.ops = self.tables.bind(step_ops)
+        self.prefill_sampler = PrefillSampler(self.tables, step_ops)
+        if self.ops_choice.name == "native":
+            native.warm_up(self.vocab_size, self.dtype, len(self.tables.block_tables))
+        self.arrivals = arrival_counter(self.vllm_config)
+        self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
+        self.decode_model = VllmDecodeModel(self)
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        if self.engine_reason is None:
+            for new_request in scheduler_output.scheduled_new_reqs:
+                self.tables.add_request(new_request)
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> ModelRunnerOutput | Any | None:
+        """Stage a window if the batch can have one, else run a stock step."""
+        reason = self._stock_reason(scheduler_output, dummy=kwargs.get("dummy_run", False))
+        if reason is None:
+            self._stage_window(scheduler_output)
+            return None
+        if reason:
+            self.stats.stock(reason)
+        return super().execute_model(one_token_each(scheduler_output), *args, **kwargs)
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """Run the staged window, or finish the stock step."""
+        if self.staged is None:
+            return super().sample_tokens(grammar_output)
+        scheduler_output, slot, rows = self.staged
+        self.staged = None
+        seen = getattr(scheduler_output, "arrivals_seen", arrivals.ALL)
+        run_window(self.decode_model, self.ops, slot, lambda: self.arrivals.exceeds(seen))
+        self.stats.windows += 1
+        self.stats.steps += slot.steps_run
+        return WindowOutput(scheduler_output, slot, rows, self.stats)
+
+    def sample(
+        self,
+        hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
+        input_batch: InputBatch,
+        grammar_output: GrammarOutput | None,
+    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+        """A stock step's sampling, by the window's own sampler wherever it can."""
+        idx_mapping_np = input_batch.idx_mapping_np
+        if (
+            grammar_output is not None
+            or self.engine_reason is not None
+            or self.tables.needs_stock[idx_mapping_np].any()
+        ):
+            stock: tuple[SamplerOutput, torch.Tensor, torch.Tensor]
+            stock = super().sample(hidden_states, input_batch, grammar_output)
+            return stock
+        logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
+        positions = input_batch.positions[input_batch.logits_indices]
+        sampled = self.prefill_sampler(logits, input_batch.idx_mapping, positions)
+        num_logprobs = self.tables.num_logprobs(idx_mapping_np)
+        logprobs = None
+        if num_logprobs >= 0:
+            logprobs = compute_topk_scores(logits, num_logprobs, sampled)
+        prefill_len = self.tables.prefill_len[input_batch.idx_mapping]
+        finished_prefill = input_batch.seq_lens[: input_batch.num_reqs] >= prefill_len
+        num_sampled = finished_prefill.to(torch.int32)
+        num_rejected = torch.zeros_like(num_sampled)
+        sampler_output = SamplerOutput(
+            sampled_token_ids=sampled.view(-1, 1),
+            logprobs_tensors=logprobs,
+            num_nans=None,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+        )
+        return sampler_output, num_sampled, num_rejected
+
+    def _stock_reason(self, scheduler_output: SchedulerOutput, dummy: bool) -> str | None:
+        """Why this batch takes a stock step; empty when there is nothing to count."""
+        if dummy or not scheduler_output.num_scheduled_tokens:
+            return ""
+        if self.engine_reason is not None:
+            return self.engine_reason
+        if scheduler_output.scheduled_new_reqs:
+            return "prefill"
+        req_states = self.req_states
+        cached = scheduler_output.scheduled_cached_reqs
+        rows = [req_states.req_id_to_index[req_id] for req_id in cached.req_ids]
+        if (np.asarray(cached.num_computed_tokens) < req_states.prefill_len.np[rows]).any():
+            return "prefill"
+        if self.tables.needs_stock[rows].any():
+            return next(r for r in map(self.tables.reasons.get, rows) if r)
+        return None
+
+    def _stage_window(self, scheduler_output: SchedulerOutput) -> None:
+        """Model Runner V2's bookkeeping of requests and blocks, then the window's own staging."""
+        self.finish_requests(scheduler_output)
+        self.free_states(scheduler_output)
+        self.update_requests(scheduler_output)
+        self.block_tables.apply_staged_writes()
+
+        scheduled = scheduler_output.num_scheduled_tokens
+        num_reqs = len(scheduled)
+        rows = np.fromiter(
+            map(self.req_states.req_id_to_index.__getitem__, scheduled), np.int64, num_reqs
+        )
+        budget = np.fromiter(scheduled.values(), np.int32, num_reqs)
+        # Requests that stopped in the window before are scheduled once more before the host
+        # knows. Where the device's flags are host memory they are left out of the batch.
+        live = np.flatnonzero(~self.tables.stopped_np[rows])
+        slot = self.windows.next_slot()
+        slot.stage(rows[live], budget[live], self.tables.num_logprobs(rows[live]))
+        self.decode_model.stage(self.req_states.num_computed_tokens_np[rows[live]] + 1)
+        self.staged = (scheduler_output, slot, live)
+
+
+class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
+    """A window's tokens in vLLM's form; requests left out of the batch get none."""
+
+    def __init__(
+        self,
+        scheduler_output: SchedulerOutput,
+        slot: WindowSlot,
+        live: np.ndarray,  # [num_reqs of the window] int64, place in the scheduled batch
+        stats: WindowStats,
+    ) -> None:
+        self.req_ids = list(scheduler_output.num_scheduled_tokens)
+        self.slot, self.live, self.stats = slot, live, stats
+
+    def get_output(self) -> ModelRunnerOutput:
+        result = output.read(self.slot)
+        token_ids: list[list[int]] = [[] for _ in self.req_ids]
+        counts = np.zeros(len(self.req_ids), dtype=np.int64)
+        for place, tokens in zip(self.live.tolist(), result.token_ids, strict=True):
+            token_ids[place] = tokens
+        counts[self.live] = result.num_sampled
+        self.stats.tokens += int(counts.sum())
+        logprobs = None
+        if result.logprobs is not None:
+            logprobs = LogprobsLists(
+                result.logprob_token_ids,
+                result.logprobs,
+                result.ranks,
+                np.concatenate(([0], np.cumsum(counts))).tolist(),
+            )
+        return ModelRunnerOutput(
+            req_ids=self.req_ids,
+            req_id_to_index={req_id: i for i, req_id in enumerate(self.req_ids)},
+            sampled_token_ids=token_ids,
+            logprobs=logprobs,
+        )
+
+
+def one_token_each(scheduler_output: SchedulerOutput) -> SchedulerOutput:
+    """Take the placeholders off: a stock step computes one token per decoding request."""
+    placeholders = scheduler_output.scheduled_spec_decode_tokens
+    if not any(-1 in tokens for tokens in placeholders.values()):
+        return scheduler_output
+    scheduled = {
+        req_id: n - len(placeholders.get(req_id, ()))
+        for req_id, n in scheduler_output.num_scheduled_tokens.items()
+    }
+    return replace(
+        scheduler_output,
+        num_scheduled_tokens=scheduled,
+        total_num_scheduled_tokens=sum(scheduled.values()),
+        scheduled_spec_decode_tokens={},
+    )

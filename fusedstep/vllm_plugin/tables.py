@@ -1,0 +1,155 @@
+"""Model Runner V2's request state as the step operations see it: static tensors, no copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fusedstep.ops.types import RequestState, SamplingState, StepInputs, StopState
+from fusedstep.vllm_plugin import compat
+from fusedstep.window.loop import StepOps
+from fusedstep.window.state import allocate_rows
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+
+    from fusedstep.vllm_plugin.runner import FusedStepRunner
+
+
+def static(tensor: UvaBackedTensor) -> torch.Tensor:
+    """The host side of a UVA tensor: on the CPU it is device memory, and its address stays."""
+    cpu: torch.Tensor = tensor.cpu
+    return cpu
+
+
+class DeviceTables:
+    """Built once from the runner; rows are req_state_idx.
+
+    Beside the views of Model Runner V2's own state it keeps what that has not: the stop rule,
+    the stopped flags, and which requests need stock steps.
+    """
+
+    def __init__(self, runner: FusedStepRunner) -> None:
+        self.req_states = state = runner.req_states
+        self.sampler = sampler = runner.sampler
+        self.max_model_len = runner.max_model_len
+        device, max_num_reqs = runner.device, runner.max_num_reqs
+        bias, penalties, bad_words = sampler.logits_processors[:3]
+
+        self.requests = RequestState(
+            last_sampled_tokens=state.last_sampled_tokens,
+            num_computed_tokens=state.num_computed_tokens.gpu,
+            total_len=state.total_len.gpu,
+            prompt_len=static(state.prompt_len),
+            all_token_ids=state.all_token_ids.gpu,
+            prompt_bin_mask=penalties.prompt_bin_mask,
+            output_bin_counts=penalties.output_bin_counts,
+            stopped=torch.zeros(max_num_reqs, dtype=torch.bool, device=device),
+        )
+        self.sampling = SamplingState(
+            temperature=static(sampler.sampling_states.temperature),
+            seeds=static(sampler.sampling_states.seeds),
+            top_k=static(sampler.sampling_states.top_k),
+            top_p=static(sampler.sampling_states.top_p),
+            min_p=static(sampler.sampling_states.min_p),
+            repetition_penalty=static(penalties.repetition_penalty),
+            frequency_penalty=static(penalties.frequency_penalty),
+            presence_penalty=static(penalties.presence_penalty),
+            num_allowed_token_ids=static(bias.num_allowed_token_ids),
+            allowed_token_ids=bias.allowed_token_ids.gpu,
+            num_logit_bias=static(bias.num_logit_bias),
+            logit_bias_token_ids=bias.logit_bias_token_ids.gpu,
+            logit_bias=bias.logit_bias.gpu,
+            min_lens=static(bias.min_lens),
+            num_min_stop_token_ids=static(bias.num_stop_token_ids),
+            min_stop_token_ids=bias.stop_token_ids.gpu,
+            num_bad_words=static(bad_words.num_bad_words),
+            bad_word_token_ids=bad_words.bad_word_token_ids.gpu,
+            bad_word_offsets=bad_words.bad_word_offsets.gpu,
+        )
+        self.stop = StopState(
+            max_len=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
+            num_stop_token_ids=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
+            stop_token_ids=torch.zeros(
+                max_num_reqs, compat.MAX_STOP_TOKEN_IDS + 1, dtype=torch.int32, device=device
+            ),
+        )
+        tables = runner.block_tables
+        self.inputs = StepInputs(
+            input_ids=runner.input_buffers.input_ids,
+            positions=runner.input_buffers.positions,
+            seq_lens=runner.input_buffers.seq_lens,
+            slot_mappings=tables.slot_mappings,
+            input_block_tables=tuple(tables.input_block_tables),
+            block_sizes=tuple(tables.block_sizes),
+        )
+        self.block_tables = tuple(table.gpu for table in tables.block_tables)
+        self.num_blocks = static(tables.num_blocks)
+        self.prefill_len = static(state.prefill_len)
+
+        self.stopped_np = self.requests.stopped.numpy()
+        self.needs_stock = np.zeros(max_num_reqs, dtype=bool)
+        self.reasons: dict[int, str] = {}  # req_state_idx -> why its batch takes stock steps
+
+    def add_request(self, new_request: NewRequestData) -> None:
+        """A request enters its row: its stop rule, and whether the device can decode it."""
+        row = self.req_states.req_id_to_index[new_request.req_id]
+        params = new_request.sampling_params
+        reason = compat.request_reason(params)
+        self.needs_stock[row] = reason is not None
+        self.reasons.pop(row, None)
+        self.requests.stopped[row] = False
+        if reason is not None:
+            self.reasons[row] = reason
+            return
+        stop_ids = list(params.stop_token_ids or ())
+        if params.eos_token_id is not None:
+            stop_ids.append(params.eos_token_id)
+        self.stop.max_len[row] = min(new_request.prompt_len + params.max_tokens, self.max_model_len)
+        self.stop.num_stop_token_ids[row] = len(stop_ids)
+        self.stop.stop_token_ids[row, : len(stop_ids)] = torch.tensor(stop_ids, dtype=torch.int32)
+
+    def num_logprobs(self, rows: np.ndarray) -> int:
+        """Top-n logprobs that the batch asks for, -1 for none."""
+        return int(self.sampler.sampling_states.num_logprobs[rows].max(initial=-1))
+
+    def bind(self, ops: Callable[..., StepOps], positions: torch.Tensor | None = None) -> StepOps:
+        """The step operations on these tables, at positions of the caller's own if given."""
+        inputs = self.inputs if positions is None else replace(self.inputs, positions=positions)
+        return ops(
+            self.requests,
+            self.sampling,
+            self.stop,
+            inputs,
+            self.block_tables,
+            self.num_blocks,
+        )
+
+
+class PrefillSampler:
+    """The window's sampler for a stock step: rows at positions of its own."""
+
+    def __init__(self, tables: DeviceTables, ops: Callable[..., StepOps]) -> None:
+        max_num_reqs = len(tables.needs_stock)
+        self.rows = allocate_rows(max_num_reqs, 1, tables.prefill_len.device)
+        self.rows.active.fill_(True)
+        self.positions = torch.zeros_like(self.rows.sampled)
+        self.ops = tables.bind(ops, positions=self.positions)
+
+    def __call__(
+        self,
+        logits: torch.Tensor,  # [num_reqs, vocab_size]
+        idx_mapping: torch.Tensor,  # [num_reqs], batch_idx -> req_state_idx
+        positions: torch.Tensor,  # [num_reqs], of the input token that each row's logits follow
+    ) -> torch.Tensor:
+        """Sampled token ids [num_reqs] int64."""
+        num_reqs = len(logits)
+        self.rows.idx_mapping[:num_reqs] = idx_mapping
+        self.positions[:num_reqs] = positions
+        self.ops.sample(logits, self.rows, num_reqs)
+        return self.rows.sampled[:num_reqs].clone()

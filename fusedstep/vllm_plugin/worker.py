@@ -1,0 +1,56 @@
+"""The worker that builds FusedStepRunner, on the platform's own worker class (CPU or CUDA)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+
+if current_platform.is_cpu():
+    # First of all: it replaces torch's stream and event types on the CPU.
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+
+class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
+    """vLLM's worker with FusedStepRunner in place of Model Runner V2.
+
+    Where vLLM picks Model Runner V1 the worker is stock, and so is every step.
+    """
+
+    runs_windows = True  # FusedStepScheduler looks for this
+
+    def init_device(self) -> None:
+        """vLLM 0.32's CPUWorker names its runner class inside this method: lend it ours."""
+        if not (current_platform.is_cpu() and self.use_v2_model_runner):
+            super().init_device()
+            return
+        from vllm.v1.worker.cpu import model_runner as cpu_module
+
+        from fusedstep.vllm_plugin.runner import FusedStepRunner
+
+        stock = cpu_module.CPUModelRunner
+        cpu_module.CPUModelRunner = FusedStepRunner
+        try:
+            super().init_device()
+        finally:
+            cpu_module.CPUModelRunner = stock
+
+    def _make_model_runner(self) -> Any:
+        """vLLM's hook (CUDA in 0.32, every platform in 0.33)."""
+        if not self.use_v2_model_runner:
+            return super()._make_model_runner()
+        from fusedstep.vllm_plugin.runner import FusedStepRunner
+
+        return FusedStepRunner(self.vllm_config, self.device)
+
+    def window_stats(self) -> dict[str, Any]:
+        """Counts since start: windows, steps, tokens, and stock steps by reason."""
+        stats = getattr(self.model_runner, "stats", None)
+        return {} if stats is None else stats.as_dict()
+
+    def attention_backend(self) -> str:
+        """Name of the first attention group's backend, for people."""
+        groups = [g for group in self.model_runner.attn_groups for g in group]
+        return str(groups[0].backend.get_name()) if groups else "none"

@@ -1,0 +1,40 @@
+"""Runs stock vLLM Triton kernels in Triton's interpreter: ``interpret_stock.py CASES RESULTS``.
+
+A process of its own, because the interpreter must be switched on before vLLM is imported. CASES is
+a list of (kernel, grid, args, constants); an argument ``("pointers", tensors)`` becomes the
+addresses of the tensors. RESULTS is the list of the arguments after each launch, or its error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+
+from fusedstep.vllm_plugin import triton_cpu
+
+
+def as_argument(value: Any) -> Any:
+    if isinstance(value, tuple) and value[0] == "pointers":
+        return torch.tensor([t.data_ptr() for t in value[1]], dtype=torch.uint64)
+    return value
+
+
+def main(cases_path: str, results_path: str) -> None:
+    triton_cpu.install()
+    results = []
+    for kernel, grid, args, constants in torch.load(cases_path, weights_only=False):
+        module, _, name = ("vllm.v1.worker.gpu." + kernel).rpartition(".")
+        launch = getattr(importlib.import_module(module), name)[grid]
+        try:
+            launch(*(as_argument(arg) for arg in args), **constants)
+            results.append(args)
+        except Exception as error:
+            results.append(f"{type(error).__name__}: {error}")
+    torch.save(results, results_path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,9 @@
+"""Device code: Triton kernels, nothing else. Imports triton only.
+
+Import it as ``fusedstep.kernels``. The first kernels arrive with the CUDA milestone.
+"""
+
+# vLLM takes any importable top-level ``triton_kernels`` for the upstream Triton package, and
+# uses its own vendored copy when the import fails.
+if __name__ == "triton_kernels":
+    raise ImportError("this folder is fusedstep.kernels, not the upstream package triton_kernels")
