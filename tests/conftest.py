@@ -24,3 +24,11 @@ def device(request: pytest.FixtureRequest) -> str:
         if not torch.cuda.is_available():
             pytest.fail("--device cuda: torch sees no CUDA device")
     return name
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    """Folder of the bundled model: real weights."""
+    from fusedstep.demo import demo_model
+
+    return str(demo_model())

@@ -62,6 +62,7 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     reasons = (
         (not vllm_config.use_v2_model_runner, "Model Runner V1"),
+        (vllm_config.device_config.device_type != "cpu", "no device kernels in this version"),
         (model.runner_type != "generate", "pooling model"),
         (model.is_encoder_decoder, "encoder-decoder model"),
         (model.supports_multimodal_inputs, "multimodal model"),

@@ -67,8 +67,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.stats = WindowStats()
         self.engine_reason = compat.engine_reason(vllm_config)
         self.ops_choice = dispatch.resolve(device)
-        if self.ops_choice.name is None:
-            self.engine_reason = self.engine_reason or self.ops_choice.reason
+        if self.ops_choice.name is None and self.engine_reason is None:
+            self.engine_reason = self.ops_choice.reason
         self.staged: tuple[SchedulerOutput, WindowSlot, np.ndarray] | None = None
 
     def warming_up_model(self) -> None:
@@ -80,6 +80,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if self.engine_reason is not None:
             return
+        assert self.ops_choice.name is not None
         step_ops = dispatch.load(self.ops_choice.name)
         self.tables = DeviceTables(self)
         self.ops = self.tables.bind(step_ops)

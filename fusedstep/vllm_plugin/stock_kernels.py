@@ -63,6 +63,7 @@ def _stand_ins() -> dict[str, StandIn]:
         "sample.logprob._topk_log_softmax_kernel": topk_log_softmax,
         "sample.logprob._ranks_kernel": ranks,
         "sample.logprob._fill_logprob_token_ids_kernel": fill_logprob_token_ids,
+        "structured_outputs._apply_grammar_bitmask_kernel": apply_grammar_bitmask,
     }
     return {_PREFIX + name: stand_in for name, stand_in in names.items()}
 
@@ -97,6 +98,27 @@ def compute_slot_mappings(*args: Any, CP_SIZE: int, **_constants: Any) -> None:
         *_arrays(idx_mapping, query_start_loc, positions, tables, strides),
         *_arrays(block_sizes, enabled, slot_mappings),
     )
+
+
+def apply_grammar_bitmask(
+    logits: torch.Tensor,  # [num_logits, V]
+    _logits_stride: int,
+    mapping: torch.Tensor,  # [num_masks], request * MASK_STRIDE + position
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1]
+    bitmask: torch.Tensor,  # [num_masks, ceil(V / 32)] int32, one bit per allowed token id
+    _bitmask_stride: int,
+    vocab_size: int,
+    *,
+    MASK_STRIDE: int,
+    **_constants: Any,
+) -> None:
+    """``_apply_grammar_bitmask_kernel``: what a grammar forbids gets -inf."""
+    allowed = np.unpackbits(bitmask.numpy().view(np.uint8), axis=1, bitorder="little")
+    for row, place in zip(allowed[:, :vocab_size], mapping.tolist(), strict=True):
+        request, position = divmod(place, MASK_STRIDE)
+        logits_idx = int(cu_num_logits[request]) + position
+        if logits_idx < int(cu_num_logits[request + 1]):
+            logits[logits_idx].masked_fill_(torch.from_numpy(row == 0), -torch.inf)
 
 
 def apply_write(

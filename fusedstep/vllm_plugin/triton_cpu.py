@@ -21,10 +21,13 @@ def install() -> None:
         return
 
     class InterpreterDriver(DriverBase):  # type: ignore[misc]
-        """Says that a device is there; the interpreter never asks it to launch anything."""
+        """Never active: the interpreter launches nothing, and Inductor must not find a device.
+
+        vLLM's CPU build only asks whether there is a backend of this name.
+        """
 
         @classmethod
         def is_active(cls) -> bool:
-            return True
+            return False
 
     backends["cpu"] = Backend(compiler=BaseBackend, driver=InterpreterDriver)

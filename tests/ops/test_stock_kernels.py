@@ -401,3 +401,22 @@ assert set(stock_kernels._stand_ins()) <= set(before)
 """
     env = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grammar_bitmask(dtype):
+    """Against the definition: the interpreter cannot run this kernel (its mask has no dtype)."""
+    from fusedstep.vllm_plugin.stock_kernels import apply_grammar_bitmask
+
+    generator = torch.Generator().manual_seed(5)
+    vocab_size, cu_num_logits = 77, torch.tensor([0, 1, 3, 4], dtype=torch.int32)
+    allowed = torch.rand(2, 96, generator=generator) < 0.5
+    bitmask = (allowed.view(2, 3, 32).long() << torch.arange(32)).sum(-1).to(torch.int32)
+    mapping = torch.tensor([2 * 2 + 1, 1 * 2 + 1], dtype=torch.int32)  # no such row; row 2
+    logits = torch.randn(4, vocab_size, generator=generator).to(dtype)
+    expected = logits.clone()
+    expected[2, ~allowed[1, :vocab_size]] = -torch.inf
+    apply_grammar_bitmask(
+        logits, vocab_size, mapping, cu_num_logits, bitmask, 3, vocab_size, MASK_STRIDE=2
+    )
+    assert torch.equal(logits, expected)

@@ -1,0 +1,138 @@
+"""A vLLM engine inside a spawned child process, driven step by step.
+
+vLLM picks its platform once per process, so stock and fusedstep engines each get a child. In the
+child everything is in one process (VLLM_ENABLE_V1_MULTIPROCESSING=0): the scheduler can be
+reached, and requests can come and go between two given steps.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+ENGINE: Any = None
+
+
+class EngineChild:
+    """``call(function, ...)`` runs one of this module's functions in the child."""
+
+    def __init__(self, switch: str, model: str, **options: Any) -> None:
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), start, (switch, model, options))
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.pool.submit(function, *args, **kwargs).result()
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+def start(switch: str, model: str, options: dict[str, Any]) -> None:
+    """Child: build the engine. ``switch`` is FUSEDSTEP's value."""
+    global ENGINE
+    os.environ |= {
+        "FUSEDSTEP": switch,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if switch == "on":
+        from fusedstep import LLM
+    else:
+        from vllm import LLM
+    ENGINE = LLM(model, enforce_eager=True, dtype="float32", **options).llm_engine
+
+
+def scheduler() -> Any:
+    return ENGINE.engine_core.engine_core.scheduler
+
+
+def set_decode_steps(value: object) -> None:
+    from fusedstep.policy import DecodeSteps
+
+    scheduler().decode_steps = DecodeSteps.parse(value)
+
+
+def window_stats() -> dict[str, Any]:
+    return ENGINE.collective_rpc("window_stats")[0]
+
+
+def free_blocks() -> int:
+    return scheduler().kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def reset_prefix_cache() -> None:
+    assert ENGINE.reset_prefix_cache()
+
+
+def run(
+    requests: list[tuple[Any, dict[str, Any]]],
+    arrive: dict[int, int] | None = None,
+    abort: dict[int, int] | None = None,
+) -> dict[str, Any]:
+    """Run (prompt, sampling fields) pairs to their end.
+
+    ``arrive``: request number -> engine step before which it is added (0 without an entry);
+    ``abort``: request number -> number of its tokens after which it is aborted. Returns the
+    completions per request and how often a request was preempted.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    arrive, abort = arrive or {}, abort or {}
+    outputs: dict[int, Any] = {}
+    preempted: dict[str, int] = {}
+    waiting = dict(
+        sorted(((n, arrive.get(n, 0)) for n in range(len(requests))), key=lambda x: x[1])
+    )
+    step = 0
+    while waiting or ENGINE.has_unfinished_requests():
+        for number in [n for n, at in waiting.items() if at <= step]:
+            prompt, fields = requests[number]
+            streams = number in abort
+            if "structured_outputs" in fields:
+                structured = StructuredOutputsParams(**fields["structured_outputs"])
+                fields = fields | {"structured_outputs": structured}
+            kind = RequestOutputKind.CUMULATIVE if streams else RequestOutputKind.FINAL_ONLY
+            params = SamplingParams(output_kind=kind, **fields)
+            ENGINE.add_request(str(number), prompt, params)
+            del waiting[number]
+        for output in ENGINE.step():
+            number = int(output.request_id)
+            outputs[number] = output
+            if number in abort and len(output.outputs[0].token_ids) >= abort[number]:
+                ENGINE.abort_request([output.request_id])
+        for request in [*scheduler().running, *scheduler().waiting]:
+            preempted[request.request_id] = request.num_preemptions
+        step += 1
+    return {
+        "completions": [
+            [completion(c) for c in outputs[n].outputs] if n in outputs else []
+            for n in range(len(requests))
+        ],
+        "prompt_logprobs": [
+            logprobs(outputs[n].prompt_logprobs) if n in outputs else None
+            for n in range(len(requests))
+        ],
+        "cached_tokens": [outputs[n].num_cached_tokens if n in outputs else 0 for n in outputs],
+        "preemptions": sum(preempted.values()),
+    }
+
+
+def completion(output: Any) -> dict[str, Any]:
+    """A CompletionOutput without vLLM's types."""
+    return {
+        "token_ids": list(output.token_ids),
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "logprobs": logprobs(output.logprobs),
+    }
+
+
+def logprobs(steps: Any) -> list[dict[int, tuple[float, int]] | None] | None:
+    """Per position: token id -> (logprob, rank); None where there is none."""
+    return steps and [
+        step and {token: (entry.logprob, entry.rank) for token, entry in step.items()}
+        for step in steps
+    ]

@@ -1,0 +1,81 @@
+"""What decodes in windows and what does not, and which settings win."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from fusedstep.errors import ConfigError, UnsupportedError
+from fusedstep.vllm_plugin import compat
+
+
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.33.4", "0.33.0+cpu"])
+def test_supported_versions(monkeypatch, found):
+    monkeypatch.setattr(compat, "vllm_version", lambda: found)
+    assert compat.check_vllm_version() == found
+
+
+@pytest.mark.parametrize("found", ["0.31.9", "0.34.0", "1.0.0", None])
+def test_other_versions_get_one_line(monkeypatch, found):
+    monkeypatch.setattr(compat, "vllm_version", lambda: found)
+    with pytest.raises(UnsupportedError, match="pip install") as error:
+        compat.check_vllm_version()
+    assert "\n" not in str(error.value)
+
+
+def test_decode_steps_precedence(monkeypatch):
+    def steps(options):
+        return str(compat.decode_steps(SimpleNamespace(additional_config=options)))
+
+    monkeypatch.delenv("FUSEDSTEP_DECODE_STEPS", raising=False)
+    assert steps({}) == "auto"
+    monkeypatch.setenv("FUSEDSTEP_DECODE_STEPS", "9")
+    assert steps({}) == "9"
+    assert steps({"fusedstep": {"decode_steps": 5}}) == "5"
+    with pytest.raises(ConfigError):
+        steps({"fusedstep": {"decode_steps": 0}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, None),
+        ({"temperature": 0.3, "top_p": 0.5, "logprobs": 20, "stop": ["x"], "n": 2}, None),
+        ({"stop_token_ids": list(range(128))}, None),
+        ({"stop_token_ids": list(range(129))}, "more than 128 stop token ids"),
+        ({"logprobs": -1}, "logprobs of all tokens"),
+        ({"logprob_token_ids": [1, 2]}, "logprobs of given token ids"),
+    ],
+)
+def test_request_reasons(fields, reason):
+    from vllm import SamplingParams
+
+    assert compat.request_reason(SamplingParams(**fields)) == reason
+
+
+def test_structured_output_takes_stock_steps():
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a", "b"]))
+    assert compat.request_reason(params) == "structured output"
+    assert compat.request_reason(None) == "pooling request"
+
+
+@pytest.mark.parametrize(
+    ("worker_cls", "refused"),
+    [
+        (compat.WORKER_CLS, False),
+        ("auto", True),
+        ("vllm.v1.worker.gpu_worker.Worker", True),
+    ],
+)
+def test_the_scheduler_refuses_a_foreign_worker(worker_cls, refused):
+    from fusedstep.vllm_plugin.scheduler import refuse_foreign_worker
+
+    config = SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=worker_cls))
+    if not refused:
+        refuse_foreign_worker(config)
+        return
+    with pytest.raises(ConfigError, match="--worker-cls") as error:
+        refuse_foreign_worker(config)
+    assert "\n" not in str(error.value)
