@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal, Self
 
 from fusedstep.errors import ConfigError, FusedStepError
-from fusedstep.vllm_plugin import compat, startup, wiring
+from fusedstep.vllm_plugin import arguments, compat, startup, wiring
 from fusedstep.vllm_plugin.register import SWITCH
 
 # stock: vLLM as it comes.  oracle: stock Model Runner V2 (on the CPU: with native kernels), the
@@ -109,21 +109,14 @@ class EngineServer:
             self._start(kind, model, decode_steps, options)
 
     def _start(self, kind: Kind, model: str, decode_steps: str, options: tuple[str, ...]) -> None:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
-        parser.error = _raise_config_error
-        args = parser.parse_args([*options, "--model", model])
-        engine_args = EngineArgs.from_cli_args(args)
-        defaults = vars(EngineArgs(model=model))
-        given = {k: v for k, v in vars(engine_args).items() if v != defaults.get(k)}
-        given.setdefault("worker_extension_cls", PROBE_CLS)
+        parser = arguments.engine_parser()
+        args = arguments.parse(parser, [*options, "--model", model])
+        arguments.check_model(args)
+        given = {"worker_extension_cls": PROBE_CLS, **arguments.given(parser, args)}
         if kind == "fusedstep":
             given = wiring.engine_options(decode_steps, given)
         else:
             given = wiring.bounded_kv_cache(given)
-        given["model"] = model
         import vllm
 
         self.llm = vllm.LLM(**given)
@@ -167,10 +160,6 @@ def _plain(output: Any) -> dict[str, Any]:
             for c in output.outputs
         ],
     }
-
-
-def _raise_config_error(message: str) -> None:
-    raise ConfigError(message)
 
 
 def serve(connection: Connection) -> None:

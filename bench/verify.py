@@ -79,22 +79,26 @@ def read_requests(path: Path | None, sampling: dict[str, Any]) -> list[Request]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompts file {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"cannot read the prompts file {path} ({reason})") from None
     if not lines:
         raise ConfigError(f"the prompts file {path} is empty: one prompt per line, or JSONL")
     if not lines[0].lstrip().startswith("{"):
         return [Request(line, sampling) for line in lines]
-    requests = []
-    for number, line in enumerate(lines, 1):
-        try:
-            fields = json.loads(line)
-            prompt = fields.pop("prompt")
-        except (ValueError, AttributeError, KeyError):
-            raise ConfigError(f'{path} line {number}: want JSON with "prompt"') from None
+    return [_request(f"{path} line {n}", line, sampling) for n, line in enumerate(lines, 1)]
+
+
+def _request(where: str, line: str, sampling: dict[str, Any]) -> Request:
+    try:
+        fields = json.loads(line)
+        prompt = fields.pop("prompt")
         if "logit_bias" in fields:  # JSON has no integer keys
             fields["logit_bias"] = {int(k): v for k, v in fields["logit_bias"].items()}
-        requests.append(Request(prompt, sampling | fields))
-    return requests
+    except (ValueError, AttributeError, KeyError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise ConfigError(f'{where}: want JSON with a text "prompt" and sampling fields')
+    return Request(prompt, sampling | fields)
 
 
 def verify(

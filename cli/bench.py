@@ -8,8 +8,8 @@ import click
 
 from fusedstep.cli import console
 from fusedstep.cli.options import (
-    PASS_ON,
     Numbers,
+    VllmCommand,
     decode_steps_option,
     json_fields,
     split_model,
@@ -24,7 +24,7 @@ def bench() -> None:
     """Measure fused decoding against stock vLLM."""
 
 
-@bench.command(context_settings=PASS_ON)
+@bench.command(cls=VllmCommand)
 @click.option("--batch-size", type=Numbers(int, 1), default="1,8,32,64", show_default=True)
 @click.option("--temperature", type=Numbers(float, 0), default="0,1", show_default=True)
 @click.option("--input-len", type=click.IntRange(min=1), default=32, show_default=True)
@@ -39,7 +39,6 @@ def bench() -> None:
 @click.option("--detokenize/--no-detokenize", default=True, help="Turn tokens into text.")
 @decode_steps_option
 @console.json_option
-@click.argument("model_and_vllm_options", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] ...")
 def latency(
     batch_size: tuple[int, ...],
     temperature: tuple[float, ...],
@@ -50,7 +49,7 @@ def latency(
     detokenize: bool,
     decode_steps: str,
     json_path: str | None,
-    model_and_vllm_options: tuple[str, ...],
+    vllm_args: tuple[str, ...],
 ) -> None:
     """Decode cost per step of stock vLLM and of fusedstep, alternating.
 
@@ -59,7 +58,7 @@ def latency(
     """
     from fusedstep.bench import latency as library
 
-    model, options = split_model(model_and_vllm_options)
+    model, options = split_model(vllm_args)
     plan = library.Plan(
         batch_sizes=batch_size,
         temperatures=temperature,

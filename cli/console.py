@@ -40,7 +40,8 @@ def stderr() -> Console:
 
 def print_error(error: Exception) -> None:
     """One red line on stderr."""
-    line = " ".join(str(error).split())
+    message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    line = " ".join(message.split())
     stderr().print(f"error: {line}", style="red", markup=False, soft_wrap=True)
 
 
@@ -50,9 +51,28 @@ def json_option(command: Command) -> Command:
         "--json",
         "json_path",
         metavar="FILE|-",
+        callback=_writable,
         help="Write the result as JSON to FILE; '-' prints it instead of the table.",
     )
     return option(command)
+
+
+def _writable(ctx: click.Context, param: click.Parameter, json_path: str | None) -> str | None:
+    """Find out before the work, not after it, and leave no empty file behind."""
+    if json_path in (None, "-"):
+        return json_path
+    path = Path(json_path)
+    if path.is_dir():
+        raise _cannot_write(json_path, "it is a folder")
+    if not path.parent.is_dir():
+        raise _cannot_write(json_path, "its folder does not exist")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise _cannot_write(json_path, "permission denied")
+    return json_path
+
+
+def _cannot_write(json_path: str, reason: str | None) -> ConfigError:
+    return ConfigError(f"cannot write {json_path} ({reason}): name another file after --json")
 
 
 def write_json(json_path: str, result: object) -> None:
@@ -70,6 +90,4 @@ def write_json(json_path: str, result: object) -> None:
     try:
         Path(json_path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            f"cannot write {json_path} ({error.strerror}): name another file after --json"
-        ) from error
+        raise _cannot_write(json_path, error.strerror) from error

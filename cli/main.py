@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import click
 
 from fusedstep.cli import console
-from fusedstep.errors import EXIT_CODE, FusedStepError
+from fusedstep.errors import EXIT_CODE, INTERRUPTED, FusedStepError
 
 COMMANDS = {
     "serve": "fusedstep.cli.serve:serve",
@@ -42,20 +43,31 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(SUMMARIES.items()))
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """click's, but an error of any kind is one line, and its exit code 2."""
+        extra["standalone_mode"] = False
         try:
-            return super().invoke(ctx)
-        except FusedStepError as error:
+            sys.exit(super().main(*args, **extra))
+        except (FusedStepError, click.ClickException) as error:
             console.print_error(error)
-            ctx.exit(EXIT_CODE)
+            sys.exit(EXIT_CODE)
+        except (KeyboardInterrupt, click.Abort):
+            sys.exit(INTERRUPTED)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="fusedstep", message="%(package)s %(version)s")
-def group() -> None:
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """fusedstep: several decode steps per scheduler turn, for vLLM."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point of the ``fusedstep`` script."""
-    group(prog_name="fusedstep")
+    group.main(prog_name="fusedstep")

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 import click
 
+from fusedstep.demo import demo_model
 from fusedstep.errors import FusedStepError
+from fusedstep.policy import DecodeSteps
 
-# Options that a command does not know are vLLM's: they are passed on untouched.
-PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+
+class VllmCommand(click.Command):
+    """A command whose other arguments are vLLM's: passed on untouched, as ``vllm_args``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options = {name: p for p in self.get_params(ctx) for name in (*p.opts, *p.secondary_opts)}
+        ours: list[str] = []
+        vllm_args: list[str] = []
+        rest = iter(args)
+        for arg in rest:
+            name, equals, _ = arg.partition("=")
+            option = options.get(name)
+            if not isinstance(option, click.Option) or (option.is_flag and equals):
+                vllm_args.append(arg)  # also --help=GROUP: vLLM's help
+                continue
+            ours.append(arg)
+            if not option.is_flag and not equals:
+                ours.extend(itertools.islice(rest, 1))
+        unused = super().parse_args(ctx, ours)
+        ctx.params["vllm_args"] = tuple(vllm_args)
+        return unused
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["[MODEL]", *super().collect_usage_pieces(ctx), "[any vLLM option]..."]
 
 
 class Steps(click.ParamType[str]):
@@ -19,8 +46,6 @@ class Steps(click.ParamType[str]):
     name = "auto|N"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        from fusedstep.policy import DecodeSteps
-
         try:
             return str(DecodeSteps.parse(value))
         except FusedStepError as error:
@@ -55,24 +80,24 @@ decode_steps_option = click.option(
 )
 
 
-def split_model(args: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """MODEL (the bundled one without it) and vLLM's options, from what click left over."""
-    if args and not args[0].startswith("-"):
-        return args[0], args[1:]
-    return bundled_model(), args
+def split_model(vllm_args: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """MODEL (the bundled one without it) and the other arguments."""
+    if vllm_args and not vllm_args[0].startswith("-"):
+        return vllm_args[0], vllm_args[1:]
+    if not vllm_args:
+        return str(demo_model()), ()
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from fusedstep.vllm_plugin import arguments
 
-
-def bundled_model() -> str:
-    """Folder of SmolLM2-135M-Instruct, made on first use with a progress bar."""
-    from fusedstep.demo import demo_model
-
-    return str(demo_model())
+    args = arguments.parse(arguments.engine_parser(), vllm_args)
+    others = list(vllm_args)
+    if args.model_tag is not None:
+        others.remove(args.model_tag)
+    return args.model, tuple(others)
 
 
 def json_fields(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any]:
     """Callback of options that take a JSON object."""
-    import json
-
     try:
         fields = json.loads(value or "{}")
     except ValueError:

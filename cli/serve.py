@@ -7,26 +7,24 @@ from typing import TYPE_CHECKING
 import click
 
 from fusedstep.cli import console
-from fusedstep.cli.options import PASS_ON, decode_steps_option, split_model
+from fusedstep.cli.options import VllmCommand, decode_steps_option
 
 if TYPE_CHECKING:
     from fusedstep.vllm_plugin.server import Banner
 
 
-@click.command(context_settings=PASS_ON)
+@click.command(cls=VllmCommand)
 @decode_steps_option
 @click.option("--stock", is_flag=True, help="Serve with stock vLLM, for comparison.")
-@click.argument("model_and_vllm_options", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] ...")
-def serve(decode_steps: str, stock: bool, model_and_vllm_options: tuple[str, ...]) -> None:
+def serve(decode_steps: str, stock: bool, vllm_args: tuple[str, ...]) -> None:
     """Serve MODEL over the OpenAI API on 127.0.0.1:8000.
 
-    Every other option goes to vLLM untouched (see `vllm serve --help`). Without MODEL the bundled
-    SmolLM2-135M-Instruct is served.
+    Every other option goes to `vllm serve` untouched; --help=all lists them. Without MODEL the
+    bundled SmolLM2-135M-Instruct is served.
     """
     from fusedstep.vllm_plugin import server
 
-    model, vllm_args = split_model(model_and_vllm_options)
-    server.serve(model, decode_steps, stock, vllm_args, announce=_print)
+    server.serve(decode_steps, stock, vllm_args, announce=_print)
 
 
 def _print(banner: Banner) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusedstep.cli import console
-from fusedstep.cli.options import PASS_ON, decode_steps_option, json_fields, split_model
+from fusedstep.cli.options import VllmCommand, decode_steps_option, json_fields, split_model
 
 if TYPE_CHECKING:
     from fusedstep.bench.verify import Report
 
 
-@click.command(context_settings=PASS_ON)
+@click.command(cls=VllmCommand)
 @click.option("--prompts", type=click.Path(path_type=Path), help="One prompt per line, or JSONL.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=48, show_default=True)
 @click.option(
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 @decode_steps_option
 @click.option("--dtype", default="float32", show_default=True, help="The model's dtype.")
 @console.json_option
-@click.argument("model_and_vllm_options", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] ...")
 @click.pass_context
 def verify(
     ctx: click.Context,
@@ -36,7 +35,7 @@ def verify(
     decode_steps: str,
     dtype: str,
     json_path: str | None,
-    model_and_vllm_options: tuple[str, ...],
+    vllm_args: tuple[str, ...],
 ) -> None:
     """Check that fused decoding gives the same tokens as stock vLLM.
 
@@ -45,7 +44,7 @@ def verify(
     from fusedstep.bench import verify as library
 
     requests = library.read_requests(prompts, sampling)
-    model, options = split_model(model_and_vllm_options)
+    model, options = split_model(vllm_args)
     with console.stderr().status("reading") as status:
         report = library.verify(
             model, requests, max_tokens, decode_steps, dtype, options, status.update

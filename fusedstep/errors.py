@@ -7,6 +7,7 @@ without a traceback and exits with ``EXIT_CODE``.
 from __future__ import annotations
 
 EXIT_CODE = 2
+INTERRUPTED = 130  # what a shell reports for SIGINT
 
 
 class FusedStepError(Exception):

@@ -8,11 +8,16 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from fusedstep import demo
 from fusedstep.errors import ConfigError
-from fusedstep.vllm_plugin import compat, startup, wiring
+from fusedstep.vllm_plugin import arguments, compat, startup, wiring
 from fusedstep.vllm_plugin.register import SWITCH
+
+CLIENT_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -23,21 +28,20 @@ class Banner:
     device: str
     attention_backend: str
     decode_steps: str
-    url: str
-    versions: str
     kv_cache: str
+    versions: str
+    url: str
 
 
 def serve(
-    model: str,
-    decode_steps: str,
-    stock: bool,
-    vllm_args: Sequence[str],
-    announce: Callable[[Banner], None],
+    decode_steps: str, stock: bool, vllm_args: Sequence[str], announce: Callable[[Banner], None]
 ) -> None:
-    """Run the server until it is interrupted. ``vllm_args`` are ``vllm serve``'s own options.
+    """Run the server until it is interrupted. ``vllm_args``: [MODEL] and ``vllm serve``'s options.
 
-    Raises ConfigError (one line) for anything that keeps it from starting.
+    Raises:
+        ConfigError: anything that keeps the server from starting, in one line.
+        UnsupportedError: this vLLM version is not supported.
+        KeyboardInterrupt: it was interrupted before it was up.
     """
     compat.check_vllm_version()
     if stock:
@@ -45,104 +49,88 @@ def serve(
     else:
         wiring.switch_on()
     with startup.one_line_errors():
-        args = _parse(model, vllm_args)
-        if not stock:
-            options = wiring.engine_options(
-                decode_steps, {k: v for k, v in vars(args).items() if v is not None}
-            )
-            for name in ("worker_cls", "scheduler_cls"):
-                chosen = getattr(args, name)
-                setattr(args, name, options[name] if chosen in (None, "auto") else chosen)
-            args.additional_config = options["additional_config"]
-        bounded = wiring.bounded_kv_cache(
-            {k: v for k, v in vars(args).items() if _was_given(k, vllm_args)}
-        )
-        args.kv_cache_memory_bytes = bounded.get(
-            "kv_cache_memory_bytes", args.kv_cache_memory_bytes
-        )
-        _check_model(args.model)
-        _check_port(args.host, args.port)
-        _check_worker(args, decode_steps)
+        args = _parse(decode_steps, stock, vllm_args)
+        _check_port(args)
         announce(_banner(args, decode_steps, stock))
-        from vllm.entrypoints.cli.serve import ServeSubcommand
-
-        ServeSubcommand.cmd(args)
+        _run(args)
 
 
-def _parse(model: str, vllm_args: Sequence[str]) -> Namespace:
-    """``vllm serve``'s parser, with a one-line error instead of its usage text."""
+def _parse(decode_steps: str, stock: bool, vllm_args: Sequence[str]) -> Namespace:
+    """``vllm serve``'s arguments with fusedstep's worker, scheduler and K added."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="fusedstep serve"))
-
-    def error(message: str) -> None:
-        raise ConfigError(f"{message} (fusedstep serve takes every option of vllm serve)")
-
-    parser.error = error
-    args: Namespace = parser.parse_args([model, *vllm_args])
-    args.model = args.model_tag
-    args.subparser, args.host = "serve", args.host or "127.0.0.1"
-    if args.served_model_name is None and Path(model).is_dir():
-        args.served_model_name = [model, Path(model).name]
+    parser.set_defaults(subparser="serve", host="127.0.0.1")
+    args = arguments.parse(parser, vllm_args)
+    arguments.check_model(args)
+    given = arguments.given(parser, args)
+    vars(args).update(
+        wiring.bounded_kv_cache(given) if stock else wiring.engine_options(decode_steps, given)
+    )
+    if args.served_model_name is None and Path(args.model).is_dir():
+        bundled = Path(args.model) == demo.find_made()
+        args.served_model_name = [args.model, demo.MODEL_NAME if bundled else Path(args.model).name]
+    configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args
 
 
-def _was_given(name: str, vllm_args: Sequence[str]) -> bool:
-    """Did the user write this option?"""
-    flag = "--" + name.replace("_", "-")
-    return any(arg.split("=")[0].replace("_", "-") == flag for arg in vllm_args)
-
-
-def _check_model(model: str) -> None:
-    """A path that is not there would be taken for a name on the hub, and fail in ten lines."""
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_like_path and not Path(model).expanduser().exists():
-        raise ConfigError(
-            f"no model at {model}: give a folder that exists, or a hub name (org/name)"
-        )
-
-
-def _check_port(host: str, port: int) -> None:
-    """vLLM would find out too, after seconds of imports."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _check_port(args: Namespace) -> None:
+    """vLLM would find out too, but its error does not name the port."""
+    if args.uds:
+        return
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((args.host, args.port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {host}:{port} ({error.strerror}): choose another --port"
+                f"cannot listen on {args.host}:{args.port} ({error.strerror}): "
+                "choose another --host or --port"
             ) from None
 
 
-def _check_worker(args: Namespace, decode_steps: str) -> None:
-    """Our scheduler corrupts output under a runner that does not know windows: say so here."""
-    ours = args.scheduler_cls == compat.SCHEDULER_CLS
-    if ours and args.worker_cls != compat.WORKER_CLS and decode_steps != "1":
-        raise ConfigError(
-            f"FusedStepScheduler needs fusedstep's worker, not {args.worker_cls}: leave "
-            "--worker-cls out (or fix --decode-steps at 1)"
-        )
+def _run(args: Namespace) -> None:
+    """vLLM's server until it ends, which SIGINT and SIGTERM bring about at any time.
+
+    vLLM's first action is to set a handler for SIGTERM: ours comes after that. At the end vLLM
+    waits for its clients to hang up; a client of the engine that was just killed might wait too.
+    """
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.api_server import entry
+
+    setup_server = entry.setup_server
+
+    def set_up(*args: Any, **kwargs: Any) -> Any:
+        startup.end_on_signals()
+        return setup_server(*args, **kwargs)
+
+    entry.setup_server = set_up
+    entry.serve_http = partial(entry.serve_http, timeout_graceful_shutdown=CLIENT_SECONDS)
+    startup.end_quietly()
+    ServeSubcommand.cmd(args)
 
 
 def _banner(args: Namespace, decode_steps: str, stock: bool) -> Banner:
+    """What is known before the engine starts: the worker has the last word on attention."""
     import torch
     from vllm.platforms import current_platform
 
-    device = current_platform.get_device_name() if not current_platform.is_cpu() else "cpu"
-    backend = args.attention_backend or ("CPU_ATTN" if current_platform.is_cpu() else "auto")
+    on_cpu = current_platform.is_cpu()
+    backend = args.attention_backend or ("CPU_ATTN" if on_cpu else "chosen by vLLM")
     kv_bytes = args.kv_cache_memory_bytes
     return Banner(
-        model=str(args.model),
-        device=device,
+        model=args.model,
+        device="cpu" if on_cpu else current_platform.get_device_name(),
         attention_backend=str(getattr(backend, "name", backend)),
         decode_steps="stock vLLM" if stock else decode_steps,
-        url=f"http://{args.host}:{args.port}/v1",
+        kv_cache=f"{kv_bytes / wiring.GIB:.2f} GiB" if kv_bytes else "sized by vLLM",
         versions=f"vLLM {compat.vllm_version()}, torch {torch.__version__}, "
         f"Python {sys.version.split()[0]}",
-        kv_cache=f"{kv_bytes / wiring.GIB:.1f} GiB" if kv_bytes else "sized by vLLM",
+        url=args.uds or f"http://{args.host}:{args.port}/v1",
     )

@@ -1,4 +1,4 @@
-"""Why an engine did not start, in one line, out of vLLM's processes.
+"""Why an engine did not start, in one line, out of vLLM's processes; and an end without noise.
 
 vLLM's engine core and workers log a traceback each and the parent only learns that something
 failed. While a command starts an engine, the first process that fails writes its error into a
@@ -7,29 +7,38 @@ file that the command reads.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
 import os
+import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any, NoReturn
 
-from fusedstep.errors import ConfigError, FusedStepError
+import psutil
+
+from fusedstep.errors import INTERRUPTED, ConfigError, FusedStepError
 
 REASON_FILE = "FUSEDSTEP_REASON_FILE"
 FAILURES = ("EngineCore failed to start", "WorkerProc failed to start")
 PROCESSES = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 
 
-def first_line(error: BaseException | str) -> str:
+def first_line(error: BaseException) -> str:
     """One line that says what was wrong; pydantic hides it below its own headline."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in lines:
         if line.startswith("Value error, "):
             return line.removeprefix("Value error, ").split(" [type=")[0]
-    return lines[0] if lines else type(error).__name__
+    if isinstance(error, (FusedStepError, ValueError, OSError, RuntimeError)) and lines:
+        return lines[0]
+    return ": ".join([type(error).__name__, *lines[:1]])  # KeyError: 'name'
 
 
 @contextlib.contextmanager
@@ -42,7 +51,7 @@ def one_line_errors() -> Iterator[None]:
             yield
         except FusedStepError:
             raise
-        except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        except Exception as error:
             if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
                 raise
             known = reason.read_text() if reason.exists() else first_line(error)
@@ -68,3 +77,52 @@ def report_failures() -> None:
 
     for name in PROCESSES:
         logging.getLogger(name).addFilter(hand_over)
+
+
+def end_quietly() -> None:
+    """For a server that is about to start: when it is interrupted, it just ends.
+
+    vLLM 0.32 kills its engine core then and logs that it is dead, uvicorn logs each client that it
+    cuts off, Python reports the shared memory that it cleans up, and nanobind Triton's types
+    (Triton silences it in its own processes in the same way).
+    """
+    warnings = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
+    for place in (*logging.getLogger("vllm").handlers, logging.getLogger("uvicorn.error")):
+        place.addFilter(_tells_more_than_the_end)
+    atexit.register(_close_stderr)
+
+
+def end_on_signals() -> None:
+    """While the engine starts, SIGINT and SIGTERM end it at once; a running server has its own way.
+
+    vLLM 0.32 waits for its engine in pyzmq, which swallows the KeyboardInterrupt of a handler.
+    """
+
+    def end(*_: Any) -> NoReturn:
+        cleaner = getattr(resource_tracker, "_resource_tracker", None)  # ends by itself, after us
+        children = psutil.Process().children(recursive=True)
+        children = [child for child in children if child.pid != getattr(cleaner, "_pid", None)]
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=5)
+        if REASON_FILE in os.environ:
+            shutil.rmtree(Path(os.environ[REASON_FILE]).parent, ignore_errors=True)
+        os._exit(INTERRUPTED)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+
+
+def _tells_more_than_the_end(record: logging.LogRecord) -> bool:
+    """False for a dead engine (what killed it has been logged) and for clients cut off."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ not in ("EngineDeadError", "CancelledError")
+
+
+def _close_stderr() -> None:
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)

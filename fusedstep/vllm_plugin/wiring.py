@@ -41,24 +41,30 @@ def switch_on() -> None:
 
 
 def engine_options(decode_steps: object, given: dict[str, Any]) -> dict[str, Any]:
-    """``given`` vLLM engine options with fusedstep's worker, scheduler and K added.
+    """``given`` vLLM engine options, completed with fusedstep's worker, scheduler and K.
 
-    On the CPU it also bounds the KV cache, which vLLM would size to 92 % of the machine.
+    Raises:
+        ConfigError: a wrong number of decode steps.
     """
-    options = dict(given)
+    options = bounded_kv_cache(given)
     options.setdefault("worker_cls", compat.WORKER_CLS)
     options.setdefault("scheduler_cls", compat.SCHEDULER_CLS)
-    additional = dict(options.get("additional_config") or {})
     steps = DecodeSteps.parse(decode_steps)
-    additional["fusedstep"] = {"decode_steps": str(steps)} | additional.get("fusedstep", {})
+    additional = dict(options.get("additional_config") or {})
+    additional["fusedstep"] = {"decode_steps": str(steps), **additional.get("fusedstep", {})}
     options["additional_config"] = additional
-    return bounded_kv_cache(options)
+    return options
 
 
-def bounded_kv_cache(options: dict[str, Any]) -> dict[str, Any]:
-    """On the CPU: 2 GiB of KV cache (or half of what is free) unless the user sized it."""
+def bounded_kv_cache(given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` vLLM engine options; on the CPU with a KV cache of at most 2 GiB.
+
+    vLLM would take 92 % of the machine. Where less than 4 GiB is free, half of that is taken;
+    a user who sized it is left alone.
+    """
+    options = dict(given)
     sized = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
-    by_user = any(options.get(name) for name in sized) or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    by_user = any(given.get(name) for name in sized) or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if is_cpu_build() and not by_user:
         available = psutil.virtual_memory().available // 2
         options["kv_cache_memory_bytes"] = min(DEFAULT_CPU_KV_CACHE_BYTES, available)

@@ -1,0 +1,343 @@
+"""The commands: what goes to vLLM, and one line and exit code 2 for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import FUSEDSTEP, SMALL, free_port
+
+from fusedstep.bench import verify
+from fusedstep.cli.main import group
+from fusedstep.errors import ConfigError
+from fusedstep.vllm_plugin import compat, server
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run ``fusedstep`` in this process: exit code, stdout, stderr."""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            group.main(list(args), prog_name="fusedstep")
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def assert_one_line(err: str, words: str) -> None:
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("args", "decode_steps", "stock", "vllm_args"),
+    (
+        pytest.param((), "auto", False, (), id="nothing"),
+        pytest.param(("m", "--decode-steps", "4"), "4", False, ("m",), id="model first"),
+        pytest.param(
+            ("--enforce-eager", "m", "--decode-steps=4", "--port", "1"),
+            "4",
+            False,
+            ("--enforce-eager", "m", "--port", "1"),
+            id="flag first",
+        ),
+        pytest.param(
+            ("--hf-overrides", '{"a": [1]}', "--stock", "-O3", "-tp=2", "-dph", "--seed", "-1"),
+            "auto",
+            True,
+            ("--hf-overrides", '{"a": [1]}', "-O3", "-tp=2", "-dph", "--seed", "-1"),
+            id="json and short options",
+        ),
+        pytest.param(("--help=all",), "auto", False, ("--help=all",), id="help of vLLM"),
+        pytest.param(
+            ("--a.b.c", "1", "--", "m"), "auto", False, ("--a.b.c", "1", "--", "m"), id="dots"
+        ),
+    ),
+)
+def test_serve_keeps_its_options_and_passes_on_the_others(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    decode_steps: str,
+    stock: bool,
+    vllm_args: tuple[str, ...],
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(server, "serve", lambda *got, announce: seen.append(got))
+    monkeypatch.delenv("FUSEDSTEP_DECODE_STEPS", raising=False)
+    assert run("serve", *args)[0] == 0
+    assert seen == [(decode_steps, stock, vllm_args)]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    (
+        (("serve", "--decode-steps", "0"), "from 1 to 64, not '0'"),
+        (("serve", "--decode-steps=65"), "from 1 to 64, not '65'"),
+        (("serve", "--decode-steps"), "requires an argument"),
+        (("verify", "--max-tokens", "0"), "--max-tokens"),
+        (("verify", "--sampling", "[1]"), "want a JSON object"),
+        (("verify", "--json", "no/such/folder/x.json"), "cannot write no/such/folder/x.json"),
+        (("verify", "--json", "."), "it is a folder"),
+        (("verify", "--prompts", "no-such-file"), "cannot read the prompts file no-such-file"),
+        (("bench", "latency", "--batch-size", "1,0"), "want numbers from 1 up"),
+        (("no-such-command",), "No such command"),
+        (("--no-such-option",), "No such option"),
+    ),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_usage_is_one_line(run: Run, args: tuple[str, ...], words: str) -> None:
+    code, out, err = run(*args)
+    assert (code, out) == (2, "")
+    assert_one_line(err, words)
+
+
+@pytest.mark.parametrize("found", ("0.31.9", "0.34.0", None))
+@pytest.mark.parametrize("stock", ((), ("--stock",)))
+def test_wrong_vllm_is_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, found: str | None, stock: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(compat, "vllm_version", lambda: found)
+    code, _, err = run("serve", *stock)
+    assert code == 2
+    assert_one_line(err, "needs vLLM >=0.32,<0.34")
+
+
+def test_ctrl_c_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(server, "serve", interrupted)
+    assert run("serve") == (130, "", "\n")
+
+
+# Runs argument lists one after the other: vLLM is imported once. Prints [exit code, stderr] each.
+CHILD = """
+import contextlib, io, json, os, sys
+from fusedstep.cli.main import group
+results = []
+for args in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = group.main(args, prog_name="fusedstep")
+        except SystemExit as end:
+            code = end.code
+    results.append([code, err.getvalue()])
+from fusedstep.cli.options import split_model
+models = [split_model(tuple(args)) for args in json.loads(sys.argv[2])]
+print("RESULT" + json.dumps([results, models]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def child(model: str) -> tuple[dict[str, tuple[int, str]], list[Any]]:
+    """What ``serve`` says to wrong arguments, by name, and where ``split_model`` finds MODEL."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        wrong = {
+            "path": ["/no/such/model"],
+            "hub": ["no-such-org-of-fusedstep/no-such-model"],
+            "option": [model, "--max-model-lenn", "3"],
+            "value": [model, "--max-model-len", "many"],
+            "port": [model, "--port", port],
+            "context": [model, "--max-model-len", "100000", "--port", str(free_port())],
+        }
+        models = [
+            ["--enforce-eager", "m", "--dtype", "float32"],
+            ["--tokenizer", "m", "m"],
+            ["--max-model-len=1k", "--hf-overrides", '{"a": 1}'],
+            ["--model", "m"],
+        ]
+        args = [["serve", *args] for args in wrong.values()]
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, json.dumps(args), json.dumps(models)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    result = next((x for x in done.stdout.splitlines() if x.startswith("RESULT")), None)
+    assert result is not None, done.stderr
+    results, found = json.loads(result.removeprefix("RESULT"))
+    return dict(zip(wrong, map(tuple, results), strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    (
+        ("path", "no model at /no/such/model"),
+        ("hub", "no model no-such-org-of-fusedstep/no-such-model"),
+        ("option", "unrecognized arguments: --max-model-lenn"),
+        ("value", "argument --max-model-len"),
+        ("port", "choose another --host or --port"),
+    ),
+)
+def test_what_vllm_cannot_serve_is_one_line(child: Any, name: str, words: str) -> None:
+    code, err = child[0][name]
+    assert code == 2
+    assert_one_line(err, words)
+
+
+def test_context_longer_than_the_model_is_one_line_below_the_panel(child: Any) -> None:
+    code, err = child[0]["context"]
+    panel, _, message = err.partition("error: ")
+    assert code == 2
+    assert "max_model_len (100000) is greater" in message and message.count("\n") == 1
+    assert "CPU_ATTN" in panel and "Traceback" not in err
+
+
+def test_model_is_found_among_options(child: Any, model: str) -> None:
+    assert child[1] == [
+        ["m", ["--enforce-eager", "--dtype", "float32"]],
+        ["m", ["--tokenizer", "m"]],
+        [model, ["--max-model-len=1k", "--hf-overrides", '{"a": 1}']],
+        ["m", ["--model", "m"]],
+    ]
+
+
+def test_error_of_the_engine_core_is_one_line() -> None:
+    """It is raised in another process; nothing of the server may be left."""
+    args = ["--max-model-len", "8192", "--kv-cache-memory-bytes", "20000000", "--enforce-eager"]
+    done = subprocess.run(
+        [FUSEDSTEP, "serve", *args, "--port", str(free_port())],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        start_new_session=True,
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "max seq len (8192)" in errors[0]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def completion(tokens: list[int], gap: float = 1.0, finish: str = "length") -> dict[str, Any]:
+    """An engine's answer whose best logprob leads by ``gap``; 0 is the second best everywhere."""
+    return {
+        "prompt": "p",
+        "completions": [
+            {
+                "token_ids": tokens,
+                "finish_reason": finish,
+                "logprobs": [{t: (-0.5, 1), 0: (-0.5 - gap, 2)} for t in tokens],
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours", "verdict", "at"),
+    (
+        pytest.param(completion([1, 2]), completion([1, 2]), "identical", None, id="same"),
+        pytest.param(completion([1, 2]), completion([1, 0]), "DIFFERENT", 1, id="wide gap"),
+        pytest.param(completion([1, 2], 1e-5), completion([1, 0]), "near-tie", 1, id="near tie"),
+        pytest.param(
+            completion([1, 2], 1e-5), completion([1, 7]), "DIFFERENT", 1, id="not a candidate"
+        ),
+        pytest.param(completion([1, 2], 1e-5), completion([1]), "DIFFERENT", 1, id="too short"),
+        pytest.param(completion([1]), completion([1, 2]), "DIFFERENT", 1, id="too long"),
+        pytest.param(completion([1]), completion([1], finish="stop"), "DIFFERENT", 1, id="end"),
+    ),
+)
+def test_compare_tells_rounding_from_a_defect(
+    stock: dict[str, Any], ours: dict[str, Any], verdict: str, at: int | None
+) -> None:
+    item = verify.compare(stock, ours, 0, gap=1e-4)
+    assert (item.verdict, item.at) == (verdict, at)
+
+
+def test_report_counts() -> None:
+    items = [
+        verify.compare(completion([1, 2], 1e-5), completion(ours), 0, 1e-4)
+        for ours in ([1, 2], [1, 2], [1, 0], [3, 2])
+    ]
+    report = verify.Report("stock", items, 7.5, {}).as_dict()
+    assert {key: report[key] for key in ("requests", "identical", "near_tie", "different")} == {
+        "requests": 4,
+        "identical": 2,
+        "near_tie": 1,
+        "different": 1,
+    }
+    assert report["tokens"] == 8 and report["steps_per_window_mean"] == 7.5
+    assert [item["verdict"] for item in report["items"]][2:] == ["near-tie", "DIFFERENT"]
+
+
+def test_requests_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_text("one\n\ntwo\n")
+    assert verify.read_requests(path, {"top_k": 3}) == [
+        verify.Request("one", {"top_k": 3}),
+        verify.Request("two", {"top_k": 3}),
+    ]
+    path.write_text('{"prompt": "a", "logit_bias": {"7": 1}}\n{"prompt": "b", "top_k": 1}\n')
+    assert verify.read_requests(path, {"top_k": 3}) == [
+        verify.Request("a", {"top_k": 3, "logit_bias": {7: 1}}),
+        verify.Request("b", {"top_k": 1}),
+    ]
+    assert len(verify.read_requests(None, {})) >= 40
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    (
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"\xff\xfe", "cannot read"),
+        (b'{"prompt": "a"}\nb\n', "line 2: want JSON"),
+        (b'{"text": "a"}\n', "line 1: want JSON"),
+        (b'{"prompt": 3}\n', "line 1: want JSON"),
+        (b'{"prompt": "a", "logit_bias": {"x": 1}}\n', "line 1: want JSON"),
+    ),
+)
+def test_wrong_prompts_file_is_one_line(
+    run: Run, tmp_path: Path, content: bytes, words: str
+) -> None:
+    path = tmp_path / "prompts"
+    path.write_bytes(content)
+    code, _, err = run("verify", "--prompts", str(path))
+    assert code == 2
+    assert_one_line(err, words)
+    with pytest.raises(ConfigError):
+        verify.read_requests(path, {})
+
+
+def test_verify_finds_windows_identical_to_stock(tmp_path: Path, model: str) -> None:
+    lines: list[dict[str, Any]] = [
+        {"prompt": "The capital of France is"},
+        {"prompt": "Once upon a time", "max_tokens": 3},
+        {"prompt": "1, 2, 3,", "logprobs": 4},
+        {"prompt": "la la la", "repetition_penalty": 1.3},
+        {"prompt": "A list:", "stop": ["2."]},
+        {"prompt": "Yes", "ignore_eos": True, "n": 2, "temperature": 0.9, "seed": 1},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [FUSEDSTEP, "verify", model, "--prompts", str(path), "--max-tokens=12", "--json=-"]
+    done = subprocess.run([*command, *SMALL], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) >= {
+        "requests",
+        "identical",
+        "near_tie",
+        "different",
+        "tokens",
+        "steps_per_window_mean",
+        "items",
+    }
+    assert report["requests"] == len(report["items"]) == 7  # one request has two completions
+    assert report["identical"] + report["near_tie"] == 7 and report["different"] == 0
+    assert report["tokens"] == sum(item["tokens"] for item in report["items"]) > 50
+    assert report["steps_per_window_mean"] > 2
