@@ -86,7 +86,9 @@ class Result:
                 {
                     "batch_size": stock.batch_size,
                     "temperature": stock.temperature,
-                    "speedup": stock.ms_per_step.p50 / ours.ms_per_step.p50,
+                    "speedup": stock.ms_per_step.p50 / ours.ms_per_step.p50
+                    if ours.same_tokens
+                    else None,  # no speed-up of different outputs
                 }
                 for stock, ours in self.pairs()
             ],
@@ -136,7 +138,8 @@ def _point(
         for kind in KINDS:
             engine = engines[kind]
             engine.go_on()
-            if repeat == 0:  # warms up, and watches the forwards, which costs a little
+            if repeat == 0:  # warm up, then watch the forwards, which costs a little
+                _generate(engine, plan, batch_size, temperature, plan.short_len, -1)
                 engine.call("rpc", method="watch_forwards")
             short = _generate(engine, plan, batch_size, temperature, plan.short_len, repeat)
             long = _generate(engine, plan, batch_size, temperature, plan.output_len, repeat)

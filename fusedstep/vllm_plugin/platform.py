@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -51,5 +52,7 @@ class FusedStepCpuPlatform(OracleCpuPlatform):
 def _namespace(value: object) -> Mapping[str, Any]:
     """``vars`` for vLLM's dispatcher, which looks into every object of every module: llvmlite
     has one that answers ``__dict__`` with a function."""
-    namespace = getattr(value, "__dict__", None)
+    with warnings.catch_warnings():  # torch warns of a name it will drop
+        warnings.simplefilter("ignore", FutureWarning)
+        namespace = getattr(value, "__dict__", None)
     return namespace if isinstance(namespace, Mapping) else {}

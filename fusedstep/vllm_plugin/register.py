@@ -16,7 +16,7 @@ def register() -> None:
     startup.report_failures()
     if os.environ.get(SWITCH) != "on":
         return
-    from fusedstep.vllm_plugin.scheduler import announce_arrivals
+    from fusedstep.vllm_plugin.arrivals import announce_arrivals
 
     announce_arrivals()
 

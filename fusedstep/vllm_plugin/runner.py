@@ -17,8 +17,8 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from fusedstep.ops import dispatch, native
 from fusedstep.policy import MAX_STEPS
 from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin.arrivals import arrival_counter
 from fusedstep.vllm_plugin.model import VllmDecodeModel
-from fusedstep.vllm_plugin.scheduler import arrival_counter
 from fusedstep.vllm_plugin.tables import DeviceTables, PrefillSampler
 from fusedstep.window import arrivals, output
 from fusedstep.window.loop import run_window
@@ -90,6 +90,12 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.arrivals = arrival_counter(self.vllm_config)
         self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
         self.decode_model = VllmDecodeModel(self)
+
+    def shutdown(self) -> None:
+        """vLLM's own, and the counter's name if the engine core never came to take it away."""
+        if self.engine_reason is None and hasattr(self, "arrivals"):
+            self.arrivals.unlink()
+        super().shutdown()
 
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)

@@ -17,12 +17,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from fusedstep.errors import ConfigError
 from fusedstep.policy import Decision, DecodingRequest, Turn, decide
 from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin.arrivals import arrival_counter
 from fusedstep.window import arrivals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.request import Request
     from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
@@ -151,35 +151,3 @@ def refuse_foreign_worker(vllm_config: VllmConfig) -> None:
             f"FusedStepScheduler needs fusedstep's worker: add --worker-cls {compat.WORKER_CLS} "
             "(or fix decode steps at 1)"
         )
-
-
-def arrival_counter(vllm_config: VllmConfig) -> arrivals.ArrivalCounter:
-    """The one of this engine: its scheduler and its workers open the same."""
-    rank = vllm_config.parallel_config.data_parallel_index
-    return arrivals.ArrivalCounter(f"{vllm_config.instance_id}-{rank}")
-
-
-def announce_arrivals() -> None:
-    """Count a request when it reaches the engine core's input thread.
-
-    The main thread is blocked on the oldest window then and would learn of it too late.
-    """
-    from vllm.v1.engine.core import EngineCore
-
-    stock = EngineCore.preprocess_add_request
-    if getattr(stock, "announces", False):
-        return
-
-    def preprocess_add_request(self: EngineCore, request: EngineCoreRequest) -> Any:
-        counter = getattr(self.scheduler, "arrivals", None)
-        if counter is None:
-            return stock(self, request)
-        counter.add()
-        try:
-            return stock(self, request)
-        except BaseException:
-            counter.add(-1)  # it will never be added
-            raise
-
-    preprocess_add_request.announces = True  # type: ignore[attr-defined]
-    EngineCore.preprocess_add_request = preprocess_add_request

@@ -68,11 +68,16 @@ def _parse(decode_steps: str, stock: bool, vllm_args: Sequence[str]) -> Namespac
     args = arguments.parse(parser, vllm_args)
     arguments.check_model(args)
     given = arguments.given(parser, args)
+    bundled = Path(args.model) == demo.find_made()
+    if bundled and wiring.is_cpu_build():
+        # Compiled in bfloat16 so small a model loses its words, stock vLLM's too, and the first
+        # start takes two minutes instead of half of one: eager, unless the user compiles.
+        args.enforce_eager |= "compilation_config" not in given
+        given["enforce_eager"] = args.enforce_eager
     vars(args).update(
         wiring.bounded_kv_cache(given) if stock else wiring.engine_options(decode_steps, given)
     )
     if args.served_model_name is None and Path(args.model).is_dir():
-        bundled = Path(args.model) == demo.find_made()
         args.served_model_name = [args.model, demo.MODEL_NAME if bundled else Path(args.model).name]
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -27,6 +28,15 @@ def static(tensor: UvaBackedTensor) -> torch.Tensor:
     return cpu
 
 
+def untouched_zeros(like: torch.Tensor) -> torch.Tensor:
+    """Zeros of the same shape that take memory only where they are written.
+
+    max_num_reqs x vocab_size counts are 50 MiB for a small model; torch's allocator touches all.
+    """
+    memory = mmap.mmap(-1, like.numel() * like.element_size())
+    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+
+
 class DeviceTables:
     """Built once from the runner; rows are req_state_idx.
 
@@ -40,6 +50,7 @@ class DeviceTables:
         self.max_model_len = runner.max_model_len
         device, max_num_reqs = runner.device, runner.max_num_reqs
         bias, penalties, bad_words = sampler.logits_processors[:3]
+        penalties.output_bin_counts = untouched_zeros(penalties.output_bin_counts)
 
         self.requests = RequestState(
             last_sampled_tokens=state.last_sampled_tokens,
