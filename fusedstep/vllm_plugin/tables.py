@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +38,15 @@ def untouched_zeros(like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
 
 
+def release_free_memory() -> None:
+    """Give back what loading the model has freed: the allocators would keep it."""
+    process = ctypes.CDLL(None)
+    if hasattr(process, "MallocExtension_ReleaseFreeMemory"):
+        process.MallocExtension_ReleaseFreeMemory()
+    elif hasattr(process, "malloc_trim"):
+        process.malloc_trim(0)
+
+
 class DeviceTables:
     """Built once from the runner; rows are req_state_idx.
 
@@ -51,6 +61,7 @@ class DeviceTables:
         device, max_num_reqs = runner.device, runner.max_num_reqs
         bias, penalties, bad_words = sampler.logits_processors[:3]
         penalties.output_bin_counts = untouched_zeros(penalties.output_bin_counts)
+        release_free_memory()
 
         self.requests = RequestState(
             last_sampled_tokens=state.last_sampled_tokens,
