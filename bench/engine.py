@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal, Self
 
 from fusedstep.errors import ConfigError, FusedStepError
+from fusedstep.options import Options
 from fusedstep.vllm_plugin import arguments, compat, startup, wiring
 from fusedstep.vllm_plugin.register import SWITCH
 
@@ -31,8 +32,9 @@ class Engine:
     """Parent side. ``call`` runs a method of ``EngineServer`` in the child."""
 
     def __init__(
-        self, kind: Kind, model: str, decode_steps: str = "auto", options: tuple[str, ...] = ()
+        self, kind: Kind, model: str, options: Options, vllm_args: tuple[str, ...] = ()
     ) -> None:
+        wiring.check(options)  # stock is often the first of two: do not start it for nothing
         self.kind = kind
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by ``close``)
         self.connection, child = Pipe()
@@ -47,7 +49,7 @@ class Engine:
         )
         child.close()
         try:
-            self.call("start", kind=kind, model=model, decode_steps=decode_steps, options=options)
+            self.call("start", kind=kind, model=model, options=options, vllm_args=vllm_args)
         except BaseException:
             self.close()
             raise
@@ -103,20 +105,22 @@ class Engine:
 class EngineServer:
     """Child side: owns the vllm.LLM."""
 
-    def start(self, kind: Kind, model: str, decode_steps: str, options: tuple[str, ...]) -> None:
+    def start(self, kind: Kind, model: str, options: Options, vllm_args: tuple[str, ...]) -> None:
         compat.check_vllm_version()
+        if kind == "fusedstep":
+            wiring.switch_on(options)
         with startup.one_line_errors():
-            self._start(kind, model, decode_steps, options)
+            self._start(kind, model, options, vllm_args)
 
-    def _start(self, kind: Kind, model: str, decode_steps: str, options: tuple[str, ...]) -> None:
+    def _start(self, kind: Kind, model: str, options: Options, vllm_args: tuple[str, ...]) -> None:
         parser = arguments.engine_parser()
-        args = arguments.parse(parser, [*options, "--model", model])
+        args = arguments.parse(parser, [*vllm_args, "--model", model])
         arguments.check_model(args)
         given = {"worker_extension_cls": PROBE_CLS, **arguments.given(parser, args)}
         if kind == "fusedstep":
-            given = wiring.engine_options(decode_steps, given)
+            given = wiring.engine_options(options, given)
         else:
-            given = wiring.bounded_kv_cache(given)
+            given = wiring.cpu_defaults(given)
         import vllm
 
         self.llm = vllm.LLM(**given)

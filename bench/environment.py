@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 
+from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat
 
 
-def describe(model: str, options: tuple[str, ...], decode_steps: str) -> dict[str, Any]:
+def describe(model: str, options: Options, vllm_args: tuple[str, ...]) -> dict[str, Any]:
     """Everything that a reader needs to compare a row with their own."""
+    engine = {"model": Path(model).name, "options": list(vllm_args)}
+    return machine() | engine | options.as_dict()
+
+
+def machine() -> dict[str, Any]:
+    """The part that no engine has to do with."""
     return {
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -24,9 +31,6 @@ def describe(model: str, options: tuple[str, ...], decode_steps: str) -> dict[st
         "vllm": compat.vllm_version(),
         "fusedstep": version("fusedstep"),
         "git_sha": git_sha(),
-        "model": Path(model).name,
-        "decode_steps": decode_steps,
-        "options": list(options),
     }
 
 

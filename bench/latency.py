@@ -10,6 +10,8 @@ from typing import Any
 
 from fusedstep.bench.engine import Engine, Kind
 from fusedstep.bench.environment import describe
+from fusedstep.bench.spread import Spread
+from fusedstep.options import Options
 
 KINDS: tuple[Kind, ...] = ("stock", "fusedstep")
 
@@ -30,29 +32,6 @@ class Plan:
     def short_len(self) -> int:
         """The shorter of the two output lengths whose difference is measured."""
         return max(self.output_len // 4, 1)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """20th, 50th and 80th percentile, and the extremes."""
-
-    p20: float
-    p50: float
-    p80: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        ordered = sorted(values)
-
-        def quantile(q: float) -> float:
-            place = q * (len(ordered) - 1)
-            low = int(place)
-            high = min(low + 1, len(ordered) - 1)
-            return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-        return cls(quantile(0.2), quantile(0.5), quantile(0.8), ordered[0], ordered[-1])
 
 
 @dataclass(frozen=True)
@@ -99,8 +78,8 @@ class Result:
 def measure(
     model: str,
     plan: Plan,
-    decode_steps: str,
-    options: tuple[str, ...],
+    options: Options,
+    vllm_args: tuple[str, ...],
     progress: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """ms per step = (t(long) - t(short)) / (long - short): prefill and constant costs cancel.
@@ -111,19 +90,23 @@ def measure(
         engines: dict[Kind, Engine] = {}
         for kind in KINDS:
             progress(f"{kind}: starting the engine")
-            engines[kind] = stack.enter_context(Engine(kind, model, decode_steps, options))
+            engines[kind] = stack.enter_context(Engine(kind, model, options, vllm_args))
             engines[kind].stop_clock()
         rows: list[Row] = []
         for temperature in plan.temperatures:
             for batch_size in plan.batch_sizes:
                 progress(f"batch {batch_size}, temperature {temperature:g}")
                 rows += _point(engines, plan, batch_size, temperature)
+        env = describe(model, options, vllm_args)
         peak: dict[str, float] = {}
         for kind, engine in engines.items():
             engine.go_on()
             peak[kind] = engine.call("rpc", method="peak_rss_bytes") / (1 << 20)
+            if kind == "fusedstep":  # what ran, where "auto" was asked for
+                stats = engine.call("rpc", method="window_stats")
+                env |= {name: stats[name] for name in ("ops", "loop") if name in stats}
             engine.stop_clock()
-        return Result(describe(model, options, decode_steps), rows, peak)
+        return Result(env, rows, peak)
 
 
 def _point(

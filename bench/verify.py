@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fusedstep.bench.engine import Engine, Kind
 from fusedstep.errors import ConfigError
+from fusedstep.options import Options
 
 # Two engines that sum in another order differ by rounding: an argmax may then fall either way
 # when the two best logits are this close (natural-log units).
@@ -42,12 +43,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons of one run, and how long the windows were."""
+    """All comparisons of one run, how long the windows were, and what ran them."""
 
     oracle: Kind
     items: list[Item]
     steps_per_window_mean: float
     stock_steps: dict[str, int]
+    ops: str | None
+    loop: str
 
     def count(self, verdict: Verdict) -> int:
         return sum(item.verdict == verdict for item in self.items)
@@ -66,6 +69,8 @@ class Report:
             "steps_per_window_mean": self.steps_per_window_mean,
             "oracle": self.oracle,
             "stock_steps": self.stock_steps,
+            "ops": self.ops,
+            "loop": self.loop,
             "items": [asdict(item) for item in self.items],
         }
 
@@ -105,9 +110,9 @@ def verify(
     model: str,
     requests: list[Request],
     max_tokens: int,
-    decode_steps: str,
+    options: Options,
     dtype: str,
-    options: tuple[str, ...],
+    vllm_args: tuple[str, ...],
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Run both engines, one after the other, and compare.
@@ -124,11 +129,11 @@ def verify(
             request_params.setdefault("seed", 0)
     oracle: Kind = "oracle" if any(p["temperature"] > 0 for p in params) else "stock"
     prompts = [r.prompt for r in requests]
-    engine_options = (*options, "--dtype", dtype)
+    vllm_args = (*vllm_args, "--dtype", dtype)
 
     def run(kind: Kind) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         progress(f"{kind}: starting the engine")
-        with Engine(kind, model, decode_steps, engine_options) as engine:
+        with Engine(kind, model, options, vllm_args) as engine:
             progress(f"{kind}: {len(prompts)} requests")
             outputs = engine.call("generate", prompts=prompts, params=params)
             stats = engine.call("rpc", method="window_stats") if kind == "fusedstep" else {}
@@ -146,6 +151,8 @@ def verify(
         ],
         steps_per_window_mean=stats["steps"] / max(stats["windows"], 1),
         stock_steps=stats["stock_steps"],
+        ops=stats["ops"],
+        loop=stats["loop"],
     )
 
 

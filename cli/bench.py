@@ -10,13 +10,16 @@ from fusedstep.cli import console
 from fusedstep.cli.options import (
     Numbers,
     VllmCommand,
-    decode_steps_option,
     json_fields,
     split_model,
+    window_options,
 )
 
 if TYPE_CHECKING:
+    from fusedstep.bench import kernels as kernels_library
     from fusedstep.bench.latency import Result
+    from fusedstep.bench.spread import Spread
+    from fusedstep.options import Options
 
 
 @click.group()
@@ -37,7 +40,7 @@ def bench() -> None:
     help="Further sampling fields where the temperature is above 0.",
 )
 @click.option("--detokenize/--no-detokenize", default=True, help="Turn tokens into text.")
-@decode_steps_option
+@window_options
 @console.json_option
 def latency(
     batch_size: tuple[int, ...],
@@ -47,7 +50,7 @@ def latency(
     repeats: int,
     sampling: dict[str, Any],
     detokenize: bool,
-    decode_steps: str,
+    options: Options,
     json_path: str | None,
     vllm_args: tuple[str, ...],
 ) -> None:
@@ -58,7 +61,7 @@ def latency(
     """
     from fusedstep.bench import latency as library
 
-    model, options = split_model(vllm_args)
+    model, vllm_args = split_model(vllm_args)
     plan = library.Plan(
         batch_sizes=batch_size,
         temperatures=temperature,
@@ -66,10 +69,10 @@ def latency(
         output_len=output_len,
         repeats=repeats,
         sampling=sampling,
-        detokenize=detokenize and "--skip-tokenizer-init" not in options,
+        detokenize=detokenize and "--skip-tokenizer-init" not in vllm_args,
     )
     with console.stderr().status("preparing") as status:
-        result = library.measure(model, plan, decode_steps, options, status.update)
+        result = library.measure(model, plan, options, vllm_args, status.update)
     if json_path is not None:
         console.write_json(json_path, result.as_dict())
     if json_path != "-":
@@ -81,7 +84,8 @@ def _print(result: Result) -> None:
 
     env = result.env
     table = Table(
-        title=f"{env['model']}, {env['device']}, K {env['decode_steps']}, vLLM {env['vllm']}"
+        title=f"{env['model']}, {env['device']}, K {env['decode_steps']}, {env['ops']} ops, "
+        f"{env['loop']} loop, vLLM {env['vllm']}"
     )
     for heading in ("batch", "temperature"):
         table.add_column(heading, justify="right")
@@ -108,3 +112,131 @@ def _print(result: Result) -> None:
         f"peak memory of the worker: {peak['stock']:.0f} -> {peak['fusedstep']:.0f} MiB; "
         "spreads are min-max over the repeats"
     )
+
+
+@bench.command()
+@click.option(
+    "--device",
+    type=click.Choice(("cpu", "cuda")),
+    help="Default: cuda if there is a GPU, else cpu.",
+)
+@click.option("--vocab-size", type=click.IntRange(min=100), default=151936, show_default=True)
+@click.option("--batch-size", type=Numbers(int, 1), default="1,8,64", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(("bfloat16", "float16", "float32")),
+    default="bfloat16",
+    show_default=True,
+    help="Of the logits.",
+)
+@click.option("--repeats", type=click.IntRange(min=2), default=50, show_default=True)
+@click.option(
+    "--case",
+    "cases",
+    multiple=True,
+    help="Only this case, may be repeated: greedy, temperature, top_p, top_k_top_p, min_p, "
+    "penalties, logprobs, top_p_flat.",
+)
+@console.json_option
+def kernels(
+    device: str | None,
+    vocab_size: int,
+    batch_size: tuple[int, ...],
+    dtype: str,
+    repeats: int,
+    cases: tuple[str, ...],
+    json_path: str | None,
+) -> None:
+    """One decode step's work between lm_head and the next forward, alternating.
+
+    Stock vLLM's kernels for it, ours, and the floor: the time in which the memory could deliver
+    what must be read. Needs no model.
+    """
+    import torch
+
+    from fusedstep.bench import kernels as library
+
+    plan = library.Plan(
+        device=library.pick_device(device),
+        cases=library.pick_cases(cases),
+        batch_sizes=batch_size,
+        vocab_size=vocab_size,
+        dtype=getattr(torch, dtype),
+        repeats=repeats,
+    )
+    with console.stderr().status("preparing") as status:
+        result = library.measure(plan, status.update)
+    if json_path is not None:
+        console.write_json(json_path, result.as_dict())
+    if json_path != "-":
+        _print_kernels(result)
+
+
+def _print_kernels(result: kernels_library.Result) -> None:
+    from rich.table import Table
+
+    env, on_gpu = result.env, result.env["device_type"] == "cuda"
+    table = Table(
+        title=f"{env['device']}, {env['vocab_size']} {env['dtype']} logits, vLLM {env['vllm']}"
+    )
+    table.add_column("case")
+    table.add_column("batch", justify="right")
+    for name in ("stock", "fusedstep"):
+        table.add_column(f"{name}\nus/step", justify="right")
+    headings = ["ratio", "GB/s", "% of floor"] + ["stock unseeded", "kernels"] * on_gpu
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        cells = [
+            row.case,
+            str(row.batch_size),
+            _time(row.stock_us, row.stock_captured),
+            _time(row.fusedstep_us, row.fusedstep_captured),
+            _ratio(row),
+            f"{row.gb_per_s:.1f}",
+            f"{row.floor_share:.1%}",
+        ]
+        if on_gpu:
+            cells.append(_time(row.stock_unseeded_us, row.stock_unseeded_captured))
+            cells.append(f"{row.stock_launches} -> {row.fusedstep_launches}")
+        table.add_row(*cells)
+    out = console.stdout()
+    out.print(table)
+    out.print(_GPU_NOTE if on_gpu else _CPU_NOTE)
+    if any(row.num_tied for row in result.rows):
+        out.print(_TIE_NOTE)
+    out.print(
+        f"Times are p50 (p20-p80) of {env['repeats']} repeats; memory: "
+        f"{result.bandwidth_gb_per_s:.1f} GB/s; logits in turn from "
+        f"{min(row.logits_mib for row in result.rows):.0f} MiB or more."
+    )
+
+
+_CPU_NOTE = (
+    "Stock is the sampler of vLLM's CPU runner alone: its input preparation and bookkeeping, "
+    "Python in the runner, are left out; ours does all of it. Stock draws noise of its own: "
+    "sampled tokens were compared with what our noise picks from its processed logits. Freed "
+    "memory is kept, as by tcmalloc, and torch has all cores but one, as in vLLM's worker."
+)
+_GPU_NOTE = (
+    "Stock is Model Runner V2's device work of a step with seeded requests, without its host work; "
+    "both are CUDA graphs unless marked eager. Stock unseeded: FlashInfer's sampler, where vLLM "
+    "would choose it for requests without a seed (other noise, not compared)."
+)
+_TIE_NOTE = (
+    "Tied: tokens differ where equal logits lie at the cut of top-k or top-p; vLLM does not define "
+    "which of them stay."
+)
+
+
+def _ratio(row: kernels_library.Row) -> str:
+    if row.ratio is None:
+        return f"{row.num_different}/{row.num_compared} differ"
+    return f"{row.ratio:.2f}" + f" ({row.num_tied} tied)" * (row.num_tied > 0)
+
+
+def _time(spread: Spread | None, captured: bool | None) -> str:
+    if spread is None:
+        return ""
+    text = f"{spread.p50:.1f} ({spread.p20:.1f}-{spread.p80:.1f})"
+    return text + " eager" * (captured is False)

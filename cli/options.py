@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -10,9 +11,9 @@ from typing import Any
 
 import click
 
+from fusedstep.cli.console import Command
 from fusedstep.demo import demo_model
-from fusedstep.errors import FusedStepError
-from fusedstep.policy import DecodeSteps
+from fusedstep.options import LOOPS, OPS, Options
 
 
 class VllmCommand(click.Command):
@@ -40,18 +41,6 @@ class VllmCommand(click.Command):
         return ["[MODEL]", *super().collect_usage_pieces(ctx), "[any vLLM option]..."]
 
 
-class Steps(click.ParamType[str]):
-    """``auto`` or a window length."""
-
-    name = "auto|N"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
-        try:
-            return str(DecodeSteps.parse(value))
-        except FusedStepError as error:
-            self.fail(str(error), param, ctx)
-
-
 class Numbers(click.ParamType[tuple[Any, ...]]):
     """A comma-separated list of numbers."""
 
@@ -70,14 +59,32 @@ class Numbers(click.ParamType[tuple[Any, ...]]):
         return numbers
 
 
-decode_steps_option = click.option(
-    "--decode-steps",
-    type=Steps(),
-    envvar="FUSEDSTEP_DECODE_STEPS",
-    default="auto",
-    show_default=True,
-    help="Decode steps per window: a number from 1 to 64, or auto.",
-)
+def window_options(command: Command) -> Command:
+    """Add --decode-steps, --ops and --loop to a command, as its parameter ``options: Options``."""
+
+    default = "Default: FUSEDSTEP_{}, else auto."
+
+    @click.option(
+        "--decode-steps",
+        metavar="auto|N",
+        help=f"Decode steps per window, 1 to 64. {default.format('DECODE_STEPS')}",
+    )
+    @click.option(
+        "--ops",
+        type=click.Choice(OPS),
+        help=f"Step operations; triton on a CPU is interpreted. {default.format('OPS')}",
+    )
+    @click.option(
+        "--loop",
+        type=click.Choice(LOOPS),
+        help=f"Form of the loop; on a CPU it is eager. {default.format('LOOP')}",
+    )
+    @functools.wraps(command)
+    def parsed(*args: Any, decode_steps: Any, ops: Any, loop: Any, **others: Any) -> Any:
+        options = Options.parse({"decode_steps": decode_steps, "ops": ops, "loop": loop})
+        return command(*args, options=options, **others)
+
+    return parsed  # type: ignore[return-value]
 
 
 def split_model(vllm_args: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

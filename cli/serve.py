@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import click
 
 from fusedstep.cli import console
-from fusedstep.cli.options import VllmCommand, decode_steps_option
+from fusedstep.cli.options import VllmCommand, window_options
 
 if TYPE_CHECKING:
+    from fusedstep.options import Options
     from fusedstep.vllm_plugin.server import Banner
 
 
 @click.command(cls=VllmCommand)
-@decode_steps_option
+@window_options
 @click.option("--stock", is_flag=True, help="Serve with stock vLLM, for comparison.")
-def serve(decode_steps: str, stock: bool, vllm_args: tuple[str, ...]) -> None:
+def serve(options: Options, stock: bool, vllm_args: tuple[str, ...]) -> None:
     """Serve MODEL over the OpenAI API on 127.0.0.1:8000.
 
     Every other option goes to `vllm serve` untouched; --help=all lists them. Without MODEL the
@@ -24,7 +25,7 @@ def serve(decode_steps: str, stock: bool, vllm_args: tuple[str, ...]) -> None:
     """
     from fusedstep.vllm_plugin import server
 
-    server.serve(decode_steps, stock, vllm_args, announce=_print)
+    server.serve(options, stock, vllm_args, announce=_print)
 
 
 def _print(banner: Banner) -> None:
@@ -37,9 +38,12 @@ def _print(banner: Banner) -> None:
         ("device", banner.device),
         ("attention", banner.attention_backend),
         ("decode steps", banner.decode_steps),
+        ("ops", banner.ops),
+        ("loop", banner.loop),
         ("KV cache", banner.kv_cache),
         ("versions", banner.versions),
         ("server", banner.url),
     ):
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     console.stderr().print(Panel(table, title="fusedstep serve", expand=False))

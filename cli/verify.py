@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusedstep.cli import console
-from fusedstep.cli.options import VllmCommand, decode_steps_option, json_fields, split_model
+from fusedstep.cli.options import VllmCommand, json_fields, split_model, window_options
 
 if TYPE_CHECKING:
     from fusedstep.bench.verify import Report
+    from fusedstep.options import Options
 
 
 @click.command(cls=VllmCommand)
 @click.option("--prompts", type=click.Path(path_type=Path), help="One prompt per line, or JSONL.")
+@click.option("--limit", type=click.IntRange(min=1), help="Take the first so many prompts.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=48, show_default=True)
 @click.option(
     "--sampling",
@@ -23,16 +25,17 @@ if TYPE_CHECKING:
     metavar="JSON",
     help="Sampling fields for prompts that do not set them (vLLM's SamplingParams names).",
 )
-@decode_steps_option
+@window_options
 @click.option("--dtype", default="float32", show_default=True, help="The model's dtype.")
 @console.json_option
 @click.pass_context
 def verify(
     ctx: click.Context,
     prompts: Path | None,
+    limit: int | None,
     max_tokens: int,
     sampling: dict[str, Any],
-    decode_steps: str,
+    options: Options,
     dtype: str,
     json_path: str | None,
     vllm_args: tuple[str, ...],
@@ -43,11 +46,11 @@ def verify(
     """
     from fusedstep.bench import verify as library
 
-    requests = library.read_requests(prompts, sampling)
-    model, options = split_model(vllm_args)
+    requests = library.read_requests(prompts, sampling)[:limit]
+    model, vllm_args = split_model(vllm_args)
     with console.stderr().status("reading") as status:
         report = library.verify(
-            model, requests, max_tokens, decode_steps, dtype, options, status.update
+            model, requests, max_tokens, options, dtype, vllm_args, status.update
         )
     if json_path is not None:
         console.write_json(json_path, report.as_dict())
@@ -83,5 +86,6 @@ def _print(report: Report) -> None:
         f"{len(report.items)} completions, {report.tokens} tokens against {oracle}: "
         f"{report.count('identical')} identical, {report.count('near-tie')} near-tie, "
         f"{report.count('DIFFERENT')} DIFFERENT; "
-        f"{report.steps_per_window_mean:.1f} steps per window"
+        f"{report.steps_per_window_mean:.1f} steps per window, {report.ops} ops, "
+        f"{report.loop} loop"
     )

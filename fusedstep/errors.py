@@ -20,3 +20,7 @@ class ConfigError(FusedStepError):
 
 class UnsupportedError(FusedStepError):
     """Valid, but this version or machine cannot do it; the message says what can."""
+
+
+class TensorError(FusedStepError):
+    """A tensor has a shape, dtype, stride or device that a kernel cannot take; it is named."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusedstep.options import Options
 from fusedstep.vllm_plugin import wiring
 
-wiring.switch_on()
+wiring.switch_on(Options.parse({}))
 
 import vllm  # noqa: E402  (vLLM picks its platform at import: the switch comes first)
 
@@ -14,12 +15,21 @@ import vllm  # noqa: E402  (vLLM picks its platform at import: the switch comes 
 class LLM(vllm.LLM):  # type: ignore[misc]
     """A ``vllm.LLM`` that decodes in windows of up to ``decode_steps`` steps.
 
-    ``decode_steps``: "auto" or a number from 1 to 64; every other argument is vLLM's.
+    ``decode_steps``: "auto" or a number from 1 to 64; ``ops``, ``loop``: see ``Options``. None
+    leaves an option to the environment, else it is "auto". Every other argument is vLLM's.
     Raises ConfigError for a wrong value, UnsupportedError for a vLLM out of range.
     """
 
-    def __init__(self, model: str, decode_steps: int | str = "auto", **vllm_kwargs: Any) -> None:
-        super().__init__(model, **wiring.engine_options(decode_steps, vllm_kwargs))
+    def __init__(
+        self,
+        model: str,
+        decode_steps: int | str | None = None,
+        ops: str | None = None,
+        loop: str | None = None,
+        **vllm_kwargs: Any,
+    ) -> None:
+        options = Options.parse({"decode_steps": decode_steps, "ops": ops, "loop": loop})
+        super().__init__(model, **wiring.engine_options(options, vllm_kwargs))
 
     def window_stats(self) -> dict[str, Any]:
         """Windows, steps, tokens, and stock steps by reason since start (first worker)."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import pytest
 
 
@@ -12,6 +15,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where tensors live in tests that take the fixture `device`",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU, Triton kernels run in Triton's interpreter, in this process only.
+
+    Triton decides when it decorates a kernel, for its own library when it is first imported. The
+    knob keeps the choice; child processes see no variable and are what they are without tests.
+    """
+    if config.getoption("--device") == "cpu" and find_spec("triton"):
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton
+
+        triton.knobs.runtime.interpret = True
+        ignored = "ignore::RuntimeWarning:triton.runtime.interpreter"  # inf - inf and the like
+        config.addinivalue_line("filterwarnings", ignored)
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ class EngineChild:
 
 
 def start(switch: str, model: str, options: dict[str, Any]) -> None:
-    """Child: build the engine. ``switch`` is FUSEDSTEP's value."""
+    """Child: build the engine. ``switch`` is FUSEDSTEP's value, ``options`` go to LLM."""
     global ENGINE
     os.environ |= {
         "FUSEDSTEP": switch,
@@ -37,6 +37,10 @@ def start(switch: str, model: str, options: dict[str, Any]) -> None:
         "VLLM_NO_USAGE_STATS": "1",
     }
     if switch == "on":
+        from fusedstep.options import Options
+        from fusedstep.vllm_plugin import wiring
+
+        wiring.switch_on(Options.parse({"ops": options.get("ops")}))  # before torch's Triton
         from fusedstep import LLM
     else:
         from vllm import LLM

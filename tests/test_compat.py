@@ -22,17 +22,21 @@ def test_other_versions_get_one_line(monkeypatch, found):
     assert "\n" not in str(error.value)
 
 
-def test_decode_steps_precedence(monkeypatch):
-    def steps(options):
-        return str(compat.decode_steps(SimpleNamespace(additional_config=options)))
+def test_options_of_an_engine(monkeypatch):
+    def options(given, device_type="cpu"):
+        device_config = SimpleNamespace(device_type=device_type)
+        config = SimpleNamespace(additional_config=given, device_config=device_config)
+        return compat.options(config)
 
     monkeypatch.delenv("FUSEDSTEP_DECODE_STEPS", raising=False)
-    assert steps({}) == "auto"
+    assert str(options({}).decode_steps) == "auto"
     monkeypatch.setenv("FUSEDSTEP_DECODE_STEPS", "9")
-    assert steps({}) == "9"
-    assert steps({"fusedstep": {"decode_steps": 5}}) == "5"
-    with pytest.raises(ConfigError):
-        steps({"fusedstep": {"decode_steps": 0}})
+    assert str(options({}).decode_steps) == "9"
+    assert str(options({"fusedstep": {"decode_steps": 5}}).decode_steps) == "5"
+    assert options({"fusedstep": {"loop": "replay"}}, "cuda").loop == "replay"
+    for wrong in ({"decode_steps": 0}, {"loop": "replay"}, {"steps": 3}):
+        with pytest.raises(ConfigError):
+            options({"fusedstep": wrong})
 
 
 @pytest.mark.parametrize(

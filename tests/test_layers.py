@@ -25,6 +25,7 @@ RANKS = {
     "fusedstep.errors": 0,
     "fusedstep.demo": 1,
     "fusedstep.policy": 1,
+    "fusedstep.options": 1,
     "fusedstep.kernels": 1,
     "fusedstep.ops": 2,
     "fusedstep.window": 3,

@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from fusedstep.errors import ConfigError
-
-ENV = "FUSEDSTEP_OPS"
-NAMES = ("native", "reference", "triton")
-
 
 class Choice(NamedTuple):
-    """``name`` is one of NAMES, or None where nothing can run; ``reason`` says why, in words."""
+    """``name`` is None where nothing can run; ``reason`` says why this name, in words."""
 
     name: str | None
     reason: str
 
 
-def resolve(device: torch.device, override: str | None = None) -> Choice:
-    """Choose for ``device``; ``override``, or else the variable FUSEDSTEP_OPS, forces a choice.
-
-    Raises ConfigError if the forced name is unknown.
-    """
-    source = "the argument" if override else ENV
-    forced = override or os.environ.get(ENV) or None
-    if forced is not None and forced not in NAMES:
-        raise ConfigError(f"{source} asks for step operations {forced!r}; use {', '.join(NAMES)}")
-    name = forced or ("native" if device.type == "cpu" else "triton")
-    if name == "triton":
-        return Choice(None, "the Triton step kernels are not built yet")
+def resolve(device: torch.device, ops: str = "auto") -> Choice:
+    """Choose for ``device``; an ``ops`` other than ``auto`` (see ``Options``) forces the choice."""
+    name = ops
+    if ops == "auto":
+        name = "native" if device.type == "cpu" else "triton"
+    if name == "triton" and (reason := _no_triton(device)):
+        return Choice(None, reason)
     if name == "native" and device.type != "cpu":
         return Choice(None, f"the native step operations run on a CPU, not on {device.type}")
-    return Choice(name, f"forced by {source}" if forced else f"the device is a {device.type}")
+    return Choice(name, f"the device is a {device.type}" if ops == "auto" else "forced by --ops")
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The class of an implementation; it is bound to state tensors when it is called.
-
-    ``name`` is one that ``resolve`` answers.
-    """
+    """The class of an implementation; it is bound to state tensors when it is called."""
     if name == "reference":
         from fusedstep.ops.reference import ReferenceStep
 
         return ReferenceStep
+    if name == "triton":
+        from fusedstep.ops.triton_step import TritonStep
+
+        return TritonStep
     from fusedstep.ops.native import NativeStep
 
     return NativeStep
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on ``device``."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on a CPU only interpreted, for tests: set TRITON_INTERPRET=1"
+    return None

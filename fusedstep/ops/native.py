@@ -15,14 +15,18 @@ import numpy.typing as npt
 import torch
 
 from fusedstep.ops import native_rows, native_sample
+from fusedstep.ops.check import check_logits, check_rows, check_state
 from fusedstep.ops.types import (
     PAD_SLOT_ID,
+    BatchNeeds,
     RequestState,
     SamplingState,
     StepInputs,
     StopState,
     WindowRows,
 )
+
+CPU = torch.device("cpu")
 
 # The integer type that carries a 16-bit float's bits to native_sample.widen.
 _BIT_CARRIERS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
@@ -58,19 +62,13 @@ class _Group(NamedTuple):
     block_size: int
 
 
-def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    assert tensor.is_contiguous(), "kernels are compiled for contiguous state"
-    return tensor.numpy()
-
-
 def _views(view_class: Any, state: object) -> Any:
-    return view_class(*(_array(getattr(state, name)) for name in view_class._fields))
+    return view_class(*(getattr(state, name).numpy() for name in view_class._fields))
 
 
 def flat_logits(logits: torch.Tensor) -> npt.NDArray[Any]:
     """A 1-D view of [n, V] logits with any row stride; 16-bit floats come as integers."""
     num_rows, vocab_size = logits.shape
-    assert vocab_size == 1 or logits.stride(1) == 1, "logits must be contiguous in the vocabulary"
     size = (num_rows - 1) * logits.stride(0) + vocab_size if num_rows else 0
     flat = logits.as_strided((size,), (1,))
     carrier = _BIT_CARRIERS.get(logits.dtype)
@@ -79,7 +77,7 @@ def flat_logits(logits: torch.Tensor) -> npt.NDArray[Any]:
 
 
 class NativeStep:
-    """``prepare``, then ``sample`` and ``advance`` once per decode step, on bound state."""
+    """``prepare``, then ``step`` once per decode step, on bound state."""
 
     def __init__(
         self,
@@ -90,6 +88,7 @@ class NativeStep:
         block_tables: tuple[torch.Tensor, ...],  # per group [R, max_num_blocks] int32
         num_blocks: torch.Tensor,  # [num_kv_cache_groups, R] int32
     ) -> None:
+        check_state(requests, sampling, stop, inputs, block_tables, num_blocks, CPU)
         vocab_size = requests.output_bin_counts.shape[1]
         self._vocab_size = vocab_size
         self._requests = _views(RequestStateViews, requests)
@@ -98,10 +97,10 @@ class NativeStep:
         self._inputs = _views(StepInputsViews, inputs)
         self._groups = [
             _Group(
-                block_table=_array(block_table),
-                num_blocks=_array(num_blocks[group]),
-                input_block_table=_array(inputs.input_block_tables[group]),
-                slots=_array(inputs.slot_mappings[group]),
+                block_table=block_table.numpy(),
+                num_blocks=num_blocks[group].numpy(),
+                input_block_table=inputs.input_block_tables[group].numpy(),
+                slots=inputs.slot_mappings[group].numpy(),
                 block_size=inputs.block_sizes[group],
             )
             for group, block_table in enumerate(block_tables)
@@ -111,15 +110,15 @@ class NativeStep:
         )
         self._rows: dict[int, tuple[WindowRows, Any]] = {}
 
-    def prepare(self, rows: WindowRows, num_reqs: int) -> int:
+    def prepare(self, rows: WindowRows, num_reqs: int) -> None:
         """Start a window of ``num_reqs`` rows, whose ``idx_mapping`` and ``budget`` are staged.
 
         A row is active if its request has not stopped and its budget is positive. Gathers the
         block tables and writes the first step's inputs; an inactive row gets PAD_SLOT_ID, places
-        beyond the batch get ``seq_lens`` 0 and PAD_SLOT_ID. Returns the number of active rows.
+        beyond the batch get ``seq_lens`` 0 and PAD_SLOT_ID.
         """
         views = self._views_of(rows)
-        num_active: int = native_rows.prepare_rows(num_reqs, views, self._requests, self._inputs)
+        native_rows.prepare_rows(num_reqs, views, self._requests, self._inputs)
         for group in self._groups:
             native_rows.gather_blocks(
                 num_reqs,
@@ -130,13 +129,26 @@ class NativeStep:
             )
             group.slots[num_reqs:] = PAD_SLOT_ID
         self._map_slots(views, num_reqs)
-        return num_active
 
-    def sample(
+    def step(
         self,
         logits: torch.Tensor,  # [num_reqs, V] bfloat16, float16 or float32, any row stride
         rows: WindowRows,
         num_reqs: int,
+        needs: BatchNeeds,
+    ) -> None:
+        """``sample``, then emit the tokens, apply the stop rule and place the next inputs.
+
+        A row ends when its request stops (``StopState``) or its budget is used; it then keeps its
+        position and gets PAD_SLOT_ID.
+        """
+        self.sample(logits, rows, num_reqs, needs)
+        views = self._views_of(rows)
+        native_rows.advance_rows(num_reqs, views, self._requests, self._stop, self._inputs)
+        self._map_slots(views, num_reqs)
+
+    def sample(
+        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
     ) -> None:
         """Write the token of each active row to ``rows.sampled``. ``logits`` is left as it is.
 
@@ -144,7 +156,7 @@ class NativeStep:
         of the largest logit after bias, penalties and bad words; min-p, top-k and top-p cannot
         change it and are skipped.
         """
-        assert logits.shape == (num_reqs, self._vocab_size)
+        check_logits(logits, num_reqs, self._vocab_size, CPU)
         native_sample.sample_rows(
             flat_logits(logits),
             logits.stride(0),
@@ -153,27 +165,23 @@ class NativeStep:
             self._views_of(rows),
             self._requests,
             self._sampling,
+            needs.logprobs,
             self._scratch,
         )
 
-    def advance(self, rows: WindowRows, num_reqs: int, step: int) -> int:
-        """Record the sampled tokens as step ``step`` and place the next step's inputs.
-
-        A row ends when its request stops (``StopState``) or its budget is used; it then keeps its
-        position and gets PAD_SLOT_ID. Returns the number of rows that are still active.
-        """
-        views = self._views_of(rows)
-        num_active: int = native_rows.advance_rows(
-            num_reqs, step, views, self._requests, self._stop, self._inputs
-        )
-        self._map_slots(views, num_reqs)
-        return num_active
-
     def token_logprobs(
-        self, logits: torch.Tensor, token_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the function ``token_logprobs``."""
-        return token_logprobs(logits, token_ids)
+        self,
+        logits: torch.Tensor,  # [n, V] bfloat16, float16 or float32, any row stride
+        token_ids: torch.Tensor,  # [n, m] int64, m >= 1
+    ) -> torch.Tensor:
+        """Log softmax of raw logits at ``token_ids``: float32 [n, m]."""
+        flat, ids = flat_logits(logits), token_ids.contiguous().numpy()
+        logprobs = np.empty(ids.shape, np.float32)
+        row, weights, _ = self._scratch
+        for i in range(len(ids)):
+            raw = flat[i * logits.stride(0) :][: self._vocab_size]
+            native_sample.row_logprobs(raw, ids[i], row, weights, logprobs[i])
+        return torch.from_numpy(logprobs)
 
     def _map_slots(self, views: Any, num_reqs: int) -> None:
         for group in self._groups:
@@ -190,29 +198,9 @@ class NativeStep:
         """Views are kept for each WindowRows seen: a runner has two, one per slot."""
         known = self._rows.get(id(rows))
         if known is None:
+            check_rows(rows, CPU)
             known = self._rows[id(rows)] = (rows, _views(WindowRowsViews, rows))
         return known[1]
-
-
-def token_logprobs(
-    logits: torch.Tensor,  # [n, V] bfloat16, float16 or float32, any row stride
-    token_ids: torch.Tensor,  # [n, m] int64, m >= 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log softmax of raw logits at ``token_ids``, [n, m] float32, and the first ids' ranks, [n].
-
-    As vLLM's ``compute_token_logprobs`` and ``_ranks_kernel``: a rank (int64) counts the logits
-    that are at least that of column 0's token.
-    """
-    num_rows, vocab_size = logits.shape
-    flat, ids = flat_logits(logits), token_ids.contiguous().numpy()
-    logprobs, ranks = np.empty(ids.shape, np.float32), np.empty(num_rows, np.int64)
-    row, weights = np.empty((2, vocab_size), np.float32)
-    for i in range(num_rows):
-        start = i * logits.stride(0)
-        raw = flat[start : start + vocab_size]
-        native_sample.row_logprobs(raw, ids[i], row, weights, logprobs[i])
-        ranks[i] = native_sample.row_rank(raw, ids[i, 0])
-    return torch.from_numpy(logprobs), torch.from_numpy(ranks)
 
 
 def warm_up(vocab_size: int, dtype: torch.dtype, num_groups: int = 1) -> None:
@@ -223,9 +211,8 @@ def warm_up(vocab_size: int, dtype: torch.dtype, num_groups: int = 1) -> None:
     step, rows = _smallest_step(vocab_size, num_groups)
     logits = torch.zeros(1, vocab_size, dtype=dtype)
     step.prepare(rows, 1)
-    step.sample(logits, rows, 1)
-    step.advance(rows, 1, 0)
-    token_logprobs(logits, torch.zeros(1, 1, dtype=torch.int64))
+    step.step(logits, rows, 1, BatchNeeds(logprobs=True))
+    step.token_logprobs(logits, torch.zeros(1, 1, dtype=torch.int64))
 
 
 def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, WindowRows]:
@@ -260,8 +247,11 @@ def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, Window
         budget=int32(1) + 1,
         active=torch.zeros(1, dtype=torch.bool),
         sampled=int64(1),
+        logprobs=torch.zeros(1),
+        ranks=int64(1),
         num_sampled=int32(1),
         out_tokens=int64(1, 1),
+        num_active=int32(1),
     )
     step = NativeStep(
         requests,

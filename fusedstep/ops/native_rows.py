@@ -27,17 +27,22 @@ def _place_input(batch_idx, req, requests, inputs):
 
 @_kernel
 def prepare_rows(num_reqs, rows, requests, inputs):
-    """Starts a window: who is active, and the first step's inputs. Returns the active rows."""
-    num_active = 0
+    """Starts a window: who is active, and the first step's inputs."""
+    rows.num_active[0] = 0
     for batch_idx in range(num_reqs):
         req = rows.idx_mapping[batch_idx]
+        rows.num_sampled[batch_idx] = 0
+        if req < 0:
+            rows.active[batch_idx] = False
+            inputs.input_ids[batch_idx] = 0
+            inputs.positions[batch_idx] = 0
+            inputs.seq_lens[batch_idx] = 0
+            continue
         active = not requests.stopped[req] and rows.budget[batch_idx] > 0
         rows.active[batch_idx] = active
-        rows.num_sampled[batch_idx] = 0
-        num_active += active
+        rows.num_active[0] += active
         _place_input(batch_idx, req, requests, inputs)
     inputs.seq_lens[num_reqs:] = 0
-    return num_active
 
 
 @_kernel
@@ -45,7 +50,7 @@ def gather_blocks(num_reqs, idx_mapping, block_table, num_blocks, out):
     """Copies each request's block ids into its row of ``out``; the rest of the row is stale."""
     for batch_idx in range(num_reqs):
         req = idx_mapping[batch_idx]
-        for i in range(num_blocks[req]):
+        for i in range(num_blocks[req] if req >= 0 else 0):
             out[batch_idx, i] = block_table[req, i]
 
 
@@ -83,18 +88,15 @@ def _must_stop(req, token, total_len, stop):
 
 
 @_kernel
-def advance_rows(num_reqs, step, rows, requests, stop, inputs):
-    """Takes each active row's token, stops the row or places its next input.
-
-    Returns the number of rows that are still active.
-    """
-    num_active = 0
+def advance_rows(num_reqs, rows, requests, stop, inputs):
+    """Takes each active row's token, stops the row or places its next input."""
+    rows.num_active[0] = 0
     for batch_idx in range(num_reqs):
         if not rows.active[batch_idx]:
             continue
         req = rows.idx_mapping[batch_idx]
         token = rows.sampled[batch_idx]
-        rows.out_tokens[step, batch_idx] = token
+        rows.out_tokens[rows.num_sampled[batch_idx], batch_idx] = token
         rows.num_sampled[batch_idx] += 1
         _accept(req, token, requests)
         if _must_stop(req, token, requests.total_len[req], stop):
@@ -103,6 +105,5 @@ def advance_rows(num_reqs, step, rows, requests, stop, inputs):
         elif rows.num_sampled[batch_idx] >= rows.budget[batch_idx]:
             rows.active[batch_idx] = False
         else:
-            num_active += 1
+            rows.num_active[0] += 1
             _place_input(batch_idx, req, requests, inputs)
-    return num_active

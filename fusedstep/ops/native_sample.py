@@ -494,29 +494,6 @@ def _sample_row(logits, req, position, requests, sampling, row, weights, bounds)
 
 
 @_exact
-def sample_rows(logits, row_stride, num_reqs, positions, rows, requests, sampling, scratch):
-    """Writes ``rows.sampled`` of the active rows.
-
-    ``logits`` is flat, row b starts at ``b * row_stride``; ``scratch`` is three float32 arrays:
-    two of the vocabulary's size and one of ``BLOCK``.
-    """
-    row, weights, bounds = scratch
-    for batch_idx in range(num_reqs):
-        if rows.active[batch_idx]:
-            start = batch_idx * row_stride
-            rows.sampled[batch_idx] = _sample_row(
-                logits[start : start + len(row)],
-                rows.idx_mapping[batch_idx],
-                positions[batch_idx],
-                requests,
-                sampling,
-                row,
-                weights,
-                bounds,
-            )
-
-
-@_exact
 def sample_noisy(logits, temperature, divide, seed, position, row, bounds):
     """One token with no processing but temperature, which ``divide`` applies; 0 is greedy."""
     if temperature == _ZERO:
@@ -547,3 +524,26 @@ def row_rank(logits, token):
     for i in range(len(logits)):
         rank += np.int32(widen(logits[i]) >= limit)
     return rank
+
+
+@_exact
+def sample_rows(
+    logits, row_stride, num_reqs, positions, rows, requests, sampling, logprobs, scratch
+):
+    """Writes ``rows.sampled`` of the active rows, with ``logprobs`` also those and the ranks.
+
+    ``logits`` is flat, row b starts at ``b * row_stride``; ``scratch`` is three float32 arrays:
+    two of the vocabulary's size and one of ``BLOCK``.
+    """
+    row, weights, bounds = scratch
+    for batch_idx in range(num_reqs):
+        if rows.active[batch_idx]:
+            start = batch_idx * row_stride
+            raw = logits[start : start + len(row)]
+            req, position = rows.idx_mapping[batch_idx], positions[batch_idx]
+            token = _sample_row(raw, req, position, requests, sampling, row, weights, bounds)
+            rows.sampled[batch_idx] = token
+            if logprobs:
+                sampled = rows.sampled[batch_idx : batch_idx + 1]
+                row_logprobs(raw, sampled, row, weights, rows.logprobs[batch_idx : batch_idx + 1])
+                rows.ranks[batch_idx] = row_rank(raw, token)

@@ -10,6 +10,7 @@ import torch
 
 from fusedstep.ops.types import (
     PAD_SLOT_ID,
+    BatchNeeds,
     RequestState,
     SamplingState,
     StepInputs,
@@ -21,7 +22,7 @@ _UINT32 = 0xFFFFFFFF
 
 
 class ReferenceStep:
-    """``prepare``, then ``sample`` and ``advance`` once per decode step, on bound state."""
+    """``prepare``, then ``step`` once per decode step, on bound state."""
 
     def __init__(
         self,
@@ -39,13 +40,18 @@ class ReferenceStep:
         self.block_tables = block_tables
         self.num_blocks = num_blocks
 
-    def prepare(self, rows: WindowRows, num_reqs: int) -> int:
-        """Start a window of ``num_reqs`` rows; returns the number of active rows."""
+    def prepare(self, rows: WindowRows, num_reqs: int) -> None:
+        """Start a window of ``num_reqs`` rows."""
         inputs = self.inputs
         for batch_idx in range(num_reqs):
             req = int(rows.idx_mapping[batch_idx])
-            rows.active[batch_idx] = not self.requests.stopped[req] and rows.budget[batch_idx] > 0
             rows.num_sampled[batch_idx] = 0
+            if req < 0:
+                rows.active[batch_idx] = False
+                for tensor in (inputs.input_ids, inputs.positions, inputs.seq_lens):
+                    tensor[batch_idx] = 0
+                continue
+            rows.active[batch_idx] = not self.requests.stopped[req] and rows.budget[batch_idx] > 0
             for group, block_table in enumerate(self.block_tables):
                 num_blocks = int(self.num_blocks[group, req])
                 inputs.input_block_tables[group][batch_idx, :num_blocks] = block_table[
@@ -55,26 +61,37 @@ class ReferenceStep:
         inputs.seq_lens[num_reqs:] = 0
         inputs.slot_mappings[:, num_reqs:] = PAD_SLOT_ID
         self._map_slots(rows, num_reqs)
-        return int(rows.active[:num_reqs].sum())
+        rows.num_active[0] = rows.active[:num_reqs].sum()
 
-    def sample(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
+    def step(
+        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
+    ) -> None:
+        """``sample``, then emit the tokens, apply the stop rule and place the next inputs."""
+        self.sample(logits, rows, num_reqs, needs)
+        self._advance(rows, num_reqs)
+
+    def sample(
+        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
+    ) -> None:
         """Write the token of each active row to ``rows.sampled``; ``logits`` is [num_reqs, V]."""
         for batch_idx in range(num_reqs):
-            if rows.active[batch_idx]:
-                req = int(rows.idx_mapping[batch_idx])
-                position = int(self.inputs.positions[batch_idx])
-                rows.sampled[batch_idx] = sample_row(
-                    logits[batch_idx].float(), req, position, self.requests, self.sampling
-                )
+            if not rows.active[batch_idx]:
+                continue
+            req, row = int(rows.idx_mapping[batch_idx]), logits[batch_idx].float()
+            position = int(self.inputs.positions[batch_idx])
+            token = sample_row(row, req, position, self.requests, self.sampling)
+            rows.sampled[batch_idx] = token
+            if needs.logprobs:
+                rows.logprobs[batch_idx] = row.log_softmax(-1)[token]
+                rows.ranks[batch_idx] = (row >= row[token]).sum()
 
-    def advance(self, rows: WindowRows, num_reqs: int, step: int) -> int:
-        """Record the sampled tokens as step ``step``; returns the rows that are still active."""
+    def _advance(self, rows: WindowRows, num_reqs: int) -> None:
         requests = self.requests
         for batch_idx in range(num_reqs):
             if not rows.active[batch_idx]:
                 continue
             req, token = int(rows.idx_mapping[batch_idx]), int(rows.sampled[batch_idx])
-            rows.out_tokens[step, batch_idx] = token
+            rows.out_tokens[rows.num_sampled[batch_idx], batch_idx] = token
             rows.num_sampled[batch_idx] += 1
             requests.last_sampled_tokens[req, 0] = token
             requests.all_token_ids[req, requests.total_len[req]] = token
@@ -89,13 +106,11 @@ class ReferenceStep:
             else:
                 self._place_input(batch_idx, req)
         self._map_slots(rows, num_reqs)
-        return int(rows.active[:num_reqs].sum())
+        rows.num_active[0] = rows.active[:num_reqs].sum()
 
-    def token_logprobs(
-        self, logits: torch.Tensor, token_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the function ``token_logprobs``."""
-        return token_logprobs(logits, token_ids)
+    def token_logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Log softmax of raw ``logits`` [n, V] at ``token_ids`` [n, m]: float32 [n, m]."""
+        return logits.float().log_softmax(-1).gather(1, token_ids)
 
     def _place_input(self, batch_idx: int, req: int) -> None:
         position = int(self.requests.num_computed_tokens[req])
@@ -265,17 +280,3 @@ def murmur3(seed: int, position: int, token_ids: torch.Tensor) -> torch.Tensor:
 
 def _rotate(value: torch.Tensor, shift: int) -> torch.Tensor:
     return ((value << shift) | (value >> (32 - shift))) & _UINT32
-
-
-def token_logprobs(
-    logits: torch.Tensor,  # [n, V], any float dtype
-    token_ids: torch.Tensor,  # [n, m] int64, m >= 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log softmax of raw logits at ``token_ids``, [n, m] float32, and the first ids' ranks, [n].
-
-    A rank (int64) counts the logits that are at least that of column 0's token (``logprob.py``).
-    """
-    logits = logits.float()
-    logprobs = logits.log_softmax(-1).gather(1, token_ids)
-    ranks = (logits >= logits.gather(1, token_ids[:, :1])).sum(-1)
-    return logprobs, ranks

@@ -19,7 +19,7 @@ PAD_SLOT_ID = -1
 class RequestState:
     """Progress of every request, row = req_state_idx.
 
-    Written by the runner when a request enters its row and by prefill steps, and by ``advance``
+    Written by the runner when a request enters its row and by prefill steps, and by ``step``
     inside a window.
     """
 
@@ -30,7 +30,7 @@ class RequestState:
     all_token_ids: torch.Tensor  # [R, max_model_len] int32
     prompt_bin_mask: torch.Tensor  # [R, ceil(V / 32)] int32, one bit per token id
     output_bin_counts: torch.Tensor  # [R, V] int32
-    stopped: torch.Tensor  # [R] bool, set by ``advance``, cleared when a request enters the row
+    stopped: torch.Tensor  # [R] bool, set by ``step``, cleared when a request enters the row
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class StopState:
 class StepInputs:
     """What the model and the attention read in the next step, by batch_idx.
 
-    Written by ``prepare`` for a window's first step and by ``advance`` for the others.
+    Written by ``prepare`` for a window's first step and by ``step`` for the others. An inactive row
+    writes its key and value to no slot (PAD_SLOT_ID); a padding row has position and length 0.
     """
 
     input_ids: torch.Tensor  # [max_num_tokens] int32
@@ -92,11 +93,27 @@ class StepInputs:
 @dataclass(frozen=True)
 class WindowRows:
     """One window's batch, by batch_idx. ``idx_mapping`` and ``budget`` are staged by the host,
-    the rest is written by ``prepare``, ``sample`` and ``advance``."""
+    the rest is written by ``prepare`` and ``step``."""
 
-    idx_mapping: torch.Tensor  # [B] int64, batch_idx -> req_state_idx
+    idx_mapping: torch.Tensor  # [B] int64, batch_idx -> req_state_idx, -1 for a padding row
     budget: torch.Tensor  # [B] int32, steps this row may take (its reserved KV slots)
     active: torch.Tensor  # [B] bool
     sampled: torch.Tensor  # [B] int64, this step's token of each active row
+    logprobs: torch.Tensor  # [B] float32, its log softmax in the raw logits, when asked
+    ranks: torch.Tensor  # [B] int64, how many raw logits are at least its own, when asked
     num_sampled: torch.Tensor  # [B] int32, tokens emitted in this window
     out_tokens: torch.Tensor  # [max_num_steps, B] int64, [step, batch_idx]
+    num_active: torch.Tensor  # [1] int32
+
+
+@dataclass(frozen=True)
+class BatchNeeds:
+    """What the rows of a batch may ask of a step; the host knows it when it stages the window.
+
+    A kernel leaves out what nobody asks for. Too much costs time, too little gives wrong tokens.
+    """
+
+    adjustment: bool = True  # bias, allowed ids, min_tokens, penalties or bad words
+    min_p: bool = True  # at a temperature above 0
+    truncation: bool = True  # top-k or top-p at a temperature above 0
+    logprobs: bool = False  # logprob and rank of the sampled tokens

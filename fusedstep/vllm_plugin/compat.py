@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from fusedstep.errors import UnsupportedError
-from fusedstep.policy import DecodeSteps
+from fusedstep.options import Options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
 
-SUPPORTED = ((0, 32), (0, 34))  # at least, below
+SUPPORTED = ((0, 32), (0, 34))  # at least, below; what we use of them: surface.py
 WORKER_CLS = "fusedstep.vllm_plugin.worker.FusedStepWorker"
 SCHEDULER_CLS = "fusedstep.vllm_plugin.scheduler.FusedStepScheduler"
 MAX_STOP_TOKEN_IDS = 128
@@ -48,13 +48,13 @@ def check_vllm_version() -> str:
     return found
 
 
-def decode_steps(vllm_config: VllmConfig) -> DecodeSteps:
-    """K: additional_config["fusedstep"]["decode_steps"], else FUSEDSTEP_DECODE_STEPS, else auto."""
+def options(vllm_config: VllmConfig) -> Options:
+    """The engine's, from additional_config["fusedstep"]; ConfigError for what it cannot do."""
     additional: Any = vllm_config.additional_config
-    options = additional.get("fusedstep", {}) if isinstance(additional, dict) else {}
-    return DecodeSteps.parse(
-        options.get("decode_steps", os.environ.get("FUSEDSTEP_DECODE_STEPS", "auto"))
-    )
+    given = additional.get("fusedstep", {}) if isinstance(additional, dict) else {}
+    options = Options.parse(given)
+    options.check(on_cpu=vllm_config.device_config.device_type == "cpu")
+    return options
 
 
 def engine_reason(vllm_config: VllmConfig) -> str | None:
@@ -62,7 +62,10 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     reasons = (
         (not vllm_config.use_v2_model_runner, "Model Runner V1"),
-        (vllm_config.device_config.device_type != "cpu", "no device kernels in this version"),
+        (
+            vllm_config.device_config.device_type != "cpu" and options(vllm_config).loop == "auto",
+            "windows on a GPU are not proven yet: --loop replay asks for them",
+        ),
         (model.runner_type != "generate", "pooling model"),
         (model.is_encoder_decoder, "encoder-decoder model"),
         (model.supports_multimodal_inputs, "multimodal model"),

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+
+from fusedstep.vllm_plugin import compat
 
 if TYPE_CHECKING:
     from fusedstep.vllm_plugin.runner import FusedStepRunner
@@ -18,8 +21,10 @@ if TYPE_CHECKING:
 class VllmDecodeModel:
     """``fusedstep.window.loop.DecodeModel`` for a text model of Model Runner V2.
 
-    The forward context is entered once per window. Per step only the attention metadata moves:
-    each group's builder plans again from the ``seq_lens`` that ``advance`` wrote.
+    The forward context is entered once per window. Per step only the attention metadata moves: in
+    place where every backend can, as vLLM's drafters do it; else each group's builder plans again
+    from the ``seq_lens`` that the step wrote. In the replay form the forward is the decode graph
+    that vLLM has captured for the padded batch, if there is one.
     """
 
     def __init__(self, runner: FusedStepRunner) -> None:
@@ -32,6 +37,11 @@ class VllmDecodeModel:
         self.query_start_loc_cpu = self.query_start_loc.cpu()
         self.is_prefilling = torch.zeros(runner.max_num_reqs, dtype=torch.bool)
         self.seq_lens_upper_bound = np.zeros(runner.max_num_reqs, dtype=np.int32)
+        self.updates_in_place = all(
+            group.supports_draft_decode_metadata_update for group in self._groups()
+        )
+        self.replays = compat.options(runner.vllm_config).loop == "replay"
+        self.graph: Any = None  # of vLLM, for this window's padded batch
         self.common: list[CommonAttentionMetadata | None] = []
         self.attn_metadata: dict[str, Any] = {}
         self.context: AbstractContextManager[None] | None = None
@@ -40,17 +50,31 @@ class VllmDecodeModel:
     def stage(
         self,
         seq_lens: np.ndarray,  # [num_reqs] int32, upper bound in the first step
-    ) -> None:
-        """Host part: what the attention may know of lengths without asking the device."""
-        self.seq_lens_upper_bound[: len(seq_lens)] = seq_lens
+        num_steps: int,
+    ) -> int:
+        """Host part: lengths without asking the device. Returns the rows with padding."""
+        num_reqs = len(seq_lens)
+        self.graph = None
+        if self.replays and num_reqs and self.runner.cudagraph_manager is not None:
+            graph = self.runner.cudagraph_manager.dispatch(
+                num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0, max_query_len=1
+            )
+            self.graph = graph if graph.cg_mode == CUDAGraphMode.FULL else None
+        num_rows = num_reqs if self.graph is None else self.graph.num_tokens
+        self.seq_lens_upper_bound[:num_reqs] = seq_lens
+        self.seq_lens_upper_bound[num_reqs:num_rows] = 0
+        if self.updates_in_place:  # planned once: for the last step's lengths
+            self.seq_lens_upper_bound[:num_reqs] += max(num_steps - 1, 0)
+        return int(num_rows)
 
     def begin(self, num_reqs: int) -> None:
         runner, buffers = self.runner, self.buffers
         slot_mappings = runner.block_tables.slot_mappings[:, :num_reqs]
         upper_bound = torch.from_numpy(self.seq_lens_upper_bound[:num_reqs])
+        buffers.query_start_loc[: num_reqs + 1] = self.query_start_loc[: num_reqs + 1]
         self.common = [
             CommonAttentionMetadata(
-                query_start_loc=self.query_start_loc[: num_reqs + 1],
+                query_start_loc=buffers.query_start_loc[: num_reqs + 1],
                 query_start_loc_cpu=self.query_start_loc_cpu[: num_reqs + 1],
                 seq_lens=buffers.seq_lens[:num_reqs],
                 seq_lens_cpu_upper_bound=upper_bound,
@@ -87,10 +111,18 @@ class VllmDecodeModel:
         self.context.__enter__()
 
     def forward(self) -> torch.Tensor:
-        logits: torch.Tensor = self.model.compute_logits(self.model(**self.inputs))
+        if self.graph is None:
+            hidden_states = self.model(**self.inputs)
+        else:
+            hidden_states = self.runner.cudagraph_manager.run_fullgraph(self.graph)
+        logits: torch.Tensor = self.model.compute_logits(hidden_states)
         return logits
 
     def advance(self) -> None:
+        if self.updates_in_place:
+            for group in self._groups():
+                group.update_draft_decode_metadata(self.attn_metadata)
+            return
         self.seq_lens_upper_bound[: self.inputs["positions"].shape[0]] += 1
         for common in self.common:
             assert common is not None
@@ -102,6 +134,9 @@ class VllmDecodeModel:
         assert self.context is not None
         self.context.__exit__(None, None, None)
         self.context = None
+
+    def _groups(self) -> list[Any]:
+        return [group for groups in self.runner.attn_groups for group in groups]
 
     def _plan(self) -> None:
         """Attention metadata of the coming step, by layer."""

@@ -22,6 +22,7 @@ from fusedstep.vllm_plugin.model import VllmDecodeModel
 from fusedstep.vllm_plugin.tables import DeviceTables, PrefillSampler
 from fusedstep.window import arrivals, output
 from fusedstep.window.loop import run_window
+from fusedstep.window.pace import AheadPace, HostPace, Pace
 from fusedstep.window.state import WindowSlot, WindowState
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ logger = logging.getLogger("vllm.fusedstep")
 
 @dataclass
 class WindowStats:
-    """Counts since start."""
+    """Counts since start, which step operations run (``ops/dispatch.py``), and the loop's form."""
 
+    ops: str | None
+    loop: str = "eager"
     windows: int = 0
     steps: int = 0
     tokens: int = 0
@@ -49,6 +52,8 @@ class WindowStats:
 
     def as_dict(self) -> dict[str, Any]:
         return {
+            "ops": self.ops,
+            "loop": self.loop,
             "windows": self.windows,
             "steps": self.steps,
             "tokens": self.tokens,
@@ -64,9 +69,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.stats = WindowStats()
         self.engine_reason = compat.engine_reason(vllm_config)
-        self.ops_choice = dispatch.resolve(device)
+        self.ops_choice = dispatch.resolve(device, compat.options(vllm_config).ops)
+        logger.info("fusedstep: step operations %s: %s", *self.ops_choice)
+        self.stats = WindowStats(self.ops_choice.name)
         if self.ops_choice.name is None and self.engine_reason is None:
             self.engine_reason = self.ops_choice.reason
         self.staged: tuple[SchedulerOutput, WindowSlot, np.ndarray] | None = None
@@ -90,6 +96,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.arrivals = arrival_counter(self.vllm_config)
         self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
         self.decode_model = VllmDecodeModel(self)
+        on_cpu = self.device.type == "cpu"
+        self.pace: Pace = HostPace() if on_cpu else AheadPace()
+        self.copy_stream = None if on_cpu else self.output_copy_stream
 
     def shutdown(self) -> None:
         """vLLM's own, and the counter's name if the engine core never came to take it away."""
@@ -102,6 +111,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if self.engine_reason is None:
             for new_request in scheduler_output.scheduled_new_reqs:
                 self.tables.add_request(new_request)
+            if scheduler_output.scheduled_new_reqs:
+                self.tables.apply_staged_writes()
 
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
@@ -123,10 +134,12 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         scheduler_output, slot, rows = self.staged
         self.staged = None
         seen = getattr(scheduler_output, "arrivals_seen", arrivals.ALL)
-        run_window(self.decode_model, self.ops, slot, lambda: self.arrivals.exceeds(seen))
+        run_window(
+            self.decode_model, self.ops, slot, lambda: self.arrivals.exceeds(seen), self.pace
+        )
         self.stats.windows += 1
         self.stats.steps += slot.steps_run
-        return WindowOutput(scheduler_output, slot, rows, self.stats)
+        return WindowOutput(scheduler_output, slot, rows, self.stats, self.copy_stream)
 
     def sample(
         self,
@@ -146,7 +159,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return stock
         logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
         positions = input_batch.positions[input_batch.logits_indices]
-        sampled = self.prefill_sampler(logits, input_batch.idx_mapping, positions)
+        needs = replace(self.tables.needs(idx_mapping_np), logprobs=False)
+        sampled = self.prefill_sampler(logits, input_batch.idx_mapping, positions, needs)
         num_logprobs = self.tables.num_logprobs(idx_mapping_np)
         logprobs = None
         if num_logprobs >= 0:
@@ -197,9 +211,13 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         # Requests that stopped in the window before are scheduled once more before the host
         # knows. Where the device's flags are host memory they are left out of the batch.
         live = np.flatnonzero(~self.tables.stopped_np[rows])
+        rows, budget = rows[live], budget[live]
+        self.tables.static.refresh()
+        num_rows = self.decode_model.stage(
+            self.req_states.num_computed_tokens_np[rows] + 1, int(budget.max(initial=0))
+        )
         slot = self.windows.next_slot()
-        slot.stage(rows[live], budget[live], self.tables.num_logprobs(rows[live]))
-        self.decode_model.stage(self.req_states.num_computed_tokens_np[rows[live]] + 1)
+        slot.stage(rows, budget, self.tables.num_logprobs(rows), self.tables.needs(rows), num_rows)
         self.staged = (scheduler_output, slot, live)
 
 
@@ -212,12 +230,14 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         slot: WindowSlot,
         live: np.ndarray,  # [num_reqs of the window] int64, place in the scheduled batch
         stats: WindowStats,
+        copy_stream: torch.cuda.Stream | None,
     ) -> None:
         self.req_ids = list(scheduler_output.num_scheduled_tokens)
-        self.slot, self.live, self.stats = slot, live, stats
+        self.fetched = output.Fetched(slot, copy_stream)
+        self.live, self.stats = live, stats
 
     def get_output(self) -> ModelRunnerOutput:
-        result = output.read(self.slot)
+        result = self.fetched.tokens()
         token_ids: list[list[int]] = [[] for _ in self.req_ids]
         counts = np.zeros(len(self.req_ids), dtype=np.int64)
         for place, tokens in zip(self.live.tolist(), result.token_ids, strict=True):

@@ -34,7 +34,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.decode_steps = compat.decode_steps(self.vllm_config)
+        self.decode_steps = compat.options(self.vllm_config).decode_steps
         if self.decode_steps.fixed != 1:
             refuse_foreign_worker(self.vllm_config)
         self.engine_reason = compat.engine_reason(self.vllm_config)

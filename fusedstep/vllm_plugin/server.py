@@ -14,6 +14,7 @@ from typing import Any
 
 from fusedstep import demo
 from fusedstep.errors import ConfigError
+from fusedstep.options import Options
 from fusedstep.vllm_plugin import arguments, compat, startup, wiring
 from fusedstep.vllm_plugin.register import SWITCH
 
@@ -22,19 +23,21 @@ CLIENT_SECONDS = 2
 
 @dataclass(frozen=True)
 class Banner:
-    """What a user should see before the server starts."""
+    """What a user should see before the server starts; ``ops`` and ``loop`` are empty for stock."""
 
     model: str
     device: str
     attention_backend: str
     decode_steps: str
+    ops: str
+    loop: str
     kv_cache: str
     versions: str
     url: str
 
 
 def serve(
-    decode_steps: str, stock: bool, vllm_args: Sequence[str], announce: Callable[[Banner], None]
+    options: Options, stock: bool, vllm_args: Sequence[str], announce: Callable[[Banner], None]
 ) -> None:
     """Run the server until it is interrupted. ``vllm_args``: [MODEL] and ``vllm serve``'s options.
 
@@ -47,16 +50,17 @@ def serve(
     if stock:
         os.environ.pop(SWITCH, None)
     else:
-        wiring.switch_on()
+        wiring.check(options)
+        wiring.switch_on(options)
     with startup.one_line_errors():
-        args = _parse(decode_steps, stock, vllm_args)
+        args = _parse(options, stock, vllm_args)
         _check_port(args)
-        announce(_banner(args, decode_steps, stock))
+        announce(_banner(args, stock))
         _run(args)
 
 
-def _parse(decode_steps: str, stock: bool, vllm_args: Sequence[str]) -> Namespace:
-    """``vllm serve``'s arguments with fusedstep's worker, scheduler and K added."""
+def _parse(options: Options, stock: bool, vllm_args: Sequence[str]) -> Namespace:
+    """``vllm serve``'s arguments with fusedstep's worker, scheduler and options added."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -68,16 +72,11 @@ def _parse(decode_steps: str, stock: bool, vllm_args: Sequence[str]) -> Namespac
     args = arguments.parse(parser, vllm_args)
     arguments.check_model(args)
     given = arguments.given(parser, args)
-    bundled = Path(args.model) == demo.find_made()
-    if bundled and wiring.is_cpu_build():
-        # Compiled in bfloat16 so small a model loses its words, stock vLLM's too, and the first
-        # start takes two minutes instead of half of one: eager, unless the user compiles.
-        args.enforce_eager |= "compilation_config" not in given
-        given["enforce_eager"] = args.enforce_eager
     vars(args).update(
-        wiring.bounded_kv_cache(given) if stock else wiring.engine_options(decode_steps, given)
+        wiring.cpu_defaults(given) if stock else wiring.engine_options(options, given)
     )
     if args.served_model_name is None and Path(args.model).is_dir():
+        bundled = Path(args.model) == demo.find_made()
         args.served_model_name = [args.model, demo.MODEL_NAME if bundled else Path(args.model).name]
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
@@ -121,19 +120,29 @@ def _run(args: Namespace) -> None:
     ServeSubcommand.cmd(args)
 
 
-def _banner(args: Namespace, decode_steps: str, stock: bool) -> Banner:
+def _banner(args: Namespace, stock: bool) -> Banner:
     """What is known before the engine starts: the worker has the last word on attention."""
     import torch
     from vllm.platforms import current_platform
 
+    from fusedstep.ops import dispatch
+
     on_cpu = current_platform.is_cpu()
+    decode_steps, ops, loop = "stock vLLM", "", ""
+    if not stock:
+        options = Options.parse(args.additional_config["fusedstep"])
+        choice = dispatch.resolve(torch.device(current_platform.device_type), options.ops)
+        decode_steps, ops = str(options.decode_steps), f"{choice.name} ({choice.reason})"
+        loop = "eager" if on_cpu else options.loop
     backend = args.attention_backend or ("CPU_ATTN" if on_cpu else "chosen by vLLM")
     kv_bytes = args.kv_cache_memory_bytes
     return Banner(
         model=args.model,
         device="cpu" if on_cpu else current_platform.get_device_name(),
         attention_backend=str(getattr(backend, "name", backend)),
-        decode_steps="stock vLLM" if stock else decode_steps,
+        decode_steps=decode_steps,
+        ops=ops,
+        loop=loop,
         kv_cache=f"{kv_bytes / wiring.GIB:.2f} GiB" if kv_bytes else "sized by vLLM",
         versions=f"vLLM {compat.vllm_version()}, torch {torch.__version__}, "
         f"Python {sys.version.split()[0]}",

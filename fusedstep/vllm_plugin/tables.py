@@ -10,23 +10,43 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
-from fusedstep.ops.types import RequestState, SamplingState, StepInputs, StopState
+from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StepInputs, StopState
 from fusedstep.vllm_plugin import compat
 from fusedstep.window.loop import StepOps
 from fusedstep.window.state import allocate_rows
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
-    from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
     from fusedstep.vllm_plugin.runner import FusedStepRunner
 
 
-def static(tensor: UvaBackedTensor) -> torch.Tensor:
-    """The host side of a UVA tensor: on the CPU it is device memory, and its address stays."""
-    cpu: torch.Tensor = tensor.cpu
-    return cpu
+class StaticTensors:
+    """Fixed addresses for what the host writes.
+
+    The device's view of a UVA tensor moves with every copy, and a window outlives it. On the CPU
+    the host's side is device memory and never moves; elsewhere ``refresh`` updates copies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_host = device.type == "cpu"
+        self._copies: list[tuple[torch.Tensor, UvaBackedTensor]] = []
+
+    def of(self, tensor: UvaBackedTensor) -> torch.Tensor:
+        if self._on_host:
+            host: torch.Tensor = tensor.cpu
+            return host
+        copy: torch.Tensor = tensor.gpu.clone()
+        self._copies.append((copy, tensor))
+        return copy
+
+    def refresh(self) -> None:
+        """Once per window, in the order of the device's work."""
+        if self._copies:
+            copies = [copy for copy, _ in self._copies]
+            torch._foreach_copy_(copies, [tensor.gpu for _, tensor in self._copies])
 
 
 def untouched_zeros(like: torch.Tensor) -> torch.Tensor:
@@ -59,47 +79,52 @@ class DeviceTables:
         self.sampler = sampler = runner.sampler
         self.max_model_len = runner.max_model_len
         device, max_num_reqs = runner.device, runner.max_num_reqs
+        self.static = static = StaticTensors(device)
         bias, penalties, bad_words = sampler.logits_processors[:3]
-        penalties.output_bin_counts = untouched_zeros(penalties.output_bin_counts)
-        release_free_memory()
+        if device.type == "cpu":
+            penalties.output_bin_counts = untouched_zeros(penalties.output_bin_counts)
+            release_free_memory()
 
         self.requests = RequestState(
             last_sampled_tokens=state.last_sampled_tokens,
             num_computed_tokens=state.num_computed_tokens.gpu,
             total_len=state.total_len.gpu,
-            prompt_len=static(state.prompt_len),
+            prompt_len=static.of(state.prompt_len),
             all_token_ids=state.all_token_ids.gpu,
             prompt_bin_mask=penalties.prompt_bin_mask,
             output_bin_counts=penalties.output_bin_counts,
             stopped=torch.zeros(max_num_reqs, dtype=torch.bool, device=device),
         )
         self.sampling = SamplingState(
-            temperature=static(sampler.sampling_states.temperature),
-            seeds=static(sampler.sampling_states.seeds),
-            top_k=static(sampler.sampling_states.top_k),
-            top_p=static(sampler.sampling_states.top_p),
-            min_p=static(sampler.sampling_states.min_p),
-            repetition_penalty=static(penalties.repetition_penalty),
-            frequency_penalty=static(penalties.frequency_penalty),
-            presence_penalty=static(penalties.presence_penalty),
-            num_allowed_token_ids=static(bias.num_allowed_token_ids),
+            temperature=static.of(sampler.sampling_states.temperature),
+            seeds=static.of(sampler.sampling_states.seeds),
+            top_k=static.of(sampler.sampling_states.top_k),
+            top_p=static.of(sampler.sampling_states.top_p),
+            min_p=static.of(sampler.sampling_states.min_p),
+            repetition_penalty=static.of(penalties.repetition_penalty),
+            frequency_penalty=static.of(penalties.frequency_penalty),
+            presence_penalty=static.of(penalties.presence_penalty),
+            num_allowed_token_ids=static.of(bias.num_allowed_token_ids),
             allowed_token_ids=bias.allowed_token_ids.gpu,
-            num_logit_bias=static(bias.num_logit_bias),
+            num_logit_bias=static.of(bias.num_logit_bias),
             logit_bias_token_ids=bias.logit_bias_token_ids.gpu,
             logit_bias=bias.logit_bias.gpu,
-            min_lens=static(bias.min_lens),
-            num_min_stop_token_ids=static(bias.num_stop_token_ids),
+            min_lens=static.of(bias.min_lens),
+            num_min_stop_token_ids=static.of(bias.num_stop_token_ids),
             min_stop_token_ids=bias.stop_token_ids.gpu,
-            num_bad_words=static(bad_words.num_bad_words),
+            num_bad_words=static.of(bad_words.num_bad_words),
             bad_word_token_ids=bad_words.bad_word_token_ids.gpu,
             bad_word_offsets=bad_words.bad_word_offsets.gpu,
         )
+        self.max_len = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        self.num_stop_token_ids = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
+        self.stop_token_ids = UvaBackedTensor(
+            (max_num_reqs, compat.MAX_STOP_TOKEN_IDS + 1), dtype=torch.int32
+        )
         self.stop = StopState(
-            max_len=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
-            num_stop_token_ids=torch.zeros(max_num_reqs, dtype=torch.int32, device=device),
-            stop_token_ids=torch.zeros(
-                max_num_reqs, compat.MAX_STOP_TOKEN_IDS + 1, dtype=torch.int32, device=device
-            ),
+            max_len=static.of(self.max_len),
+            num_stop_token_ids=static.of(self.num_stop_token_ids),
+            stop_token_ids=static.of(self.stop_token_ids),
         )
         tables = runner.block_tables
         self.inputs = StepInputs(
@@ -111,10 +136,15 @@ class DeviceTables:
             block_sizes=tuple(tables.block_sizes),
         )
         self.block_tables = tuple(table.gpu for table in tables.block_tables)
-        self.num_blocks = static(tables.num_blocks)
-        self.prefill_len = static(state.prefill_len)
+        self.num_blocks = static.of(tables.num_blocks)
+        self.prefill_len = static.of(state.prefill_len)
 
-        self.stopped_np = self.requests.stopped.numpy()
+        # Where device memory is host memory the host sees at once who has stopped.
+        self.stopped_np = (
+            self.requests.stopped.numpy()
+            if device.type == "cpu"
+            else np.zeros(max_num_reqs, dtype=bool)
+        )
         self.needs_stock = np.zeros(max_num_reqs, dtype=bool)
         self.reasons: dict[int, str] = {}  # req_state_idx -> why its batch takes stock steps
 
@@ -132,13 +162,36 @@ class DeviceTables:
         stop_ids = list(params.stop_token_ids or ())
         if params.eos_token_id is not None:
             stop_ids.append(params.eos_token_id)
-        self.stop.max_len[row] = min(new_request.prompt_len + params.max_tokens, self.max_model_len)
-        self.stop.num_stop_token_ids[row] = len(stop_ids)
-        self.stop.stop_token_ids[row, : len(stop_ids)] = torch.tensor(stop_ids, dtype=torch.int32)
+        self.max_len.np[row] = min(new_request.prompt_len + params.max_tokens, self.max_model_len)
+        self.num_stop_token_ids.np[row] = len(stop_ids)
+        self.stop_token_ids.np[row, : len(stop_ids)] = stop_ids
+
+    def apply_staged_writes(self) -> None:
+        """After requests were added: their stop rules to the device."""
+        for tensor in (self.max_len, self.num_stop_token_ids, self.stop_token_ids):
+            tensor.copy_to_uva()
 
     def num_logprobs(self, rows: np.ndarray) -> int:
         """Top-n logprobs that the batch asks for, -1 for none."""
         return int(self.sampler.sampling_states.num_logprobs[rows].max(initial=-1))
+
+    def needs(self, rows: np.ndarray) -> BatchNeeds:
+        """What these requests ask of a step."""
+        bias, penalties, bad_words = self.sampler.logits_processors[:3]
+        states = self.sampler.sampling_states
+        sampled = rows[states.temperature.np[rows] != 0]
+        adjusted = (
+            bias.use_logit_bias[rows]
+            | penalties.use_penalty[rows]
+            | (bad_words.num_bad_words.np[rows] > 0)
+        )
+        truncated = (states.top_k.np[sampled] < states.vocab_size) | (states.top_p.np[sampled] < 1)
+        return BatchNeeds(
+            adjustment=bool(adjusted.any()),
+            min_p=bool((states.min_p.np[sampled] != 0).any()),
+            truncation=bool(truncated.any()),
+            logprobs=self.num_logprobs(rows) >= 0,
+        )
 
     def bind(self, ops: Callable[..., StepOps], positions: torch.Tensor | None = None) -> StepOps:
         """The step operations on these tables, at positions of the caller's own if given."""
@@ -168,10 +221,11 @@ class PrefillSampler:
         logits: torch.Tensor,  # [num_reqs, vocab_size]
         idx_mapping: torch.Tensor,  # [num_reqs], batch_idx -> req_state_idx
         positions: torch.Tensor,  # [num_reqs], of the input token that each row's logits follow
+        needs: BatchNeeds,
     ) -> torch.Tensor:
         """Sampled token ids [num_reqs] int64."""
         num_reqs = len(logits)
         self.rows.idx_mapping[:num_reqs] = idx_mapping
         self.positions[:num_reqs] = positions
-        self.ops.sample(logits, self.rows, num_reqs)
+        self.ops.sample(logits, self.rows, num_reqs, needs)
         return self.rows.sampled[:num_reqs].clone()

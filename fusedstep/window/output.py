@@ -43,25 +43,51 @@ class WindowTokens:
     ranks: np.ndarray | None  # [sum(num_sampled)] int64
 
 
-def read(slot: WindowSlot) -> WindowTokens:
-    """Copy a finished window out of its slot."""
-    n, steps = slot.num_reqs, slot.steps_run
-    num_sampled = slot.rows.num_sampled[:n].cpu().numpy().copy()
-    token_ids = slot.rows.out_tokens[:steps, :n].t().tolist()
-    for tokens, count in zip(token_ids, num_sampled.tolist(), strict=True):
-        del tokens[count:]
-    if slot.num_logprobs < 0:
-        return WindowTokens(token_ids, num_sampled, None, None, None)
-    width = 1 + slot.num_logprobs
-    emitted = np.arange(steps)[None, :] < num_sampled[:, None]  # [num_reqs, steps]
+class Fetched:
+    """A finished window on its way to the host; ``tokens`` waits for it."""
 
-    def request_major(buffer: torch.Tensor) -> np.ndarray:
-        return buffer[:steps, :n].transpose(0, 1).cpu().numpy()[emitted]
+    def __init__(self, slot: WindowSlot, stream: torch.cuda.Stream | None = None) -> None:
+        """``stream``: of the copies where there is a GPU; they begin when the window has ended."""
+        n, steps = slot.num_reqs, slot.steps_run
+        parts = {
+            "num_sampled": slot.rows.num_sampled[:n],
+            "out_tokens": slot.rows.out_tokens[:steps, :n],
+        }
+        if slot.num_logprobs >= 0:
+            logprobs, width = slot.logprobs, 1 + slot.num_logprobs
+            parts |= {
+                "token_ids": logprobs.token_ids[:steps, :n, :width],
+                "logprobs": logprobs.logprobs[:steps, :n, :width],
+                "ranks": logprobs.ranks[:steps, :n],
+            }
+        self._parts = parts
+        self._ready: torch.cuda.Event | None = None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._parts = {name: _to_pinned(part) for name, part in parts.items()}
+                self._ready = stream.record_event()
 
-    return WindowTokens(
-        token_ids,
-        num_sampled,
-        request_major(slot.logprobs.token_ids[..., :width]),
-        request_major(slot.logprobs.logprobs[..., :width]),
-        request_major(slot.logprobs.ranks),
-    )
+    def tokens(self) -> WindowTokens:
+        """The window's result."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        parts = {name: part.numpy() for name, part in self._parts.items()}
+        num_sampled = parts["num_sampled"].copy()
+        token_ids = parts["out_tokens"].T.tolist()
+        for tokens, count in zip(token_ids, num_sampled.tolist(), strict=True):
+            del tokens[count:]
+        if "logprobs" not in parts:
+            return WindowTokens(token_ids, num_sampled, None, None, None)
+        steps = len(parts["out_tokens"])
+        emitted = np.arange(steps)[None, :] < num_sampled[:, None]  # [num_reqs, steps]
+        return WindowTokens(
+            token_ids,
+            num_sampled,
+            *(parts[name].swapaxes(0, 1)[emitted] for name in ("token_ids", "logprobs", "ranks")),
+        )
+
+
+def _to_pinned(part: torch.Tensor) -> torch.Tensor:
+    pinned = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+    return pinned.copy_(part, non_blocking=True)

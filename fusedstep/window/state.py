@@ -7,8 +7,34 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fusedstep.ops.types import WindowRows
+from fusedstep.ops.types import BatchNeeds, WindowRows
 from fusedstep.window.output import LogprobsBuffer
+
+
+class Staging:
+    """Host side of a window's rows: pinned where there is a GPU, so that no copy waits."""
+
+    def __init__(self, max_num_reqs: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.idx_mapping = torch.empty(max_num_reqs, dtype=torch.int64, pin_memory=pinned)
+        self.budget = torch.empty(max_num_reqs, dtype=torch.int32, pin_memory=pinned)
+        self._idx_mapping_np, self._budget_np = self.idx_mapping.numpy(), self.budget.numpy()
+
+    def copy_to(
+        self,
+        rows: WindowRows,
+        idx_mapping: np.ndarray,  # [num_reqs] int64
+        budget: np.ndarray,  # [num_reqs] int32
+        num_rows: int,
+    ) -> None:
+        """Rows from num_reqs on are padding. The device must have read the window before."""
+        num_reqs = len(idx_mapping)
+        self._idx_mapping_np[:num_reqs] = idx_mapping
+        self._idx_mapping_np[num_reqs:num_rows] = -1
+        self._budget_np[:num_reqs] = budget
+        self._budget_np[num_reqs:num_rows] = 0
+        rows.idx_mapping[:num_rows].copy_(self.idx_mapping[:num_rows], non_blocking=True)
+        rows.budget[:num_rows].copy_(self.budget[:num_rows], non_blocking=True)
 
 
 @dataclass
@@ -20,9 +46,12 @@ class WindowSlot:
 
     rows: WindowRows
     logprobs: LogprobsBuffer
+    staging: Staging
     num_reqs: int = 0
+    num_rows: int = 0  # with padding rows
     num_steps: int = 0  # longest budget of any row
     num_logprobs: int = -1  # top-n beside the sampled token; -1: nobody asked
+    needs: BatchNeeds = field(default_factory=BatchNeeds)
     steps_run: int = 0  # written by the loop
 
     def stage(
@@ -30,16 +59,19 @@ class WindowSlot:
         idx_mapping: np.ndarray,  # [num_reqs] int64, batch_idx -> req_state_idx
         budget: np.ndarray,  # [num_reqs] int32, steps each row may take
         num_logprobs: int,
+        needs: BatchNeeds,
+        num_rows: int | None = None,  # with padding rows, num_reqs without
     ) -> None:
         """Host part of a window; everything else happens on the device."""
         self.num_reqs = len(idx_mapping)
+        self.num_rows = self.num_reqs if num_rows is None else num_rows
         self.num_steps = int(budget.max(initial=0))
         self.num_logprobs = num_logprobs
+        self.needs = needs
         self.steps_run = 0
-        self.rows.idx_mapping[: self.num_reqs] = torch.from_numpy(idx_mapping)
-        self.rows.budget[: self.num_reqs] = torch.from_numpy(budget)
+        self.staging.copy_to(self.rows, idx_mapping, budget, self.num_rows)
         if num_logprobs >= 0:
-            self.logprobs.reserve(self.num_steps, self.num_reqs, num_logprobs)
+            self.logprobs.reserve(self.num_steps, self.num_rows, num_logprobs)
 
 
 @dataclass
@@ -55,7 +87,9 @@ class WindowState:
 
         def slot() -> WindowSlot:
             return WindowSlot(
-                allocate_rows(max_num_reqs, max_steps, device), LogprobsBuffer(device)
+                allocate_rows(max_num_reqs, max_steps, device),
+                LogprobsBuffer(device),
+                Staging(max_num_reqs, device),
             )
 
         return cls((slot(), slot()))
@@ -78,6 +112,9 @@ def allocate_rows(max_num_reqs: int, max_steps: int, device: torch.device) -> Wi
         budget=zeros(max_num_reqs, dtype=torch.int32),
         active=zeros(max_num_reqs, dtype=torch.bool),
         sampled=zeros(max_num_reqs, dtype=torch.int64),
+        logprobs=zeros(max_num_reqs, dtype=torch.float32),
+        ranks=zeros(max_num_reqs, dtype=torch.int64),
         num_sampled=zeros(max_num_reqs, dtype=torch.int32),
         out_tokens=zeros(max_steps, max_num_reqs, dtype=torch.int64),
+        num_active=zeros(1, dtype=torch.int32),
     )

@@ -16,7 +16,8 @@ from serving import FUSEDSTEP, SMALL, free_port
 from fusedstep.bench import verify
 from fusedstep.cli.main import group
 from fusedstep.errors import ConfigError
-from fusedstep.vllm_plugin import compat, server
+from fusedstep.options import Options
+from fusedstep.vllm_plugin import compat, server, wiring
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -74,9 +75,10 @@ def test_serve_keeps_its_options_and_passes_on_the_others(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(server, "serve", lambda *got, announce: seen.append(got))
-    monkeypatch.delenv("FUSEDSTEP_DECODE_STEPS", raising=False)
+    for name in ("DECODE_STEPS", "OPS", "LOOP"):
+        monkeypatch.delenv(f"FUSEDSTEP_{name}", raising=False)
     assert run("serve", *args)[0] == 0
-    assert seen == [(decode_steps, stock, vllm_args)]
+    assert seen == [(Options.parse({"decode_steps": decode_steps}), stock, vllm_args)]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,9 @@ def test_serve_keeps_its_options_and_passes_on_the_others(
         (("serve", "--decode-steps", "0"), "from 1 to 64, not '0'"),
         (("serve", "--decode-steps=65"), "from 1 to 64, not '65'"),
         (("serve", "--decode-steps"), "requires an argument"),
+        (("serve", "--ops", "fast"), "'auto', 'triton', 'native', 'reference'"),
+        (("bench", "latency", "--loop=for"), "'while', 'unrolled', 'replay', 'eager'"),
+        (("verify", "--limit", "0"), "--limit"),
         (("verify", "--max-tokens", "0"), "--max-tokens"),
         (("verify", "--sampling", "[1]"), "want a JSON object"),
         (("verify", "--json", "no/such/folder/x.json"), "cannot write no/such/folder/x.json"),
@@ -100,6 +105,30 @@ def test_wrong_usage_is_one_line(run: Run, args: tuple[str, ...], words: str) ->
     code, out, err = run(*args)
     assert (code, out) == (2, "")
     assert_one_line(err, words)
+
+
+@pytest.mark.parametrize("command", (("serve",), ("verify",), ("bench", "latency")), ids=" ".join)
+@pytest.mark.parametrize(
+    ("on_cpu", "args", "line"),
+    (
+        (True, ("--loop", "replay"), "--loop replay needs a GPU; use eager or auto"),
+        (False, ("--ops", "native"), "--ops native needs a CPU; use triton or auto"),
+    ),
+    ids=("cpu", "gpu"),
+)
+def test_what_the_platform_has_not_is_one_line_before_any_engine(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    on_cpu: bool,
+    args: tuple[str, ...],
+    line: str,
+) -> None:
+    monkeypatch.setattr(wiring, "is_cpu_build", lambda: on_cpu)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    code, out, err = run(*command, *args)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == f"error: {line}"
 
 
 @pytest.mark.parametrize("found", ("0.31.9", "0.34.0", None))
@@ -263,7 +292,7 @@ def test_report_counts() -> None:
         verify.compare(completion([1, 2], 1e-5), completion(ours), 0, 1e-4)
         for ours in ([1, 2], [1, 2], [1, 0], [3, 2])
     ]
-    report = verify.Report("stock", items, 7.5, {}).as_dict()
+    report = verify.Report("stock", items, 7.5, {}, "native", "eager").as_dict()
     assert {key: report[key] for key in ("requests", "identical", "near_tie", "different")} == {
         "requests": 4,
         "identical": 2,
@@ -341,3 +370,23 @@ def test_verify_finds_windows_identical_to_stock(tmp_path: Path, model: str) -> 
     assert report["identical"] + report["near_tie"] == 7 and report["different"] == 0
     assert report["tokens"] == sum(item["tokens"] for item in report["items"]) > 50
     assert report["steps_per_window_mean"] > 2
+
+
+def test_verify_with_the_kernels_of_a_gpu(tmp_path: Path, model: str) -> None:
+    """Triton interpreted, inside real vLLM, against stock: few tokens, as it is slow."""
+    path = tmp_path / "prompts.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"prompt": "The capital of France is"},
+        {"prompt": "A robot", "temperature": 0.8, "top_p": 0.9, "seed": 1},
+        {"prompt": "la la la", "repetition_penalty": 1.3},
+        {"prompt": "not this one"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [FUSEDSTEP, "verify", model, "--ops=triton", "--prompts", str(path), "--limit=3"]
+    command += ["--max-tokens=6", "--json=-"]
+    done = subprocess.run([*command, *SMALL], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["ops"], report["loop"], report["oracle"]) == ("triton", "eager", "oracle")
+    assert (report["requests"], report["identical"]) == (3, 3)
+    assert report["steps_per_window_mean"] > 1 and set(report["stock_steps"]) == {"prefill"}

@@ -194,3 +194,23 @@ def test_synchronous_scheduling(model, expected):
         assert_same(engine.call(engine_child.run, REQUESTS), expected)
     finally:
         engine.close()
+
+
+def test_triton_kernels_in_real_vllm(model, engine):
+    """The kernels of a GPU, interpreted (hence few tokens), sample as the native code does."""
+    starts = (0, 3, 7, 9, 16, 18, 19, 20, 21, 22, 23, 24, 25, 26, 28)
+    requests = [(prompt, fields | {"max_tokens": 4}) for prompt, fields in REQUESTS]
+    requests = [(p, f | {"min_tokens": min(f.get("min_tokens", 0), 3)}) for p, f in requests]
+    requests = [requests[n] for n in starts]
+    interpreted = EngineChild("on", model, ops="triton", **OPTIONS)
+    try:
+        ours = interpreted.call(engine_child.run, requests)["completions"]
+        stats = interpreted.call(engine_child.window_stats)
+    finally:
+        interpreted.close()
+    engine.call(engine_child.set_decode_steps, "auto")
+    for have, want in zip(
+        ours, engine.call(engine_child.run, requests)["completions"], strict=True
+    ):
+        assert [c["token_ids"] for c in have] == [c["token_ids"] for c in want]
+    assert stats["ops"] == "triton" and stats["steps"] > stats["windows"] > 0

@@ -1,22 +1,40 @@
 """The loop with a small torch model instead of vLLM: windows of any length give the same tokens."""
 
 from dataclasses import fields
+from importlib.util import find_spec
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
-from fusedstep.ops.native import NativeStep
-from fusedstep.ops.reference import ReferenceStep
-from fusedstep.ops.types import RequestState, SamplingState, StepInputs, StopState
+from fusedstep.ops.dispatch import load
+from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StepInputs, StopState
 from fusedstep.window import output
 from fusedstep.window.arrivals import ALL, ArrivalCounter
-from fusedstep.window.loop import run_window
+from fusedstep.window.loop import HOST_PACE, run_window
+from fusedstep.window.pace import AheadPace
 from fusedstep.window.state import WindowState
 
+CPU = torch.device("cpu")
 VOCAB, BLOCK, MAX_LEN, ROWS = 97, 4, 64, 5
 EOS = 11
+
+
+def pytest_generate_tests(metafunc):
+    """Windows of any length run on all step operations of the device, the other tests on one."""
+    if "step_ops" in metafunc.fixturenames:
+        on_cpu = metafunc.config.getoption("--device") == "cpu"
+        names = ["native", "reference"] * on_cpu + ["triton"] * bool(find_spec("triton"))
+        metafunc.parametrize(
+            "step_ops", names if "num_steps" in metafunc.fixturenames else names[:1]
+        )
+
+
+@pytest.fixture
+def engine(step_ops, device):
+    with torch.device(device):
+        yield Engine(load(step_ops), PROMPTS, MAX_TOKENS, torch.device(device))
 
 
 def next_token(tokens):
@@ -57,7 +75,7 @@ class PagedModel:
 class Engine:
     """Requests that have been prefilled, in rows of their own, and windows over them."""
 
-    def __init__(self, step_class, prompts, max_tokens):
+    def __init__(self, step_class, prompts, max_tokens, device):
         def int32(*shape):
             return torch.zeros(shape, dtype=torch.int32)
 
@@ -90,7 +108,7 @@ class Engine:
             int32(1, ROWS) + blocks.shape[1],
         )
         self.model = PagedModel(self.inputs)
-        self.windows = WindowState.allocate(ROWS, 16, torch.device("cpu"))
+        self.windows = WindowState.allocate(ROWS, 16, device)
         self.outputs = [[] for _ in prompts]
         for row, prompt in enumerate(prompts):
             positions = torch.arange(len(prompt) - 1)
@@ -102,12 +120,13 @@ class Engine:
             self.requests.all_token_ids[row, : len(prompt)] = torch.tensor(prompt).int()
             stop.max_len[row] = min(len(prompt) + max_tokens[row], MAX_LEN)
 
-    def window(self, budget, cut_short=lambda: False):
+    def window(self, budget, cut_short=lambda: False, pace=HOST_PACE):
         """One window over all rows, budgets by row; returns the steps it ran."""
         slot = self.windows.next_slot()
-        slot.stage(np.arange(len(budget)), np.asarray(budget, dtype=np.int32), 1)
-        run_window(self.model, self.ops, slot, cut_short)
-        result = output.read(slot)
+        needs = BatchNeeds(adjustment=False, min_p=False, truncation=False, logprobs=True)
+        slot.stage(np.arange(len(budget)), np.asarray(budget, dtype=np.int32), 1, needs)
+        run_window(self.model, self.ops, slot, cut_short, pace)
+        result = output.Fetched(slot).tokens()
         for tokens, new in zip(self.outputs, result.token_ids, strict=True):
             tokens += new
         assert result.logprob_token_ids.shape == (sum(map(len, result.token_ids)), 2)
@@ -149,10 +168,8 @@ PROMPTS = [[5, 9, 2], [1], [40, 41, 42, 43, 44], [7] * 9, [3, 1, 4, 1, 5, 9, 2, 
 MAX_TOKENS = [30, 45, 1, 60, 17]
 
 
-@pytest.mark.parametrize("step_class", [NativeStep, ReferenceStep])
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 16])
-def test_windows_of_any_length(step_class, num_steps):
-    engine = Engine(step_class, PROMPTS, MAX_TOKENS)
+@pytest.mark.parametrize("num_steps", [1, 7, 16])
+def test_windows_of_any_length(engine, num_steps):
     for _ in range(-(-max(MAX_TOKENS) // num_steps)):
         engine.window([num_steps] * len(PROMPTS))
     assert engine.outputs == [replay(*r) for r in zip(PROMPTS, MAX_TOKENS, strict=True)]
@@ -160,16 +177,14 @@ def test_windows_of_any_length(step_class, num_steps):
     assert engine.model.ended <= engine.model.forwards
 
 
-def test_budgets_differ_by_row():
+def test_budgets_differ_by_row(engine):
     """A row whose budget ends early waits; its tokens go on in the next window."""
-    engine = Engine(NativeStep, PROMPTS, MAX_TOKENS)
     for turn in range(40):
         engine.window([1 + (turn + row) % 5 for row in range(len(PROMPTS))])
     assert engine.outputs == [replay(*r) for r in zip(PROMPTS, MAX_TOKENS, strict=True)]
 
 
-def test_an_arrival_ends_the_window_after_its_step(tmp_path):
-    engine = Engine(NativeStep, PROMPTS, MAX_TOKENS)
+def test_an_arrival_ends_the_window_after_its_step(engine, tmp_path):
     counter = ArrivalCounter(f"test-{tmp_path.name}")
     counter.unlink()
     stock_forward, engine.model.forwards = engine.model.forward, 0
@@ -189,6 +204,32 @@ def test_an_arrival_ends_the_window_after_its_step(tmp_path):
     assert engine.outputs == [replay(*r) for r in zip(PROMPTS, MAX_TOKENS, strict=True)]
 
 
+class LateDevice:
+    """Events of a device that finishes a step only when the host waits for it."""
+
+    recorded = waited = 0
+
+    def record(self):
+        type(self).recorded += 1
+
+    def synchronize(self):
+        type(self).waited += 1
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_the_host_runs_only_a_little_ahead(monkeypatch, ahead):
+    """Rows that have stopped are noticed ``ahead`` steps late; those steps give nothing."""
+    device = type("Device", (LateDevice,), {})
+    monkeypatch.setattr(torch.cuda, "Event", device)
+    pace = AheadPace(ahead)
+    engine, in_step = (Engine(load("native"), PROMPTS, MAX_TOKENS, CPU) for _ in range(2))
+    extra = [engine.window([16] * len(PROMPTS), pace=pace) for _ in range(4)]
+    needed = [in_step.window([16] * len(PROMPTS)) for _ in range(4)]
+    assert engine.outputs == in_step.outputs
+    assert extra == [min(steps + ahead, 16) for steps in needed]
+    assert device.waited == device.recorded - 4 * ahead > 0
+
+
 def test_two_processes_share_the_counter(tmp_path):
     ours, theirs = (ArrivalCounter(f"test-{tmp_path.name}") for _ in range(2))
     ours.unlink()
@@ -197,9 +238,7 @@ def test_two_processes_share_the_counter(tmp_path):
     assert not ours.path.exists()
 
 
-def test_an_error_in_the_forward_leaves_the_window():
-    engine = Engine(NativeStep, PROMPTS, MAX_TOKENS)
-
+def test_an_error_in_the_forward_leaves_the_window(engine):
     def forward():
         raise RuntimeError("device lost")
 

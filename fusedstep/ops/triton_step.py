@@ -1,0 +1,360 @@
+"""The step operations as Triton kernels: at most two launches per decode step, none synchronises.
+
+``TritonStep`` binds the state once: the tensors have static addresses, as a captured CUDA graph
+needs them. On CPU tensors the kernels run in Triton's interpreter (TRITON_INTERPRET=1), for tests.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedstep.kernels.logprobs import token_logprobs_kernel
+from fusedstep.kernels.rows import prepare_kernel
+from fusedstep.kernels.sample import BUCKET, sample_kernel
+from fusedstep.kernels.truncate import truncate_kernel
+from fusedstep.ops.check import check_logits, check_rows, check_state
+from fusedstep.ops.types import (
+    BatchNeeds,
+    RequestState,
+    SamplingState,
+    StepInputs,
+    StopState,
+    WindowRows,
+)
+
+# Token ids per program of the two launches, of a small and of a large batch: with few rows, many
+# small programs keep the GPU busy.
+SAMPLE_BLOCKS = (1024, 2048)
+TRUNCATE_BLOCKS = (4096, 16384)
+MANY_PROGRAMS = 512
+CANDIDATES = 1024
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def _arguments(state_class: type) -> Any:
+    return namedtuple(state_class.__name__, [field.name for field in fields(state_class)])
+
+
+# What a kernel takes for each class of tensors: named tuples with the fields of the class.
+_Requests = _arguments(RequestState)
+_Sampling = _arguments(SamplingState)
+_Stop = _arguments(StopState)
+_Rows = _arguments(WindowRows)
+
+
+class _Inputs(NamedTuple):
+    """StepInputs without the block sizes, which are constants of the kernels."""
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    seq_lens: torch.Tensor
+    slot_mappings: torch.Tensor
+    input_block_tables: tuple[torch.Tensor, ...]
+
+
+class _Strides(NamedTuple):
+    """Row strides of the state's matrices, in elements."""
+
+    all_token_ids: int
+    prompt_bin_mask: int
+    output_bin_counts: int
+    allowed_token_ids: int
+    logit_bias: int
+    min_stop_token_ids: int
+    bad_word_token_ids: int
+    bad_word_offsets: int
+    stop_token_ids: int
+    slot_mappings: int
+    block_tables: tuple[int, ...]
+    out_tokens: int
+
+
+class _Scratch(NamedTuple):
+    """What the programs of a row leave for its last one, and the first launch for the second."""
+
+    arrivals: torch.Tensor  # [R] int32, zero between launches
+    best_scores: torch.Tensor  # [R, NUM_SPLITS] float32, of each split's winner
+    best_tokens: torch.Tensor  # [R, NUM_SPLITS] int32
+    best_values: torch.Tensor  # [R, NUM_SPLITS] float32, scaled logit of that token
+    raw_tops: torch.Tensor  # [R, NUM_SPLITS] float32
+    raw_weights: torch.Tensor  # [R, NUM_SPLITS] float32
+    weights: torch.Tensor  # [R, NUM_SPLITS] float32
+    weights_up_to: torch.Tensor  # [R, NUM_SPLITS] float32
+    bucket_tops: torch.Tensor  # [R, BUCKETS] float32
+    row_tops: torch.Tensor  # [R] float32
+    floors: torch.Tensor  # [R] float32, what min-p keeps
+    bounds: torch.Tensor  # [R] float32, of the candidates
+    winners: torch.Tensor  # [R] int32
+    winner_values: torch.Tensor  # [R] float32
+    num_candidates: torch.Tensor  # [R] int32
+    candidates: torch.Tensor  # [R, CANDIDATES] int32
+    candidate_values: torch.Tensor  # [R, CANDIDATES] float32
+    sorted: torch.Tensor  # [R, CANDIDATES] int32
+    sorted_values: torch.Tensor  # [R, CANDIDATES] float32
+    adjusted: torch.Tensor  # [R, V] float32, rows with bias, penalties or bad words
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch; ``args`` and ``constexprs`` are by the kernel's parameter names."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int
+    # NVIDIA's assembler spills a little to reach an occupancy of its own choice unless it is told
+    # how many registers a thread may have. None: none of our business.
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compiler options on this machine's kind of GPU."""
+        options = {"num_warps": self.num_warps}
+        if self.max_registers is not None and torch.version.hip is None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
+
+
+class TritonStep:
+    """``prepare``, then ``step`` once per decode step, on bound state. See ``NativeStep``."""
+
+    def __init__(
+        self,
+        requests: RequestState,
+        sampling: SamplingState,
+        stop: StopState,
+        inputs: StepInputs,
+        block_tables: tuple[torch.Tensor, ...],  # per group [R, max_num_blocks] int32
+        num_blocks: torch.Tensor,  # [num_kv_cache_groups, R] int32
+    ) -> None:
+        self._device = requests.output_bin_counts.device
+        check_state(requests, sampling, stop, inputs, block_tables, num_blocks, self._device)
+        self._max_num_reqs, self._vocab_size = requests.output_bin_counts.shape
+        self._requests = _of(_Requests, requests)
+        self._sampling = _of(_Sampling, sampling)
+        self._stop = _of(_Stop, stop)
+        self._inputs = _of(_Inputs, inputs)
+        self._block_sizes = inputs.block_sizes
+        self._block_tables = block_tables
+        self._num_blocks = num_blocks
+        self._strides = _Strides(
+            all_token_ids=requests.all_token_ids.stride(0),
+            prompt_bin_mask=requests.prompt_bin_mask.stride(0),
+            output_bin_counts=requests.output_bin_counts.stride(0),
+            allowed_token_ids=sampling.allowed_token_ids.stride(0),
+            logit_bias=sampling.logit_bias.stride(0),
+            min_stop_token_ids=sampling.min_stop_token_ids.stride(0),
+            bad_word_token_ids=sampling.bad_word_token_ids.stride(0),
+            bad_word_offsets=sampling.bad_word_offsets.stride(0),
+            stop_token_ids=stop.stop_token_ids.stride(0),
+            slot_mappings=inputs.slot_mappings.stride(0),
+            block_tables=tuple(table.stride(0) for table in block_tables),
+            out_tokens=0,
+        )
+        self._scratch = _allocate_scratch(self._max_num_reqs, self._vocab_size, self._device)
+        self._rows: dict[int, tuple[WindowRows, Any, _Strides]] = {}
+
+    def prepare(self, rows: WindowRows, num_reqs: int) -> None:
+        """Start a window of ``num_reqs`` rows, whose ``idx_mapping`` and ``budget`` are staged."""
+        for launch in self.prepare_launches(rows, num_reqs):
+            launch()
+
+    def step(
+        self,
+        logits: torch.Tensor,  # [num_reqs, V] bfloat16, float16 or float32, any row stride
+        rows: WindowRows,
+        num_reqs: int,
+        needs: BatchNeeds,
+    ) -> None:
+        """``sample``, then emit the tokens, apply the stop rule and place the next inputs."""
+        for launch in self.launches(logits, rows, num_reqs, needs, advance=True):
+            launch()
+
+    def sample(
+        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
+    ) -> None:
+        """Write the token of each active row to ``rows.sampled``. ``logits`` is left as it is."""
+        for launch in self.launches(logits, rows, num_reqs, needs, advance=False):
+            launch()
+
+    def token_logprobs(
+        self,
+        logits: torch.Tensor,  # [n, V] bfloat16, float16 or float32, any row stride
+        token_ids: torch.Tensor,  # [n, m] int64, m >= 1
+    ) -> torch.Tensor:
+        """Log softmax of raw logits at ``token_ids``: float32 [n, m]."""
+        logprobs = torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device)
+        for launch in self.logprobs_launches(logits, token_ids, logprobs):
+            launch()
+        return logprobs
+
+    def prepare_launches(self, rows: WindowRows, num_reqs: int) -> Sequence[Launch]:
+        """The kernel that ``prepare`` launches."""
+        arguments, strides = self._arguments_of(rows)
+        args = {
+            "rows": arguments,
+            "num_reqs": num_reqs,
+            "requests": self._requests,
+            "inputs": self._inputs,
+            "block_tables": self._block_tables,
+            "num_blocks": self._num_blocks,
+            "max_num_reqs": self._max_num_reqs,
+            "max_num_tokens": self._inputs.slot_mappings.shape[1],
+            "strides": strides,
+        }
+        constexprs = {"BLOCK_SIZES": self._block_sizes, "BLOCK": 1024}
+        return (Launch(prepare_kernel, (num_reqs + 1,), args, constexprs, num_warps=4),)
+
+    def launches(
+        self,
+        logits: torch.Tensor,
+        rows: WindowRows,
+        num_reqs: int,
+        needs: BatchNeeds,
+        advance: bool,
+    ) -> Sequence[Launch]:
+        """The kernels that ``step`` (``advance``) or ``sample`` launches: none for no rows."""
+        check_logits(logits, num_reqs, self._vocab_size, self._device)
+        if num_reqs == 0:
+            return ()
+        arguments, strides = self._arguments_of(rows)
+        block = _block_size(self._vocab_size, num_reqs, SAMPLE_BLOCKS)
+        num_splits = -(-self._vocab_size // block)
+        args = {
+            "logits_ptr": logits,
+            "logits_stride": logits.stride(0),
+            "logprobs": int(needs.logprobs),
+            "advances": int(advance),
+            "rows": arguments,
+            "requests": self._requests,
+            "sampling": self._sampling,
+            "stop": self._stop,
+            "inputs": self._inputs,
+            "scratch": self._scratch,
+            "strides": strides,
+        }
+        shape = {
+            "VOCAB_SIZE": self._vocab_size,
+            "BLOCK_V": block,
+            "NUM_SPLITS": num_splits,
+            "SPLITS": _power_of_two(num_splits),
+            "BLOCK_SIZES": self._block_sizes,
+        }
+        restricts = needs.min_p or needs.truncation
+        features = {
+            "BUCKETS": _num_buckets(self._vocab_size),
+            "ADJUST": needs.adjustment,
+            "RESTRICT": restricts,
+        }
+        sample = Launch(
+            sample_kernel,
+            (num_splits, num_reqs),
+            args,
+            shape | features,
+            num_warps=8,
+            max_registers=80 if needs.adjustment else 64 if restricts else None,
+        )
+        if not needs.truncation:
+            return (sample,)
+        part = _block_size(self._vocab_size, num_reqs, TRUNCATE_BLOCKS)
+        num_parts = -(-self._vocab_size // part)
+        truncate = Launch(
+            truncate_kernel,
+            (num_parts, num_reqs),
+            args | {"part_size": part, "num_parts": num_parts},
+            shape | {"CANDIDATES": CANDIDATES},
+            num_warps=16,
+            max_registers=128,
+        )
+        return sample, truncate
+
+    def logprobs_launches(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, logprobs: torch.Tensor
+    ) -> Sequence[Launch]:
+        """The kernel that ``token_logprobs`` launches."""
+        num_rows, num_ids = token_ids.shape
+        check_logits(logits, num_rows, self._vocab_size, self._device)
+        if num_rows == 0:
+            return ()
+        args = {
+            "logits_ptr": logits,
+            "logits_stride": logits.stride(0),
+            "token_ids_ptr": token_ids,
+            "token_ids_stride": token_ids.stride(0),
+            "logprobs_ptr": logprobs,
+            "num_ids": num_ids,
+        }
+        constexprs = {"VOCAB_SIZE": self._vocab_size, "BLOCK": 8192, "IDS_BLOCK": 128}
+        return (Launch(token_logprobs_kernel, (num_rows,), args, constexprs, num_warps=16),)
+
+    def _arguments_of(self, rows: WindowRows) -> tuple[Any, _Strides]:
+        """Kept for each WindowRows seen: a runner has two, one per slot."""
+        known = self._rows.get(id(rows))
+        if known is None:
+            check_rows(rows, self._device)
+            strides = self._strides._replace(out_tokens=rows.out_tokens.stride(0))
+            known = self._rows[id(rows)] = (rows, _of(_Rows, rows), strides)
+        return known[1], known[2]
+
+
+def _of(tuple_class: Any, state: object) -> Any:
+    return tuple_class(*(getattr(state, name) for name in tuple_class._fields))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n`` >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def _block_size(vocab_size: int, num_reqs: int, sizes: tuple[int, int]) -> int:
+    """Token ids per program: the small size while the batch would have few programs."""
+    small, large = sizes
+    few = -(-vocab_size // large) * num_reqs < MANY_PROGRAMS
+    return max(min(small if few else large, _power_of_two(vocab_size)), int(BUCKET.value))
+
+
+def _num_buckets(vocab_size: int) -> int:
+    """Room for the buckets of either block size."""
+    block = max(SAMPLE_BLOCKS)
+    return _power_of_two(-(-vocab_size // block) * block // int(BUCKET.value))
+
+
+def _allocate_scratch(max_num_reqs: int, vocab_size: int, device: torch.device) -> _Scratch:
+    max_splits = -(-vocab_size // _block_size(vocab_size, 1, SAMPLE_BLOCKS))
+
+    def floats(size: int) -> torch.Tensor:
+        return torch.zeros(max_num_reqs, size, device=device)
+
+    def ints(size: int) -> torch.Tensor:
+        return torch.zeros(max_num_reqs, size, dtype=torch.int32, device=device)
+
+    per_split = (
+        "best_scores",
+        "best_values",
+        "raw_tops",
+        "raw_weights",
+        "weights",
+        "weights_up_to",
+    )
+    per_row = ("row_tops", "floors", "bounds", "winner_values")
+    return _Scratch(
+        **{name: floats(max_splits) for name in per_split},
+        **{name: floats(1) for name in per_row},
+        **{name: ints(1) for name in ("arrivals", "winners", "num_candidates")},
+        best_tokens=ints(max_splits),
+        bucket_tops=floats(_num_buckets(vocab_size)),
+        candidates=ints(CANDIDATES),
+        candidate_values=floats(CANDIDATES),
+        sorted=ints(CANDIDATES),
+        sorted_values=floats(CANDIDATES),
+        adjusted=floats(vocab_size),
+    )

@@ -1,0 +1,204 @@
+"""Everything of vLLM that fusedstep imports, extends, replaces, calls, reads or writes.
+
+``tests/test_surface.py`` holds this list complete against our sources, and each supported vLLM
+against the list. What belongs to Model Runner V2 is in ``surface_runner.py``. A module has names,
+a name has lines:
+
+* ``max_num_reqs, device`` are attributes, ``waiting: RequestQueue`` one of a listed class or a
+  container of it. Without a name before the colon the name itself is such an instance.
+* ``add_request(req_id, max_tokens=_) -> X`` is a call of ours: arguments that we pass by position
+  have vLLM's names for them, those by keyword ``=_``. Without a name it calls the name itself.
+* ``def schedule(throttle_prefills=False)`` is a method that we override, with our parameters.
+* ``+arrivals_seen`` is an attribute that we give to vLLM's object: vLLM must not have it.
+* ``replaced`` marks a class that an object of ours stands in for: all of its methods are listed.
+* ``since 0.33`` or ``until 0.33`` ends a line that does not hold for every version.
+"""
+
+from __future__ import annotations
+
+from fusedstep.vllm_plugin.surface_runner import GPU, KERNELS, RUNNER, SAMPLING
+
+_CONFIG = {
+    "vllm.config": {
+        "VllmConfig": """
+            ()
+            additional_config, instance_id, use_v2_model_runner, watermark_config
+            speculative_config, lora_config, kv_transfer_config, ec_transfer_config
+            model_config: ModelConfig
+            parallel_config: ParallelConfig
+            scheduler_config: SchedulerConfig
+            device_config: DeviceConfig
+            aux_output_config: AuxOutputConfig
+        """,
+        "ModelConfig": """
+            runner_type, is_encoder_decoder, supports_multimodal_inputs, enable_prompt_embeds
+            uses_mrope, is_hybrid, has_inner_state, is_diffusion, rswa_window, logits_processors
+            logprobs_mode, return_sampling_mask, enable_trace_replay, use_fp64_gumbel
+            get_vocab_size()
+        """,
+        "ParallelConfig": """
+            data_parallel_index, worker_cls, pipeline_parallel_size, tensor_parallel_size
+            data_parallel_size, decode_context_parallel_size, prefill_context_parallel_size
+            enable_dbo, enable_eplb
+        """,
+        "SchedulerConfig": "async_scheduling, max_num_seqs, scheduler_cls",
+        "DeviceConfig": "device_type",
+        "AuxOutputConfig": "enabled",
+    },
+    "vllm.config.compilation": {"CUDAGraphMode": "FULL"},
+    "vllm.envs": {"VLLM_USE_MODELSCOPE": ""},
+    "vllm.sampling_params": {
+        "SamplingParams": """
+            (**params)
+            (seed=_, **params)
+            eos_token_id, logprob_token_ids, logprobs, max_tokens, output_kind, stop
+            stop_token_ids, structured_outputs, thinking_token_budget
+            temperature, top_p, top_k, repetition_penalty, frequency_penalty, presence_penalty
+        """,
+        "RequestOutputKind": "FINAL_ONLY",
+    },
+}
+
+_FRONTEND = {
+    "vllm": {
+        "LLM": """
+            (**options)
+            def __init__(model, decode_steps=None, ops=None, loop=None, **vllm_kwargs)
+            collective_rpc(method)
+            generate(prompts, sampling_params, use_tqdm=_) -> RequestOutput
+            llm_engine: LLMEngine
+        """,
+        "SamplingParams": "(**params)",
+    },
+    "vllm.v1.engine.llm_engine": {"LLMEngine": "model_config: ModelConfig"},
+    "vllm.outputs": {
+        "RequestOutput": "prompt, prompt_token_ids\noutputs: CompletionOutput",
+        "CompletionOutput": "text, token_ids, finish_reason, stop_reason, logprobs",
+    },
+    "vllm.engine.arg_utils": {
+        "EngineArgs": """
+            add_cli_args(parser)
+            additional_config, attention_backend, compilation_config, enforce_eager
+            gpu_memory_utilization, hf_token, kv_cache_memory_bytes, model
+            num_gpu_blocks_override, revision, scheduler_cls, served_model_name, worker_cls
+            worker_extension_cls
+        """,
+    },
+    "vllm.entrypoints.launchers.cli_args": {
+        "FrontendArgs": "host, port, uds\n+model_tag",
+        "make_arg_parser": "(parser)",
+        "validate_parsed_serve_args": "(args)",
+    },
+    "vllm.entrypoints.serve.utils.api_utils": {"cli_env_setup": "()"},
+    "vllm.entrypoints.launchers.api_server.entry": {
+        "setup_server": "(*args, **kwargs)",
+        "serve_http": "(*args, timeout_graceful_shutdown=_)",
+    },
+    "vllm.entrypoints.cli.serve": {"ServeSubcommand": "cmd(args)"},
+    "vllm.logger": {"configure_logging_from_args": "(args)"},
+    "vllm.utils.argparse_utils": {"FlexibleArgumentParser": "(add_help=_)\n(prog=_)"},
+    "vllm.utils.import_utils": {"resolve_obj_by_qualname": "(qualname)"},
+}
+
+_PLATFORM = {
+    "vllm.platforms": {
+        "cpu_platform_plugin": "()",
+        "current_platform": ": Platform",
+        "_current_platform": "",
+    },
+    "vllm.platforms.interface": {"Platform": "is_cpu()\nget_device_name()\ndevice_type"},
+    "vllm.platforms.cpu": {
+        "CpuPlatform": """
+            def register_triton_kernel_overrides()
+            def check_and_update_config(vllm_config)
+        """,
+    },
+    "vllm.triton_utils": {"HAS_TRITON": ""},
+    "vllm.triton_utils.dispatcher": {"register_kernels": "(overrides)", "vars": ""},
+    "vllm.v1.sample.ops.topk_topp_sampler": {"HAS_TRITON": ""},
+}
+
+_ENGINE = {
+    "vllm.v1.engine": {"EngineCoreRequest": ""},
+    "vllm.v1.engine.core": {"EngineCore": "def preprocess_add_request(request)\nscheduler"},
+    "vllm.v1.request": {
+        "Request": """
+            is_prefill_chunk, max_tokens, next_decode_eligible_step, num_computed_tokens
+            num_output_placeholders, num_output_tokens, num_tokens, request_id, spec_token_ids
+            sampling_params: sampling_params.SamplingParams
+        """,
+    },
+    "vllm.v1.core.sched.async_scheduler": {
+        "AsyncScheduler": """
+            def __init__(*args, **kwargs)
+            def schedule(throttle_prefills=False) -> SchedulerOutput
+            def add_request(request)
+            def make_spec_decoding_stats(*args, **kwargs)
+            def _free_request(request, *args, **kwargs)
+            current_step, max_model_len, max_num_active_reqs, max_num_scheduled_tokens
+            num_spec_tokens
+            vllm_config: VllmConfig
+            running: Request
+            waiting, kv_holding_waiting: RequestQueue
+            kv_cache_manager: KVCacheManager
+            kv_cache_config: KVCacheConfig
+        """,
+    },
+    "vllm.v1.core.sched.output": {
+        "SchedulerOutput": """
+            num_scheduled_tokens, total_num_scheduled_tokens, scheduled_spec_decode_tokens
+            scheduled_new_reqs: NewRequestData
+            scheduled_cached_reqs: CachedRequestData
+            +arrivals_seen
+        """,
+        "NewRequestData": "req_id, prompt_len\nsampling_params: sampling_params.SamplingParams",
+        "CachedRequestData": "req_ids, num_computed_tokens",
+        "GrammarOutput": "",
+    },
+    "vllm.v1.core.sched.request_queue": {"RequestQueue": "peek_request() -> Request"},
+    "vllm.v1.core.kv_cache_manager": {"KVCacheManager": "block_pool: BlockPool"},
+    "vllm.v1.core.block_pool": {"BlockPool": "get_num_free_blocks()"},
+    "vllm.v1.kv_cache_interface": {
+        "KVCacheConfig": "kv_cache_groups: KVCacheGroupSpec",
+        "KVCacheGroupSpec": "kv_cache_spec: KVCacheSpec",
+        "KVCacheSpec": "block_size",
+    },
+    "vllm.v1.spec_decode.metrics": {"SpecDecodingStats": ""},
+    "vllm.v1.outputs": {
+        "AsyncModelRunnerOutput": """
+            def get_output()
+        """,
+        "ModelRunnerOutput": "(req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_)",
+        "LogprobsLists": """
+            (logprob_token_ids, logprobs, sampled_token_ranks, cu_num_generated_tokens)
+        """,
+        "LogprobsTensors": "logprobs, selected_token_ranks",
+    },
+}
+
+_KERNELS: dict[str, dict[str, str]] = {}
+for _path, _parameters in KERNELS.items():
+    _module, _, _name = _path.rpartition(".")
+    _KERNELS.setdefault(f"{GPU}.{_module}", {})[_name] = f"kernel {_parameters.strip()}"
+
+SURFACE: dict[str, dict[str, str]] = {}  # module -> name -> lines
+for _part in (_CONFIG, _FRONTEND, _PLATFORM, _ENGINE, RUNNER, SAMPLING, _KERNELS):
+    for _module, _names in _part.items():
+        SURFACE.setdefault(_module, {}).update(_names)
+
+# Environment variables of vLLM that we read or set.
+ENVIRONMENT = (
+    "VLLM_COMPUTE_NANS_IN_LOGITS",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_ENABLE_V1_MULTIPROCESSING",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_LOGGING_STREAM",
+    "VLLM_NO_USAGE_STATS",
+)
+# What a module must say in its source: messages and errors that we look for, entry points.
+SAYS = {
+    "vllm.v1.engine.core": ("EngineCore failed to start",),
+    "vllm.v1.executor.multiproc_executor": ("WorkerProc failed to start",),
+    "vllm.v1.engine.exceptions": ("class EngineDeadError",),
+    "vllm.plugins": ("vllm.platform_plugins",),
+}

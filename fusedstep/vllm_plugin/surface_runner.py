@@ -1,0 +1,309 @@
+"""The part of ``surface.py``'s list that is vLLM's workers, Model Runner V2 and its kernels."""
+
+from __future__ import annotations
+
+GPU = "vllm.v1.worker.gpu"
+
+RUNNER = {
+    "vllm.forward_context": {
+        "BatchDescriptor": "(num_tokens=_)",
+        "set_forward_context": """
+            (attn_metadata, vllm_config, num_tokens=_, batch_descriptor=_, slot_mapping=_,
+             is_padding=_)
+        """,
+    },
+    "vllm.v1.attention.backend": {
+        "AttentionBackend": "get_name()",
+        "CommonAttentionMetadata": """
+            (query_start_loc=_, query_start_loc_cpu=_, seq_lens=_, seq_lens_cpu_upper_bound=_,
+             max_seq_len=_, num_reqs=_, num_actual_tokens=_, max_query_len=_,
+             block_table_tensor=_, slot_mapping=_, positions=_, is_prefilling=_)
+            max_seq_len, _num_computed_tokens_cache
+        """,
+    },
+    "vllm.v1.worker.utils": {
+        "AttentionGroup": """
+            build_metadata(common_attn_metadata, ubatch_idx)
+            update_draft_decode_metadata(attn_metadata)
+            layer_names, supports_draft_decode_metadata_update
+            backend: AttentionBackend
+        """,
+    },
+    "vllm.v1.worker.gpu_worker": {
+        "Worker": """
+            def init_device()
+            def _make_model_runner()
+            device, use_v2_model_runner
+            vllm_config: VllmConfig
+            model_runner: GPUModelRunner
+        """,
+    },
+    "vllm.v1.worker.cpu_worker": {"CPUWorker": "def init_device()"},
+    "vllm.v1.worker.cpu.shm": {},
+    "vllm.v1.worker.cpu.model_runner": {"CPUModelRunner": "replaced\ndef warming_up_model()"},
+    f"{GPU}.model_runner": {
+        "GPUModelRunner": """
+            def __init__(vllm_config, device)
+            def initialize_kv_cache(kv_cache_config, *args, **kwargs)
+            def shutdown()
+            def add_requests(scheduler_output)
+            def execute_model(scheduler_output, *args, **kwargs)
+            def sample_tokens(grammar_output)
+            def sample(hidden_states, input_batch, grammar_output)
+            profile_run()
+            finish_requests(scheduler_output)
+            free_states(scheduler_output)
+            update_requests(scheduler_output)
+            get_model()
+            device, dtype, max_model_len, max_num_reqs, model, output_copy_stream, vocab_size
+            vllm_config: VllmConfig
+            attn_groups: AttentionGroup
+            block_tables: BlockTables
+            cudagraph_manager: ModelCudaGraphManager
+            input_buffers: InputBuffers
+            kv_cache_config: KVCacheConfig
+            req_states: RequestState
+            sampler: gpu.sample.sampler.Sampler
+            +stats
+        """,
+    },
+    f"{GPU}.attn_utils": {"build_slot_mappings_by_layer": "(slot_mappings, kv_cache_config)"},
+    f"{GPU}.block_table": {
+        "BlockTables": """
+            (block_sizes=_, max_num_reqs=_, max_num_batched_tokens=_, max_num_blocks_per_group=_,
+             device=_)
+            append_block_ids(req_index, new_block_ids, overwrite=_)
+            apply_staged_writes()
+            compute_slot_mappings(idx_mapping, query_start_loc, positions, num_tokens_padded)
+            gather_block_tables(idx_mapping, num_reqs_padded)
+            block_sizes, input_block_tables, slot_mappings
+            block_tables: StagedWriteTensor
+            num_blocks: UvaBackedTensor
+        """,
+    },
+    f"{GPU}.buffer_utils": {
+        "StagedWriteTensor": "gpu",
+        "UvaBackedTensor": "(size, dtype=_)\ncpu, np, gpu",
+    },
+    f"{GPU}.cudagraph_utils": {
+        "ModelCudaGraphManager": """
+            dispatch(num_reqs, num_tokens, uniform_token_count=_, num_active_loras=_,
+             max_query_len=_) -> BatchExecutionDescriptor
+            run_fullgraph(desc)
+        """,
+        "BatchExecutionDescriptor": "cg_mode, num_tokens",
+    },
+    f"{GPU}.input_batch": {
+        "InputBatch": """
+            make_dummy(num_reqs, num_tokens, input_buffers) -> InputBatch
+            cu_num_logits, idx_mapping, idx_mapping_np, logits_indices, num_reqs, positions
+            query_start_loc, seq_lens
+        """,
+        "InputBuffers": """
+            (max_num_reqs, max_num_tokens, device)
+            input_ids, is_padding, positions, query_start_loc, seq_lens
+        """,
+        "combine_sampled_and_draft_tokens": """
+            (input_ids, idx_mapping, last_sampled_tokens, query_start_loc, seq_lens, prefill_len,
+             draft_tokens, cu_num_logits, num_logits)
+        """,
+        "post_update": """
+            (idx_mapping, num_computed_tokens, last_sampled_tokens, output_bin_counts,
+             sampled_tokens, num_sampled, num_rejected, query_start_loc, all_token_ids, total_len)
+        """,
+        "prepare_pos_seq_lens": """
+            (idx_mapping, query_start_loc, num_computed_tokens, pos, seq_lens)
+        """,
+    },
+    f"{GPU}.states": {
+        "RequestState": """
+            (max_num_reqs, max_model_len, max_num_batched_tokens, num_speculative_steps,
+             vocab_size, device)
+            add_request(req_id, prompt_len, all_token_ids, num_computed_tokens, max_tokens=_)
+            apply_staged_writes()
+            draft_tokens, free_indices, last_sampled_tokens, num_computed_tokens_np
+            req_id_to_index
+            all_token_ids, num_computed_tokens, total_len: StagedWriteTensor
+            prefill_len, prompt_len: UvaBackedTensor
+        """,
+    },
+}
+
+SAMPLING = {
+    f"{GPU}.sample.sampler": {
+        "Sampler": """
+            (vllm_config, max_num_reqs, vocab_size, device, req_states)
+            __call__(logits, input_batch) -> gpu.sample.output.SamplerOutput
+            add_request(req_idx, sampling_params)
+            apply_staged_writes()
+            use_flashinfer
+            logits_processors: (LogitBiasState, PenaltiesState, BadWordsState)
+            penalties_state: PenaltiesState
+            sampling_states: SamplingStates
+        """,
+    },
+    f"{GPU}.sample.states": {
+        "SamplingStates": """
+            get_top_k_top_p(expanded_idx_mapping, idx_mapping_np)
+            num_logprobs, vocab_size
+            min_p, seeds, temperature, top_k, top_p: UvaBackedTensor
+        """,
+    },
+    f"{GPU}.sample.logit_bias": {
+        "LogitBiasState": """
+            use_logit_bias
+            min_lens, num_allowed_token_ids, num_logit_bias, num_stop_token_ids: UvaBackedTensor
+            allowed_token_ids, logit_bias, logit_bias_token_ids, stop_token_ids: StagedWriteTensor
+        """,
+    },
+    f"{GPU}.sample.penalties": {
+        "PenaltiesState": """
+            output_bin_counts, prompt_bin_mask, use_penalty
+            frequency_penalty, presence_penalty, repetition_penalty: UvaBackedTensor
+        """,
+    },
+    f"{GPU}.sample.bad_words": {
+        "BadWordsState": """
+            num_bad_words: UvaBackedTensor
+            bad_word_offsets, bad_word_token_ids: StagedWriteTensor
+        """,
+    },
+    f"{GPU}.sample.logprob": {
+        "compute_topk_scores": "(logits, num_logprobs, sampled_token_ids)",
+    },
+    f"{GPU}.sample.output": {
+        "SamplerOutput": """
+            (sampled_token_ids=_, logprobs_tensors=_, num_nans=_, num_sampled=_, num_rejected=_)
+            num_rejected, num_sampled, sampled_token_ids
+            logprobs_tensors: LogprobsTensors
+        """,
+    },
+    "vllm.v1.sample.logits_processor": {
+        "BatchUpdate": "(batch_size, removed=_, added=_, moved=_)",
+        "LogitsProcessors": "(logitsprocs)",
+        "MinPLogitsProcessor": "(vllm_config, device, is_pin_memory)\nupdate_state(batch_update)",
+    },
+    "vllm.v1.sample.metadata": {
+        "SamplingMetadata": """
+            (temperature=_, all_greedy=_, all_random=_, top_p=_, top_k=_, generators=_,
+             max_num_logprobs=_, no_penalties=_, prompt_token_ids=_, frequency_penalties=_,
+             presence_penalties=_, repetition_penalties=_, output_token_ids=_,
+             allowed_token_ids_mask=_, bad_words_token_ids=_, logitsprocs=_)
+            all_greedy, output_token_ids
+        """,
+    },
+    "vllm.v1.sample.sampler": {
+        "Sampler": """
+            ()
+            (logprobs_mode)
+            __call__(logits, sampling_metadata)
+            apply_logits_processors(logits, sampling_metadata, predict_bonus_token=_)
+            sample(logits, sampling_metadata)
+        """,
+    },
+}
+
+# Triton kernels that ``stock_kernels.py`` replaces on the CPU. Before the bar: the parameters that
+# a stand-in takes, in their order, and the constants that it reads (``=_``). After it: what it
+# does without.
+KERNELS = {
+    "input_batch._prepare_prefill_inputs_kernel": """
+        input_ids_ptr, next_prefill_tokens_ptr, next_prefill_tokens_stride, num_lookahead,
+        idx_mapping_ptr, query_start_loc_ptr, all_token_ids_ptr, all_token_ids_stride,
+        prefill_lens_ptr, num_computed_tokens_ptr | BLOCK_SIZE, LOOKAHEAD_BLOCK
+    """,
+    "input_batch._prepare_pos_seq_lens_kernel": """
+        pos_ptr, seq_lens_ptr, idx_mapping_ptr, query_start_loc_ptr, num_computed_tokens_ptr,
+        max_num_reqs | BLOCK_SIZE
+    """,
+    "input_batch._combine_sampled_and_draft_tokens_kernel": """
+        input_ids_ptr, idx_mapping_ptr, last_sampled_tokens_ptr, query_start_loc_ptr,
+        seq_lens_ptr, prefill_len_ptr, draft_tokens_ptr, draft_tokens_stride, cu_num_logits_ptr,
+        logits_indices_ptr, NUM_NEW_SAMPLED_TOKENS=_ | BLOCK_SIZE
+    """,
+    "input_batch._get_num_sampled_and_rejected_kernel": """
+        num_sampled_ptr, num_rejected_ptr, seq_lens_ptr, cu_num_logits_ptr, idx_mapping_ptr,
+        prefill_len_ptr
+    """,
+    # 0.33 can also move draft tokens, on other ranks than the last of a pipeline.
+    "input_batch._post_update_kernel": """
+        idx_mapping_ptr, num_computed_tokens_ptr, last_sampled_tokens_ptr, output_bin_counts_ptr,
+        output_bin_counts_stride, sampled_tokens_ptr, sampled_tokens_stride, num_sampled_ptr,
+        num_rejected_ptr, query_start_loc_ptr, all_token_ids_ptr, all_token_ids_stride,
+        total_len_ptr | draft_tokens_ptr, draft_tokens_out_ptr, num_draft_tokens
+    """,
+    "input_batch._post_update_num_computed_tokens_kernel": """
+        idx_mapping_ptr, num_computed_tokens_ptr, query_start_loc_ptr
+    """,
+    # 0.33 can also put the null block below a sliding window; 0.32 and the stand-in leave the ids.
+    "block_table._gather_block_tables_kernel": """
+        batch_idx_to_req_idx, src_block_table_ptrs, dst_block_table_ptrs, block_table_strides,
+        num_blocks_ptr, num_blocks_stride, num_reqs | BLOCK_SIZE, num_computed_tokens_ptr,
+        sliding_window_reach_ptr, block_sizes_ptr, MASK_SLIDING_WINDOW
+    """,
+    "block_table._compute_slot_mappings_kernel": """
+        max_num_tokens, idx_mapping, query_start_loc, pos, block_table_ptrs, block_table_strides,
+        block_sizes, slot_mapping_enabled, dcp_sharded, slot_mappings_ptr, slot_mappings_stride,
+        cp_rank, CP_SIZE=_ | CP_INTERLEAVE, PAD_ID, TRITON_BLOCK_SIZE
+    """,
+    "buffer_utils._apply_write_kernel": """
+        output_ptr, output_stride, write_indices_ptr, write_starts_ptr, write_contents_ptr,
+        write_cu_lens_ptr, write_group_ids_ptr, MULTI_GROUP=_ | BLOCK_SIZE
+    """,
+    "sample.gumbel._temperature_kernel": """
+        logits_ptr, logits_stride, expanded_idx_mapping_ptr, temperature_ptr, vocab_size |
+        BLOCK_SIZE
+    """,
+    "sample.gumbel._gumbel_sample_kernel": """
+        local_argmax_ptr, local_argmax_stride, local_max_ptr, local_max_stride, logits_cache_ptr,
+        logits_cache_stride_0, logits_cache_stride_1, logits_cache_col_ptr,
+        logits_cache_source_ptr, logits_cache_source_stride, logits_ptr, logits_stride,
+        expanded_idx_mapping_ptr, seeds_ptr, pos_ptr, temp_ptr, vocab_size, BLOCK_SIZE=_,
+        IS_DRAFTING=_, APPLY_TEMPERATURE=_, USE_FP64=_ | PER_TOKEN_COL
+    """,
+    "sample.penalties._penalties_kernel": """
+        logits_ptr, logits_stride, expanded_idx_mapping_ptr, token_ids_ptr,
+        expanded_local_pos_ptr, repetition_penalty_ptr, frequency_penalty_ptr,
+        presence_penalty_ptr, prompt_bin_mask_ptr, prompt_bin_mask_stride, output_bin_counts_ptr,
+        output_bin_counts_stride, vocab_size | BLOCK_SIZE
+    """,
+    "sample.penalties._bincount_kernel": """
+        expanded_idx_mapping_ptr, all_token_ids_ptr, all_token_ids_stride, prompt_len_ptr,
+        prefill_len_ptr, prompt_bin_mask_ptr, prompt_bin_mask_stride, output_bin_counts_ptr,
+        output_bin_counts_stride | BLOCK_SIZE
+    """,
+    "sample.logit_bias._bias_kernel": """
+        logits_ptr, logits_stride, vocab_size, expanded_idx_mapping_ptr,
+        num_allowed_token_ids_ptr, allowed_token_ids_ptr, allowed_token_ids_stride,
+        num_logit_bias_ptr, bias_token_ids_ptr, bias_token_ids_stride, bias_ptr, bias_stride,
+        pos_ptr, min_lens_ptr, num_stop_token_ids_ptr, restore_when_all_masked_ptr,
+        stop_token_ids_ptr, stop_token_ids_stride, CHECK_ALL_MASKED_ROWS=_ | BLOCK_SIZE,
+        LOGITS_BLOCK_SIZE
+    """,
+    "sample.bad_words._bad_words_kernel": """
+        logits_ptr, logits_stride, expanded_idx_mapping_ptr, bad_word_token_ids_ptr,
+        bad_word_token_ids_stride, bad_word_offsets_ptr, bad_word_offsets_stride,
+        num_bad_words_ptr, all_token_ids_ptr, all_token_ids_stride, prompt_len_ptr, total_len_ptr,
+        input_ids_ptr, expanded_local_pos_ptr
+    """,
+    "sample.min_p._min_p_kernel": """
+        logits_ptr, logits_stride, expanded_idx_mapping_ptr, min_p_ptr, vocab_size | BLOCK_SIZE
+    """,
+    "sample.logprob._topk_log_softmax_kernel": """
+        output_ptr, logits_ptr, logits_stride, topk_ids_ptr, topk_ids_stride, topk, vocab_size |
+        BLOCK_SIZE, TOPK_BLOCK_SIZE
+    """,
+    "sample.logprob._ranks_kernel": """
+        output_ptr, logits_ptr, logits_stride, token_ids_ptr, vocab_size | BLOCK_SIZE
+    """,
+    "sample.logprob._fill_logprob_token_ids_kernel": """
+        out_token_ids_ptr, out_token_ids_stride, out_valid_mask_ptr, out_valid_mask_stride,
+        sampled_token_ids_ptr, topk_indices_ptr, topk_indices_stride, expanded_idx_mapping_ptr,
+        num_per_req_token_ids_ptr, per_req_token_ids_ptr, per_req_token_ids_stride, NUM_TOPK=_ |
+        PADDED_COLS
+    """,
+    "structured_outputs._apply_grammar_bitmask_kernel": """
+        logits_ptr, logits_stride, logits_indices_ptr, cu_num_logits_ptr, bitmask_ptr,
+        bitmask_stride, vocab_size, MASK_STRIDE=_ | BLOCK_SIZE
+    """,
+}

@@ -1,0 +1,198 @@
+"""Compiles what TritonStep launches, for GPUs that need not be there.
+
+    cd tests && python -m ops.compile_kernels sm_90 sm_80 sm_100 gfx942
+
+A process of its own, because Triton compiles nothing where its interpreter is switched on. Prints
+one line per compiled kernel, TAB separated; the exit code is 1 if one of them keeps anything of its
+threads in memory.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from ops.world import DTYPES, World, build_world, strided
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from fusedstep.kernels.condition import set_condition_kernel
+from fusedstep.ops.triton_step import Launch, TritonStep
+from fusedstep.ops.types import BatchNeeds
+
+TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+VOCAB_SIZE = 151936
+PLAIN = BatchNeeds(adjustment=False, min_p=False, truncation=False, logprobs=False)
+EVERYTHING = BatchNeeds(adjustment=True, min_p=True, truncation=True, logprobs=True)
+NEEDS = {
+    "plain": PLAIN,
+    "adjustment": replace(PLAIN, adjustment=True),
+    "min_p": replace(PLAIN, min_p=True),
+    "truncation": replace(PLAIN, truncation=True),
+    "logprobs": replace(PLAIN, logprobs=True),
+    "everything": EVERYTHING,
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+COLUMNS = ("kernel", "target", "registers", "shared", "local", "spills", "scalar spills", "for")
+
+
+class AbsentDevice(DriverBase):  # type: ignore[misc]
+    """What the JIT asks of a driver before it compiles; a device's number is its target's name."""
+
+    target = "sm_90"
+
+    def __init__(self) -> None:
+        pass
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+    def get_current_device(self) -> str:
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Resources of a compiled kernel, in bytes but for the registers."""
+
+    registers: int
+    shared: int
+    local: int  # what a thread keeps in memory: its stack and its spilled registers
+    spills: int = 0  # vector registers of AMD; NVIDIA's are part of ``local``
+    scalar_spills: int = 0  # AMD's scalar registers, which go to lanes of vector registers
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch and what it is for."""
+
+    name: str
+    launch: Launch
+    targets: tuple[str, ...] = tuple(TARGETS)
+
+
+def cases(world: World) -> Iterator[Case]:
+    """All launches of a step and around it."""
+    step, rows = world.bind(TritonStep), world.rows
+    for num_reqs in (1, 2, 64):
+        for launch in step.prepare_launches(rows, num_reqs):
+            yield Case(f"prepare n={num_reqs}", launch)
+    for dtype, num_reqs in product(DTYPES, (1, 64)):
+        logits = torch.zeros(num_reqs, VOCAB_SIZE, dtype=dtype)
+        where = f"{str(dtype).removeprefix('torch.')} n={num_reqs}"
+        for (name, needs), advance in product(NEEDS.items(), (True, False)):
+            call = "step" if advance else "sample"
+            for launch in step.launches(logits, rows, num_reqs, needs, advance):
+                yield Case(f"{call} {name} {where}", launch)
+        token_ids = torch.zeros(num_reqs, 5, dtype=torch.int64)
+        logprobs = torch.zeros(num_reqs, 5)
+        for launch in step.logprobs_launches(logits, token_ids, logprobs):
+            yield Case(f"token_logprobs {where}", launch)
+    unaligned = strided(torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16), VOCAB_SIZE + 3, 1)
+    for launch in step.launches(unaligned, rows, 1, EVERYTHING, True):
+        yield Case("step everything bfloat16 n=1 unaligned", launch)
+    yield from condition_cases()
+
+
+def condition_cases() -> Iterator[Case]:
+    """A handle is a number the driver gives; Triton makes other types of small ones."""
+    pointers = {
+        name: torch.zeros(1, dtype=torch.int32)
+        for name in ("num_active_ptr", "stop_flag_ptr", "go_on_ptr")
+    }
+    nvidia = tuple(name for name, target in TARGETS.items() if target.backend == "cuda")
+    for conditional, handle in [(False, 0), (True, 0), (True, 1), (True, 2**31), (True, 2**40 + 1)]:
+        args, constexprs = {"handle": handle, **pointers}, {"CONDITIONAL": conditional}
+        launch = Launch(set_condition_kernel, (1,), args, constexprs, num_warps=1)
+        yield Case(
+            f"condition {conditional} {handle}", launch, nvidia if conditional else tuple(TARGETS)
+        )
+
+
+def usage_of(compiled: Any) -> Usage:
+    """Read from what the assembler wrote."""
+    if "cubin" not in compiled.asm:
+        text = compiled.asm["amdgcn"]
+
+        def read(name: str) -> int:
+            return sum(map(int, re.findall(rf"^\s*\.{name}:\s+(\d+)", text, re.MULTILINE)))
+
+        return Usage(
+            read("vgpr_count"),
+            compiled.metadata.shared,
+            read("private_segment_fixed_size"),
+            read("vgpr_spill_count"),
+            read("sgpr_spill_count"),
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    return Usage(found["REG"], compiled.metadata.shared, found["STACK"] + found["LOCAL"])
+
+
+def main(targets: list[str]) -> int:
+    """Compile as the JIT would, without a launch."""
+    assert "vllm" not in sys.modules
+    start = time.perf_counter()
+    device = AbsentDevice()
+    triton.runtime.driver.set_active(device)
+    world = build_world(VOCAB_SIZE, 64, max_num_reqs=64, block_sizes=(16, 16))
+    seen, in_memory = set(), False
+    print(*COLUMNS, sep="\t")
+    for case in cases(world):
+        launch = case.launch
+        for target in (name for name in targets if name in case.targets):
+            device.target = target
+            nvidia = TARGETS[target].backend == "cuda"
+            options = launch.options if nvidia else {"num_warps": launch.num_warps}
+            compiled = launch.kernel.warmup(
+                **launch.args, **launch.constexprs, **options, grid=launch.grid
+            )
+            if compiled.hash in seen:
+                continue
+            seen.add(compiled.hash)
+            usage = usage_of(compiled)
+            in_memory |= usage.local > 0 or usage.spills > 0
+            print(launch.kernel.__name__, target, *vars(usage).values(), case.name, sep="\t")
+            sys.stdout.flush()
+    seconds = time.perf_counter() - start
+    print(f"{len(seen)} kernels, Triton {triton.__version__}, {seconds:.0f} s", file=sys.stderr)
+    return int(in_memory)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,260 @@
+"""The fused step, first launch: one read of the logits gives each row its token.
+
+Grid (NUM_SPLITS, num_reqs). Each program adjusts, scales and scores a block of one row; the last to
+arrive reduces, and unless top-k or top-p has a say (``truncate.py``) the row advances at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedstep.kernels.adjust import adjust, must_adjust
+from fusedstep.kernels.noise import gumbel_noise, hash_prefix
+from fusedstep.kernels.rows import advance
+from fusedstep.kernels.winner import (
+    arrive,
+    first_best,
+    load_splits,
+    log_total,
+    row_winner,
+    winner_from,
+)
+
+BUCKET = tl.constexpr(128)
+
+
+@triton.jit
+def is_truncated(req, sampling, VOCAB_SIZE: tl.constexpr):
+    """Has the request top-k or top-p? They cannot change a greedy row's token."""
+    has_limit = (tl.load(sampling.top_k + req) < VOCAB_SIZE) | (tl.load(sampling.top_p + req) < 1.0)
+    return has_limit & (tl.load(sampling.temperature + req) != 0.0)
+
+
+@triton.jit(do_not_specialize=["logprobs", "advances"])
+def sample_kernel(
+    logits_ptr,  # [num_reqs, VOCAB_SIZE]
+    logits_stride,
+    logprobs,  # 1: logprob and rank of the sampled tokens
+    advances,  # 1: the rows advance, 0: tokens only
+    rows,
+    requests,
+    sampling,
+    stop,
+    inputs,
+    scratch,
+    strides,
+    VOCAB_SIZE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,  # next power of two
+    BUCKETS: tl.constexpr,  # power of two, at least NUM_SPLITS * BLOCK_V / BUCKET
+    BLOCK_SIZES: tl.constexpr,  # per KV cache group
+    ADJUST: tl.constexpr,  # may a row have bias, penalties or bad words?
+    RESTRICT: tl.constexpr,  # may a row have min-p, top-k or top-p?
+):
+    split = tl.program_id(0)
+    batch_idx = tl.program_id(1).to(tl.int64)
+    logits_row = logits_ptr + batch_idx * logits_stride
+    token_ids = split * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_vocab = token_ids < VOCAB_SIZE
+    # These loads need nothing but the row's place: all are under way before the first is used.
+    raw = tl.load(logits_row + token_ids, mask=in_vocab, other=float("-inf"))
+    req = tl.load(rows.idx_mapping + batch_idx)
+    position = tl.load(inputs.positions + batch_idx)
+    if tl.load(rows.active + batch_idx) == 0:
+        return
+    temperature = tl.load(sampling.temperature + req)
+    is_adjusted = False
+    if ADJUST:
+        is_adjusted = must_adjust(req, position, sampling)
+    prefix = hash_prefix(tl.load(sampling.seeds + req), position)
+    adjusted_row = scratch.adjusted + batch_idx * VOCAB_SIZE
+
+    logits = raw.to(tl.float32)
+    place = batch_idx * NUM_SPLITS + split
+    if logprobs:
+        _store_weight(logits, scratch.raw_tops + place, scratch.raw_weights + place)
+    if is_adjusted:
+        logits = adjust(
+            logits,
+            logits_row,
+            adjusted_row,
+            split * BLOCK_V,
+            req,
+            position,
+            requests,
+            sampling,
+            strides,
+            VOCAB_SIZE,
+            BLOCK_V,
+        )
+    scores = logits
+    if temperature != 0.0:
+        logits = logits / temperature
+        scores = tl.where(in_vocab, logits + gumbel_noise(prefix, token_ids), float("-inf"))
+    score, token = first_best(scores, token_ids, VOCAB_SIZE)
+    tl.store(scratch.best_scores + place, score)
+    tl.store(scratch.best_tokens + place, token)
+    restricted = False
+    if RESTRICT:
+        min_p = tl.load(sampling.min_p + req)
+        truncated = is_truncated(req, sampling, VOCAB_SIZE)
+        restricted = truncated | ((min_p != 0.0) & (temperature != 0.0))
+    if restricted:
+        value = tl.max(tl.where(token_ids == token, logits, float("-inf")), axis=0)
+        tl.store(scratch.best_values + place, value)
+        buckets = tl.max(tl.reshape(logits, [BLOCK_V // BUCKET, BUCKET]), axis=1)
+        bucket_ids = split * (BLOCK_V // BUCKET) + tl.arange(0, BLOCK_V // BUCKET)
+        tl.store(scratch.bucket_tops + batch_idx * BUCKETS + bucket_ids, buckets)
+
+    if not arrive(batch_idx, NUM_SPLITS, scratch):
+        return
+    row = (logits_row, adjusted_row, is_adjusted, temperature, prefix)
+    if RESTRICT and restricted:
+        token = _restrict(
+            min_p,
+            batch_idx,
+            req,
+            row,
+            sampling,
+            scratch,
+            VOCAB_SIZE,
+            BLOCK_V,
+            NUM_SPLITS,
+            SPLITS,
+            BUCKETS,
+        )
+    else:
+        token = row_winner(batch_idx, scratch, VOCAB_SIZE, NUM_SPLITS, SPLITS)
+    if RESTRICT and truncated:
+        return
+    finish(
+        token,
+        logprobs,
+        advances,
+        batch_idx,
+        req,
+        logits_row,
+        rows,
+        requests,
+        stop,
+        inputs,
+        scratch,
+        strides,
+        VOCAB_SIZE,
+        NUM_SPLITS,
+        SPLITS,
+        BLOCK_SIZES,
+    )
+
+
+@triton.jit
+def _store_weight(logits, top_ptr, weight_ptr):
+    """max and sum(exp(logits - max)) of a block."""
+    top = tl.max(logits, axis=0)
+    tl.store(top_ptr, top)
+    weights = tl.where(logits == float("-inf"), 0.0, tl.exp(logits - top))
+    tl.store(weight_ptr, tl.sum(weights, axis=0))
+
+
+@triton.jit
+def _restrict(
+    min_p,
+    batch_idx,
+    req,
+    row,
+    sampling,
+    scratch,
+    VOCAB_SIZE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BUCKETS: tl.constexpr,
+):
+    """The winner of a row with min-p, and what ``truncate.py`` starts from."""
+    bucket_ids = tl.arange(0, BUCKETS)
+    tops = tl.load(
+        scratch.bucket_tops + batch_idx * BUCKETS + bucket_ids,
+        mask=bucket_ids < NUM_SPLITS * (BLOCK_V // BUCKET),
+        other=float("-inf"),
+        cache_modifier=".cg",
+    )
+    top = tl.max(tops, axis=0)
+    floor = float("-inf")
+    if min_p != 0.0:
+        floor = top + tl.log(min_p)
+    token, value, _ = winner_from(
+        floor, 0, batch_idx, row, scratch, VOCAB_SIZE, BLOCK_V, NUM_SPLITS, SPLITS
+    )
+    bound = tl.maximum(floor, _kth_bound(tops, top, tl.load(sampling.top_k + req)))
+    tl.store(scratch.row_tops + batch_idx, top)
+    tl.store(scratch.floors + batch_idx, floor)
+    tl.store(scratch.bounds + batch_idx, bound)
+    tl.store(scratch.winners + batch_idx, token)
+    tl.store(scratch.winner_values + batch_idx, value)
+    tl.store(scratch.num_candidates + batch_idx, 0)
+    return token
+
+
+@triton.jit
+def _kth_bound(tops, top, k):
+    """A lower bound of the row's k-th largest logit that few more than k logits reach.
+
+    The k-th largest of the buckets' maxima is one; bisection comes close to it from below.
+    """
+    finite = tops > float("-inf")
+    low = tl.min(tl.where(finite, tops, top), axis=0)
+    low = tl.where(tl.sum(finite.to(tl.int32), axis=0) >= k, low, float("-inf"))
+    high = top
+    if low > float("-inf"):
+        for _ in range(12):
+            middle = 0.5 * low + 0.5 * high
+            enough = tl.sum((tops >= middle).to(tl.int32), axis=0) >= k
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def finish(
+    token,
+    logprobs,
+    advances,
+    batch_idx,
+    req,
+    logits_row,
+    rows,
+    requests,
+    stop,
+    inputs,
+    scratch,
+    strides,
+    VOCAB_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_SIZES: tl.constexpr,
+):
+    """A row has its token: record it, and advance the row."""
+    tl.store(rows.sampled + batch_idx, token.to(tl.int64))
+    if logprobs:
+        tops = load_splits(scratch.raw_tops, batch_idx, float("-inf"), NUM_SPLITS, SPLITS)
+        weights = load_splits(scratch.raw_weights, batch_idx, 0.0, NUM_SPLITS, SPLITS)
+        top, rest = log_total(tops, weights)
+        value = tl.load(logits_row + token).to(tl.float32)
+        tl.store(rows.logprobs + batch_idx, value - top - rest)
+        tl.store(rows.ranks + batch_idx, rank_of(value, logits_row, VOCAB_SIZE).to(tl.int64))
+    if advances:
+        advance(token, batch_idx, req, rows, requests, stop, inputs, strides, BLOCK_SIZES)
+
+
+@triton.jit
+def rank_of(value, logits_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr = 4096):
+    """How many raw logits of the row are at least ``value``."""
+    rank = 0
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        token_ids = start + tl.arange(0, BLOCK)
+        in_vocab = token_ids < VOCAB_SIZE
+        logits = tl.load(logits_row + token_ids, mask=in_vocab, other=float("-inf"))
+        rank += tl.sum(((logits.to(tl.float32) >= value) & in_vocab).to(tl.int32), axis=0)
+    return rank
