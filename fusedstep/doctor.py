@@ -211,7 +211,7 @@ def _loop_forms(*, has_gpu: bool) -> tuple[LoopForm, ...]:
     why = "not built yet in this version" if has_gpu else "needs a CUDA device"
     return (
         LoopForm("eager", True, "works everywhere"),
-        LoopForm("replay", False, why),
+        LoopForm("replay", has_gpu, "not proven yet: ask with --loop replay" if has_gpu else why),
         LoopForm("unrolled", False, why),
         LoopForm("while", False, why),
     )

@@ -99,6 +99,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         on_cpu = self.device.type == "cpu"
         self.pace: Pace = HostPace() if on_cpu else AheadPace()
         self.copy_stream = None if on_cpu else self.output_copy_stream
+        self.stats.loop = "replay" if self.decode_model.replays else "eager"
 
     def shutdown(self) -> None:
         """vLLM's own, and the counter's name if the engine core never came to take it away."""
@@ -258,6 +259,10 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
             sampled_token_ids=token_ids,
             logprobs=logprobs,
         )
+
+    def get_kv_connector_output(self) -> None:
+        """vLLM 0.33 asks when ``get_output`` failed; a window has none."""
+        return None
 
 
 def one_token_each(scheduler_output: SchedulerOutput) -> SchedulerOutput:

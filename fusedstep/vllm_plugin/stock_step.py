@@ -169,11 +169,9 @@ class StockStep:
     @property
     def has_faster_sampler(self) -> bool:
         """Would rows without seeds be sampled by FlashInfer?"""
-        top_k, top_p = self.sampler.sampling_states.get_top_k_top_p(
-            self.batch.idx_mapping, self.batch.idx_mapping_np
-        )
-        truncates = top_k is not None or top_p is not None
-        return truncates and bool(self.sampler.use_flashinfer)
+        states, rows = self.sampler.sampling_states, self.batch.idx_mapping_np
+        truncates = (states.top_k.np[rows] != states.vocab_size) | (states.top_p.np[rows] != 1)
+        return bool(truncates.any() and self.sampler.use_flashinfer)
 
     def rewind(self) -> None:
         """Back to the first step; the counts and the tokens written stay."""

@@ -84,12 +84,18 @@ _FRONTEND = {
             worker_extension_cls
         """,
     },
-    "vllm.entrypoints.launchers.cli_args": {
-        "FrontendArgs": "host, port, uds\n+model_tag",
-        "make_arg_parser": "(parser)",
-        "validate_parsed_serve_args": "(args)",
+    "vllm.entrypoints.common.cli_args": {
+        "FrontendArgs": "host, port, uds since 0.33\n+model_tag since 0.33",
+        "make_arg_parser": "(parser) since 0.33",
+        "validate_parsed_serve_args": "(args) since 0.33",
     },
-    "vllm.entrypoints.serve.utils.api_utils": {"cli_env_setup": "()"},
+    "vllm.entrypoints.common.startup": {"cli_env_setup": "() since 0.33"},
+    "vllm.entrypoints.launchers.cli_args": {
+        "FrontendArgs": "host, port, uds until 0.33\n+model_tag until 0.33",
+        "make_arg_parser": "(parser) until 0.33",
+        "validate_parsed_serve_args": "(args) until 0.33",
+    },
+    "vllm.entrypoints.serve.utils.api_utils": {"cli_env_setup": "() until 0.33"},
     "vllm.entrypoints.launchers.api_server.entry": {
         "setup_server": "(*args, **kwargs)",
         "serve_http": "(*args, timeout_graceful_shutdown=_)",
@@ -167,6 +173,7 @@ _ENGINE = {
     "vllm.v1.outputs": {
         "AsyncModelRunnerOutput": """
             def get_output()
+            def get_kv_connector_output() since 0.33
         """,
         "ModelRunnerOutput": "(req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_)",
         "LogprobsLists": """

@@ -144,7 +144,6 @@ SAMPLING = {
     },
     f"{GPU}.sample.states": {
         "SamplingStates": """
-            get_top_k_top_p(expanded_idx_mapping, idx_mapping_np)
             num_logprobs, vocab_size
             min_p, seeds, temperature, top_k, top_p: UvaBackedTensor
         """,

@@ -38,7 +38,7 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
             cpu_module.CPUModelRunner = stock
 
     def _make_model_runner(self) -> Any:
-        """vLLM's hook (CUDA in 0.32, every platform in 0.33)."""
+        """The hook of vLLM's GPU worker."""
         if not self.use_v2_model_runner:
             return super()._make_model_runner()
         from fusedstep.vllm_plugin.runner import FusedStepRunner

@@ -27,6 +27,11 @@ def kernels() -> set[str]:
     return {function.name for function in functions if function.name.endswith("_kernel")}
 
 
+def test_the_interpreter_is_no_choice_of_child_processes() -> None:
+    """The conftest switches it on in this process alone: stock vLLM must not see it."""
+    assert "TRITON_INTERPRET" not in os.environ
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton for this platform")
 def test_kernels_compile_without_spills() -> None:
     """Every specialisation for Ampere, Hopper, Blackwell and MI300, by two processes."""

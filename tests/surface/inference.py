@@ -25,7 +25,8 @@ HINTS = {
     ("fusedstep.bench.engine", "output"): "RequestOutput",
 }
 # What vLLM's parser fills.
-ANNOTATED = {"Namespace": ("EngineArgs", "launchers.cli_args.FrontendArgs")}
+FRONTEND = ("common.cli_args.FrontendArgs", "launchers.cli_args.FrontendArgs")
+ANNOTATED = {"Namespace": ("EngineArgs", *FRONTEND)}
 
 
 def merged(left: Type, right: Type) -> Type:

@@ -10,6 +10,8 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from typing import Any
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedstep"
 PLATFORM = "manylinux_2_28_x86_64"  # what the CUDA wheels are built for
 HEADER_BYTES = 1024  # room for a zip member's own header
+NAMES = "names.txt"  # of all files in the wheel
+DONE = "done"
 
 
 class IndexUnreachable(Exception):
@@ -56,45 +60,69 @@ def wheel(version: str) -> Iterator[Sources]:
     """
     folder = CACHE / f"vllm-{version}"
     with contextlib.ExitStack() as stack:
-        archive: zipfile.ZipFile | None = None
+        child: subprocess.Popen[str] | None = None
 
-        def extract(path: str) -> str:
-            nonlocal archive
-            try:
-                if archive is None:
-                    archive = stack.enter_context(_remote_wheel(version))
-                if not path:
-                    return "\n".join(archive.namelist())
-                member = archive.getinfo(path)
-                assert archive.fp is not None
-                archive.fp.seek(member.header_offset)
-                archive.fp.read(member.compress_size + HEADER_BYTES)  # one request, kept by pip
-                return archive.read(path).decode()
-            except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                raise IndexUnreachable(
-                    f"cannot read {path or 'the wheel'} of vLLM {version} from the package index, "
-                    f"and it is not in {folder}: {reason}"
-                ) from error
-
-        def cached(name: str, path: str) -> str:
-            file = folder / name
+        def cached(path: str) -> str:
+            nonlocal child
+            file = folder / path
             if not file.is_file():
-                text = extract(path)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                part = file.with_name(f"{file.name}.{os.getpid()}")
-                part.write_text(text, encoding="utf-8")
-                part.replace(file)
+                if child is None:  # a process of its own: pip changes the one it is imported in
+                    command = [sys.executable, "-P", __file__, version, str(folder)]
+                    child = stack.enter_context(
+                        subprocess.Popen(
+                            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                        )
+                    )
+                assert child.stdin is not None and child.stdout is not None
+                print(path, file=child.stdin, flush=True)
+                answer = child.stdout.readline().strip() or "the reader died"
+                if answer != DONE:
+                    raise IndexUnreachable(
+                        f"cannot read {path} of vLLM {version}'s wheel from the package index, "
+                        f"and it is not in {folder}: {answer}"
+                    )
             return file.read_text(encoding="utf-8")
 
         names = None
 
         def read(path: str) -> str | None:
             nonlocal names
-            names = names or frozenset(cached("names.txt", "").splitlines())
-            return cached(path, path) if path in names else None
+            names = names or frozenset(cached(NAMES).splitlines())
+            return cached(path) if path in names else None
 
         yield Sources(version, read)
+
+
+def serve(version: str, folder: Path) -> None:
+    """The child: puts files that are asked for on stdin into ``folder``, answers in one line."""
+    with contextlib.ExitStack() as stack:
+        archive: zipfile.ZipFile | None = None
+        for path in map(str.strip, sys.stdin):
+            try:
+                if archive is None:
+                    archive = stack.enter_context(_remote_wheel(version))
+                _put(folder / path, _text(archive, path))
+                print(DONE, flush=True)
+            except Exception as error:
+                print(*f"{type(error).__name__}: {error}".split(), flush=True)
+
+
+def _text(archive: zipfile.ZipFile, path: str) -> str:
+    if path == NAMES:
+        return "\n".join(archive.namelist())
+    member = archive.getinfo(path)
+    assert archive.fp is not None
+    archive.fp.seek(member.header_offset)
+    archive.fp.read(member.compress_size + HEADER_BYTES)  # one request, kept by pip
+    return archive.read(path).decode()
+
+
+def _put(file: Path, text: str) -> None:
+    """Whole or not at all: another run may read it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
 @contextlib.contextmanager
@@ -124,3 +152,7 @@ def _remote_wheel(version: str) -> Iterator[zipfile.ZipFile]:
             zipfile.ZipFile(remote) as archive,
         ):
             yield archive
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]))
