@@ -1,6 +1,7 @@
 """Device code: Triton kernels, nothing else. Imports triton only.
 
-Import it as ``fusedstep.kernels``. The first kernels arrive with the CUDA milestone.
+Import it as ``fusedstep.kernels``. ``fusedstep/ops/triton_step.py`` launches it; a decode step is
+``sample.py``, and ``truncate.py`` where a row has top-k or top-p.
 """
 
 # vLLM takes any importable top-level ``triton_kernels`` for the upstream Triton package, and

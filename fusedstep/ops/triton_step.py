@@ -33,7 +33,6 @@ SAMPLE_BLOCKS = (1024, 2048)
 TRUNCATE_BLOCKS = (4096, 16384)
 MANY_PROGRAMS = 512
 CANDIDATES = 1024
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def _arguments(state_class: type) -> Any:
@@ -108,8 +107,8 @@ class Launch:
     args: dict[str, Any]
     constexprs: dict[str, Any]
     num_warps: int
-    # NVIDIA's assembler spills a little to reach an occupancy of its own choice unless it is told
-    # how many registers a thread may have. None: none of our business.
+    # Unless it is told how many registers a thread may have, NVIDIA's assembler spills a few bytes
+    # to reach an occupancy of its own choice.
     max_registers: int | None = None
 
     @property

@@ -207,7 +207,7 @@ def requests_with_stop_rules(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     cases=st.lists(requests_with_stop_rules(), min_size=8, max_size=8),
     max_model_len=st.integers(5, 12),

@@ -62,8 +62,8 @@ def test_mixed_batch(implementation: Implementation, vocab_size: int, dtype: tor
     assert [i for i, token in enumerate(tokens) if token == POISON] == [2, 17, n - 1]
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("scale", [0.5, 3.0, 30.0])
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("scale", [0.5, 30.0])
 def test_shuffled_mixed_batch(implementation: Implementation, scale: float, seed: int) -> None:
     """Other neighbours, peaked and flat logits, and options of two combinations in one row."""
     generator = torch.Generator().manual_seed(seed)
@@ -129,9 +129,9 @@ def test_full_vocabulary(
 
 def test_mixed_batch_of_a_full_vocabulary(implementation: Implementation) -> None:
     vocab_size = 151936
-    rows = [(greedy,), (top_p,), (warm, top_k, top_p), (warm, penalties, bad_words)]
-    logits = random_logits(4, vocab_size, seed=3, scale=3.0).bfloat16()
-    world = build_world(vocab_size, 4)
+    rows = [(greedy,), (top_p, penalties), (warm, top_k, top_p, bad_words)]
+    logits = random_logits(3, vocab_size, seed=3, scale=3.0).bfloat16()
+    world = build_world(vocab_size, 3)
     for batch_idx, options in enumerate(rows):
         set_options(world, batch_idx, options, logits)
     compare(world, logits, implementation, needs=world.needs(logprobs=True))

@@ -35,7 +35,7 @@ def truncated_world(
     return world
 
 
-@pytest.mark.parametrize("levels", [1, 2, 4])
+@pytest.mark.parametrize("levels", [1, 3])
 @pytest.mark.parametrize(
     ("k", "p"), [(5, 1.0), (0, 0.3), (0, 0.9003), (20, 0.5), (62, 0.97)], ids=str
 )
@@ -70,7 +70,7 @@ def test_first_choices_are_rejected(
     implementation: Implementation, k: int, p: float, m: float, vocab_size: int
 ) -> None:
     """A nearly flat row: the winner over all is outside, and the next one, and the next one."""
-    n = 3 if implementation.interpreted else 32
+    n = 2 if implementation.interpreted else 32
     logits = random_logits(n, vocab_size, seed=1, scale=0.02)
     world = truncated_world(vocab_size, [k] * n, [p] * n, min_p=m)
     free = run(truncated_world(vocab_size, [0] * n, [1.0] * n), ReferenceStep, logits)

@@ -168,7 +168,7 @@ PROMPTS = [[5, 9, 2], [1], [40, 41, 42, 43, 44], [7] * 9, [3, 1, 4, 1, 5, 9, 2, 
 MAX_TOKENS = [30, 45, 1, 60, 17]
 
 
-@pytest.mark.parametrize("num_steps", [1, 7, 16])
+@pytest.mark.parametrize("num_steps", [1, 7])
 def test_windows_of_any_length(engine, num_steps):
     for _ in range(-(-max(MAX_TOKENS) // num_steps)):
         engine.window([num_steps] * len(PROMPTS))
