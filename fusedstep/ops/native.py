@@ -15,7 +15,13 @@ import numpy.typing as npt
 import torch
 
 from fusedstep.ops import native_rows, native_sample
-from fusedstep.ops.check import check_logits, check_rows, check_state
+from fusedstep.ops.check import (
+    check_logits,
+    check_num_reqs,
+    check_rows,
+    check_state,
+    check_token_ids,
+)
 from fusedstep.ops.types import (
     PAD_SLOT_ID,
     BatchNeeds,
@@ -117,7 +123,7 @@ class NativeStep:
         block tables and writes the first step's inputs; an inactive row gets PAD_SLOT_ID, places
         beyond the batch get ``seq_lens`` 0 and PAD_SLOT_ID.
         """
-        views = self._views_of(rows)
+        views = self._views_of(rows, num_reqs)
         native_rows.prepare_rows(num_reqs, views, self._requests, self._inputs)
         for group in self._groups:
             native_rows.gather_blocks(
@@ -143,7 +149,7 @@ class NativeStep:
         position and gets PAD_SLOT_ID.
         """
         self.sample(logits, rows, num_reqs, needs)
-        views = self._views_of(rows)
+        views = self._views_of(rows, num_reqs)
         native_rows.advance_rows(num_reqs, views, self._requests, self._stop, self._inputs)
         self._map_slots(views, num_reqs)
 
@@ -162,7 +168,7 @@ class NativeStep:
             logits.stride(0),
             num_reqs,
             self._inputs.positions,
-            self._views_of(rows),
+            self._views_of(rows, num_reqs),
             self._requests,
             self._sampling,
             needs.logprobs,
@@ -175,7 +181,9 @@ class NativeStep:
         token_ids: torch.Tensor,  # [n, m] int64, m >= 1
     ) -> torch.Tensor:
         """Log softmax of raw logits at ``token_ids``: float32 [n, m]."""
-        flat, ids = flat_logits(logits), token_ids.contiguous().numpy()
+        check_token_ids(token_ids, CPU)
+        check_logits(logits, len(token_ids), self._vocab_size, CPU)
+        flat, ids = flat_logits(logits), token_ids.numpy()
         logprobs = np.empty(ids.shape, np.float32)
         row, weights, _ = self._scratch
         for i in range(len(ids)):
@@ -194,8 +202,9 @@ class NativeStep:
                 group.slots,
             )
 
-    def _views_of(self, rows: WindowRows) -> Any:
+    def _views_of(self, rows: WindowRows, num_reqs: int) -> Any:
         """Views are kept for each WindowRows seen: a runner has two, one per slot."""
+        check_num_reqs(rows, num_reqs)
         known = self._rows.get(id(rows))
         if known is None:
             check_rows(rows, CPU)

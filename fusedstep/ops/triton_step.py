@@ -17,7 +17,13 @@ from fusedstep.kernels.logprobs import token_logprobs_kernel
 from fusedstep.kernels.rows import prepare_kernel
 from fusedstep.kernels.sample import BUCKET, sample_kernel
 from fusedstep.kernels.truncate import truncate_kernel
-from fusedstep.ops.check import check_logits, check_rows, check_state
+from fusedstep.ops.check import (
+    check_logits,
+    check_num_reqs,
+    check_rows,
+    check_state,
+    check_token_ids,
+)
 from fusedstep.ops.types import (
     BatchNeeds,
     RequestState,
@@ -198,7 +204,7 @@ class TritonStep:
 
     def prepare_launches(self, rows: WindowRows, num_reqs: int) -> Sequence[Launch]:
         """The kernel that ``prepare`` launches."""
-        arguments, strides = self._arguments_of(rows)
+        arguments, strides = self._arguments_of(rows, num_reqs)
         args = {
             "rows": arguments,
             "num_reqs": num_reqs,
@@ -225,7 +231,7 @@ class TritonStep:
         check_logits(logits, num_reqs, self._vocab_size, self._device)
         if num_reqs == 0:
             return ()
-        arguments, strides = self._arguments_of(rows)
+        arguments, strides = self._arguments_of(rows, num_reqs)
         block = _block_size(self._vocab_size, num_reqs, SAMPLE_BLOCKS)
         num_splits = -(-self._vocab_size // block)
         args = {
@@ -280,6 +286,7 @@ class TritonStep:
         self, logits: torch.Tensor, token_ids: torch.Tensor, logprobs: torch.Tensor
     ) -> Sequence[Launch]:
         """The kernel that ``token_logprobs`` launches."""
+        check_token_ids(token_ids, self._device)
         num_rows, num_ids = token_ids.shape
         check_logits(logits, num_rows, self._vocab_size, self._device)
         if num_rows == 0:
@@ -295,8 +302,9 @@ class TritonStep:
         constexprs = {"VOCAB_SIZE": self._vocab_size, "BLOCK": 8192, "IDS_BLOCK": 128}
         return (Launch(token_logprobs_kernel, (num_rows,), args, constexprs, num_warps=16),)
 
-    def _arguments_of(self, rows: WindowRows) -> tuple[Any, _Strides]:
+    def _arguments_of(self, rows: WindowRows, num_reqs: int) -> tuple[Any, _Strides]:
         """Kept for each WindowRows seen: a runner has two, one per slot."""
+        check_num_reqs(rows, num_reqs)
         known = self._rows.get(id(rows))
         if known is None:
             check_rows(rows, self._device)

@@ -163,3 +163,30 @@ def test_logits(implementation: Implementation, case: str, call: str) -> None:
 
 def test_it_is_an_error_of_ours() -> None:
     assert issubclass(TensorError, FusedStepError)
+
+
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [
+        ("token_ids", lambda logits, ids: (logits, ids.int())),
+        ("token_ids", lambda logits, ids: (logits, ids[0])),
+        ("token_ids", lambda logits, ids: (logits, ids[:, ::2])),
+        ("token_ids", lambda logits, ids: (logits, ids.to("meta"))),
+        ("logits", lambda logits, ids: (logits[:, 1:], ids)),
+        ("logits", lambda logits, ids: (logits.double(), ids)),
+        ("logits", lambda logits, ids: (logits, ids[1:])),
+    ],
+)
+def test_token_logprobs(implementation: Implementation, named: str, change: Any) -> None:
+    world = build_world(63, 2).clone(implementation.device)
+    logits = placed(random_logits(2, 63), implementation.device)
+    ids = torch.zeros(2, 4, dtype=torch.int64, device=implementation.device)
+    with pytest.raises(TensorError, match=f"^{named}: "):
+        world.bind(implementation.step_class).token_logprobs(*change(logits, ids))
+
+
+def test_more_requests_than_rows(implementation: Implementation) -> None:
+    world = build_world(63, 2).clone(implementation.device)
+    num_reqs = len(world.rows.idx_mapping) + 1
+    with pytest.raises(TensorError, match=rf"^idx_mapping: {num_reqs - 1} rows, fewer than"):
+        world.bind(implementation.step_class).prepare(world.rows, num_reqs)
