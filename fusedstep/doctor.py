@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import platform
@@ -17,6 +16,7 @@ from fusedstep.vllm_plugin.compat import SUPPORTED
 
 Status = Literal["ok", "warning", "problem"]  # a problem keeps `serve` from working
 
+GRAPH_FORMS = ("while", "unrolled", "replay")
 MEDIA_PACKAGES = "torchvision torchaudio torchcodec"
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -177,12 +177,10 @@ def _driver_version() -> str | None:
 
 def _driver_cuda_version() -> str:
     """The newest CUDA version that the driver runs."""
-    version = ctypes.c_int()
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return "CUDA unknown"
-    return f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    from fusedstep.window import recorder
+
+    version = recorder.driver_version()
+    return "CUDA unknown" if version is None else f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def _torchvision() -> Check:
@@ -208,12 +206,19 @@ def _bundled_model() -> Check:
 
 
 def _loop_forms(*, has_gpu: bool) -> tuple[LoopForm, ...]:
-    why = "not built yet in this version" if has_gpu else "needs a CUDA device"
+    """Best first; a server says at its start which one it has."""
+    if not has_gpu:
+        nowhere = [LoopForm(name, False, "needs a CUDA device") for name in GRAPH_FORMS]
+        return (*nowhere, LoopForm("eager", True, "works everywhere"))
+    from fusedstep.window import recorder
+
+    no_while = recorder.no_while_reason()
+    unproven = "CUDA graphs; not yet measured on a GPU"
     return (
+        LoopForm("while", no_while is None, no_while or unproven),
+        LoopForm("unrolled", True, f"{unproven}; only when asked for"),
+        LoopForm("replay", True, unproven),
         LoopForm("eager", True, "works everywhere"),
-        LoopForm("replay", has_gpu, "not proven yet: ask with --loop replay" if has_gpu else why),
-        LoopForm("unrolled", False, why),
-        LoopForm("while", False, why),
     )
 
 

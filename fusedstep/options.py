@@ -43,8 +43,6 @@ class Options:
         """Raises ConfigError for what this platform has not."""
         if on_cpu and self.loop not in ("auto", "eager"):
             raise ConfigError(f"--loop {self.loop} needs a GPU; use eager or auto")
-        if self.loop in ("while", "unrolled"):
-            raise ConfigError(f"--loop {self.loop} is not built yet; use replay, eager or auto")
         if not on_cpu and self.ops == "native":
             raise ConfigError("--ops native needs a CPU; use triton or auto")
 

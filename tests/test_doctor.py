@@ -59,9 +59,18 @@ def test_diagnosis_of_this_environment() -> None:
     assert [check.name for check in diagnosis.checks if check.status == "problem"] == []
     assert diagnosis.can_serve
     forms = {form.name: form for form in diagnosis.loop_forms}
-    assert list(forms) == ["eager", "replay", "unrolled", "while"]
+    assert list(forms) == ["while", "unrolled", "replay", "eager"]
     assert forms["eager"].possible
     assert all(form.why for form in forms.values())
+
+
+@pytest.mark.parametrize("reason", [None, "needs the package cuda-bindings"])
+def test_loop_forms_of_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
+    monkeypatch.setattr("fusedstep.window.recorder.no_while_reason", lambda: reason)
+    forms = {form.name: form for form in doctor._loop_forms(has_gpu=True)}
+    assert [name for name, form in forms.items() if not form.possible] == ["while"] * bool(reason)
+    assert reason is None or forms["while"].why == reason
+    assert "not yet measured on a GPU" in forms["replay"].why
 
 
 def test_broken_torchvision_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

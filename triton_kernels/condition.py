@@ -1,43 +1,55 @@
-"""Whether a loop on the device goes on, and the word to the WHILE node that repeats it.
+"""Whether the decode loop on the device goes on: the word to the WHILE node that repeats it.
 
-The CUDA device function is declared in PTX, as the CUDA headers declare it; the driver knows its
-name, so that nothing has to be linked. See NVIDIA's programming guide, "Conditional graph nodes".
+PTX, because no language of ours can call ``cudaGraphSetConditional``: the function belongs to the
+driver, which finds it when it compiles this text for the GPU at hand.
 """
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+# set_condition(handle, num_active, arrivals, seen), one thread: go on while
+# *num_active (int32) > 0 and *arrivals (int64, host memory that the host writes) <= *seen (int64).
+PTX = """\
+.version 7.0
+.target sm_70
+.address_size 64
 
+.extern .func cudaGraphSetConditional
+(
+    .param .b64 cudaGraphSetConditional_param_0,
+    .param .b32 cudaGraphSetConditional_param_1
+);
 
-@triton.jit(do_not_specialize=["handle"])
-def set_condition_kernel(
-    handle: tl.uint64,  # the cudaGraphConditionalHandle; unused unless CONDITIONAL
-    num_active_ptr,  # [1] int32
-    stop_flag_ptr,  # [1] int32, host memory mapped to the device: not 0 ends the loop
-    go_on_ptr,  # [1] int32, what was decided
-    CONDITIONAL: tl.constexpr,
-):
-    """Grid (1,): go on while a row is active and the host has not asked for an end."""
-    stop_flag = tl.load(stop_flag_ptr, volatile=True)
-    go_on = ((tl.load(num_active_ptr) > 0) & (stop_flag == 0)).to(tl.int32)
-    tl.store(go_on_ptr, go_on)
-    if CONDITIONAL:
-        tl.inline_asm_elementwise(
-            """
-            {
-            .extern .func cudaGraphSetConditional (.param .b64 handle, .param .b32 value);
-            .param .b64 handle;
-            .param .b32 value;
-            st.param.b64 [handle], $1;
-            st.param.b32 [value], $2;
-            call.uni cudaGraphSetConditional, (handle, value);
-            mov.u32 $0, $2;
-            }
-            """,
-            "=r,l,r",
-            [handle, go_on],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+.visible .entry set_condition
+(
+    .param .u64 handle,
+    .param .u64 num_active,
+    .param .u64 arrivals,
+    .param .u64 seen
+)
+{
+    .reg .pred %p<3>;
+    .reg .b32 %r<3>;
+    .reg .b64 %rd<7>;
+
+    ld.param.u64 %rd0, [handle];
+    ld.param.u64 %rd1, [num_active];
+    ld.param.u64 %rd2, [arrivals];
+    ld.param.u64 %rd3, [seen];
+    cvta.to.global.u64 %rd1, %rd1;
+    cvta.to.global.u64 %rd3, %rd3;
+    ld.global.s32 %r0, [%rd1];
+    ld.relaxed.sys.s64 %rd4, [%rd2];
+    ld.global.s64 %rd5, [%rd3];
+    setp.gt.s32 %p0, %r0, 0;
+    setp.le.and.s64 %p1, %rd4, %rd5, %p0;
+    selp.u32 %r1, 1, 0, %p1;
+    {
+        .param .b64 param0;
+        st.param.b64 [param0], %rd0;
+        .param .b32 param1;
+        st.param.b32 [param1], %r1;
+        call.uni cudaGraphSetConditional, (param0, param1);
+    }
+    ret;
+}
+"""

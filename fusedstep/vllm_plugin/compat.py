@@ -62,10 +62,6 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     reasons = (
         (not vllm_config.use_v2_model_runner, "Model Runner V1"),
-        (
-            vllm_config.device_config.device_type != "cpu" and options(vllm_config).loop == "auto",
-            "windows on a GPU are not proven yet: --loop replay asks for them",
-        ),
         (model.runner_type != "generate", "pooling model"),
         (model.is_encoder_decoder, "encoder-decoder model"),
         (model.supports_multimodal_inputs, "multimodal model"),
@@ -86,7 +82,6 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (vllm_config.ec_transfer_config is not None, "encoder-cache connector"),
         (vllm_config.aux_output_config.enabled, "auxiliary outputs"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
-        (parallel.tensor_parallel_size > 1, "tensor parallelism"),
         (parallel.data_parallel_size > 1, "data parallelism"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +12,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
-
-from fusedstep.vllm_plugin import compat
+from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 if TYPE_CHECKING:
     from fusedstep.vllm_plugin.runner import FusedStepRunner
@@ -23,11 +23,11 @@ class VllmDecodeModel:
 
     The forward context is entered once per window. Per step only the attention metadata moves: in
     place where every backend can, as vLLM's drafters do it; else each group's builder plans again
-    from the ``seq_lens`` that the step wrote. In the replay form the forward is the decode graph
-    that vLLM has captured for the padded batch, if there is one.
+    from the ``seq_lens`` that the step wrote. Where vLLM has captured a decode graph for the padded
+    batch, that is the forward of a step that is not recorded itself.
     """
 
-    def __init__(self, runner: FusedStepRunner) -> None:
+    def __init__(self, runner: FusedStepRunner, *, use_graphs: bool) -> None:
         self.runner = runner
         self.model = runner.model
         self.buffers = runner.input_buffers
@@ -37,15 +37,18 @@ class VllmDecodeModel:
         self.query_start_loc_cpu = self.query_start_loc.cpu()
         self.is_prefilling = torch.zeros(runner.max_num_reqs, dtype=torch.bool)
         self.seq_lens_upper_bound = np.zeros(runner.max_num_reqs, dtype=np.int32)
-        self.updates_in_place = all(
-            group.supports_draft_decode_metadata_update for group in self._groups()
-        )
-        self.replays = compat.options(runner.vllm_config).loop == "replay"
+        self.use_graphs = use_graphs
+        self.num_reqs = 0  # without padding
         self.graph: Any = None  # of vLLM, for this window's padded batch
-        self.common: list[CommonAttentionMetadata | None] = []
+        self.common: list[CommonAttentionMetadata] = []
         self.attn_metadata: dict[str, Any] = {}
         self.context: AbstractContextManager[None] | None = None
         self.inputs: dict[str, Any] = {}
+
+    @property
+    def updates_in_place(self) -> bool:
+        """Can every backend move its metadata along on the device?"""
+        return all(group.supports_draft_decode_metadata_update for group in self._groups())
 
     def stage(
         self,
@@ -53,9 +56,9 @@ class VllmDecodeModel:
         num_steps: int,
     ) -> int:
         """Host part: lengths without asking the device. Returns the rows with padding."""
-        num_reqs = len(seq_lens)
+        self.num_reqs = num_reqs = len(seq_lens)
         self.graph = None
-        if self.replays and num_reqs and self.runner.cudagraph_manager is not None:
+        if self.use_graphs and num_reqs and self.runner.cudagraph_manager is not None:
             graph = self.runner.cudagraph_manager.dispatch(
                 num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0, max_query_len=1
             )
@@ -71,7 +74,7 @@ class VllmDecodeModel:
         runner, buffers = self.runner, self.buffers
         slot_mappings = runner.block_tables.slot_mappings[:, :num_reqs]
         upper_bound = torch.from_numpy(self.seq_lens_upper_bound[:num_reqs])
-        buffers.query_start_loc[: num_reqs + 1] = self.query_start_loc[: num_reqs + 1]
+        self._describe_rows(num_reqs)
         self.common = [
             CommonAttentionMetadata(
                 query_start_loc=buffers.query_start_loc[: num_reqs + 1],
@@ -92,23 +95,21 @@ class VllmDecodeModel:
             )
         ]
         self.attn_metadata = {}
-        self._plan()
-        self.inputs = {
-            "input_ids": buffers.input_ids[:num_reqs],
-            "positions": buffers.positions[:num_reqs],
-            "inputs_embeds": None,
-            "intermediate_tensors": None,
-        }
-        buffers.is_padding[:num_reqs].fill_(False)
-        self.context = set_forward_context(
-            self.attn_metadata,
-            runner.vllm_config,
-            num_tokens=num_reqs,
-            batch_descriptor=BatchDescriptor(num_tokens=num_reqs),
-            slot_mapping=build_slot_mappings_by_layer(slot_mappings, runner.kv_cache_config),
-            is_padding=buffers.is_padding[:num_reqs],
-        )
-        self.context.__enter__()
+        slots_by_layer = build_slot_mappings_by_layer(slot_mappings, runner.kv_cache_config)
+        self._enter(num_reqs, slots_by_layer)
+
+    def plan(self) -> None:
+        if not self.attn_metadata:
+            self._build()
+        elif self.updates_in_place:
+            for group in self._groups():
+                group.update_draft_decode_metadata(self.attn_metadata)
+        else:
+            self.seq_lens_upper_bound[: self.inputs["positions"].shape[0]] += 1
+            for common in self.common:
+                common.max_seq_len += 1
+                common._num_computed_tokens_cache = None
+            self._build()
 
     def forward(self) -> torch.Tensor:
         if self.graph is None:
@@ -118,27 +119,71 @@ class VllmDecodeModel:
         logits: torch.Tensor = self.model.compute_logits(hidden_states)
         return logits
 
-    def advance(self) -> None:
-        if self.updates_in_place:
-            for group in self._groups():
-                group.update_draft_decode_metadata(self.attn_metadata)
-            return
-        self.seq_lens_upper_bound[: self.inputs["positions"].shape[0]] += 1
-        for common in self.common:
-            assert common is not None
-            common.max_seq_len += 1
-            common._num_computed_tokens_cache = None
-        self._plan()
-
     def end(self) -> None:
         assert self.context is not None
         self.context.__exit__(None, None, None)
         self.context = None
 
+    @contextmanager
+    def capturing(self, num_reqs: int) -> Iterator[None]:
+        """Metadata for any batch of so many rows, as vLLM captures its own decode graphs.
+
+        Its builder has set it up; what the recorded ``plan`` does is to move it along in place.
+        """
+        runner = self.runner
+        self.attn_metadata, slots_by_layer = prepare_inputs_to_capture(
+            num_reqs,
+            num_reqs,
+            runner.model_state,
+            self.buffers,
+            runner.block_tables,
+            runner.attn_groups,
+            runner.kv_cache_config,
+            full_cudagraph=True,
+            max_query_len=1,
+        )
+        self.graph = None
+        self._enter(num_reqs, slots_by_layer)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin_captured(self, num_reqs: int) -> None:
+        self._describe_rows(num_reqs)
+        for group in self._groups():
+            group.map_to_kernel_block_table(
+                self.runner.block_tables.input_block_tables[group.kv_cache_group_id][:num_reqs]
+            )
+
+    def _describe_rows(self, num_rows: int) -> None:
+        """One token per row, and which rows are padding."""
+        self.buffers.query_start_loc[: num_rows + 1] = self.query_start_loc[: num_rows + 1]
+        self.buffers.is_padding[: self.num_reqs].fill_(False)
+        self.buffers.is_padding[self.num_reqs : num_rows].fill_(True)
+
+    def _enter(self, num_reqs: int, slots_by_layer: dict[str, torch.Tensor]) -> None:
+        buffers = self.buffers
+        self.inputs = {
+            "input_ids": buffers.input_ids[:num_reqs],
+            "positions": buffers.positions[:num_reqs],
+            "inputs_embeds": None,
+            "intermediate_tensors": None,
+        }
+        self.context = set_forward_context(
+            self.attn_metadata,
+            self.runner.vllm_config,
+            num_tokens=num_reqs,
+            batch_descriptor=BatchDescriptor(num_tokens=num_reqs),
+            slot_mapping=slots_by_layer,
+            is_padding=buffers.is_padding[:num_reqs],
+        )
+        self.context.__enter__()
+
     def _groups(self) -> list[Any]:
         return [group for groups in self.runner.attn_groups for group in groups]
 
-    def _plan(self) -> None:
+    def _build(self) -> None:
         """Attention metadata of the coming step, by layer."""
         for groups, common in zip(self.runner.attn_groups, self.common, strict=True):
             for group in groups:

@@ -9,23 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from fusedstep.ops import dispatch, native
+from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
 from fusedstep.vllm_plugin import compat
 from fusedstep.vllm_plugin.arrivals import arrival_counter
+from fusedstep.vllm_plugin.forms import GraphStore, choose
 from fusedstep.vllm_plugin.model import VllmDecodeModel
 from fusedstep.vllm_plugin.tables import DeviceTables, PrefillSampler
 from fusedstep.window import arrivals, output
+from fusedstep.window.graphs import variant
 from fusedstep.window.loop import run_window
 from fusedstep.window.pace import AheadPace, HostPace, Pace
 from fusedstep.window.state import WindowSlot, WindowState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -39,8 +45,9 @@ class WindowStats:
 
     ops: str | None
     loop: str = "eager"
+    loop_reason: str = ""
     windows: int = 0
-    steps: int = 0
+    steps: int = 0  # that gave tokens
     tokens: int = 0
     stock_steps: Counter[str] = field(default_factory=Counter)  # reason -> steps
 
@@ -54,6 +61,7 @@ class WindowStats:
         return {
             "ops": self.ops,
             "loop": self.loop,
+            "loop_reason": self.loop_reason,
             "windows": self.windows,
             "steps": self.steps,
             "tokens": self.tokens,
@@ -87,19 +95,41 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if self.engine_reason is not None:
             return
         assert self.ops_choice.name is not None
-        step_ops = dispatch.load(self.ops_choice.name)
         self.tables = DeviceTables(self)
-        self.ops = self.tables.bind(step_ops)
-        self.prefill_sampler = PrefillSampler(self.tables, step_ops)
+        self.ops = self.tables.bind(dispatch.load(self.ops_choice.name))
+        self.prefill_sampler = PrefillSampler(self.tables, self.ops)
         if self.ops_choice.name == "native":
             native.warm_up(self.vocab_size, self.dtype, len(self.tables.block_tables))
         self.arrivals = arrival_counter(self.vllm_config)
         self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
-        self.decode_model = VllmDecodeModel(self)
         on_cpu = self.device.type == "cpu"
         self.pace: Pace = HostPace() if on_cpu else AheadPace()
         self.copy_stream = None if on_cpu else self.output_copy_stream
-        self.stats.loop = "replay" if self.decode_model.replays else "eager"
+        self._choose_form(compat.options(self.vllm_config).loop)
+
+    def capture_model(self, profile_only: bool = False) -> int:
+        """vLLM's graphs, then those of the windows; bytes of device memory for both."""
+        size: int = super().capture_model(profile_only=profile_only)
+        if self.engine_reason is None:
+            size += self.graph_store.record(profile_only=profile_only)
+            self._note_form()
+        return size
+
+    def use_form(self, loop: str) -> None:
+        """Change to another form of the loop between requests, for measurements."""
+        if self.engine_reason is None:
+            self._choose_form(loop)
+            self.graph_store.record(profile_only=False)
+            self._note_form()
+
+    def _choose_form(self, loop: str) -> None:
+        form = choose(self, loop)
+        self.decode_model = VllmDecodeModel(self, use_graphs=form.name != "eager")
+        self.graph_store = GraphStore(self, form)
+        self._note_form()
+
+    def _note_form(self) -> None:
+        self.stats.loop, self.stats.loop_reason = self.graph_store.form
 
     def shutdown(self) -> None:
         """vLLM's own, and the counter's name if the engine core never came to take it away."""
@@ -134,12 +164,15 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return super().sample_tokens(grammar_output)
         scheduler_output, slot, rows = self.staged
         self.staged = None
-        seen = getattr(scheduler_output, "arrivals_seen", arrivals.ALL)
         run_window(
-            self.decode_model, self.ops, slot, lambda: self.arrivals.exceeds(seen), self.pace
+            self.decode_model,
+            self.ops,
+            slot,
+            self._cut_short(slot.arrivals_seen),
+            self.pace,
+            self.graph_store.graphs,
         )
         self.stats.windows += 1
-        self.stats.steps += slot.steps_run
         return WindowOutput(scheduler_output, slot, rows, self.stats, self.copy_stream)
 
     def sample(
@@ -160,7 +193,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return stock
         logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
         positions = input_batch.positions[input_batch.logits_indices]
-        needs = replace(self.tables.needs(idx_mapping_np), logprobs=False)
+        needs = replace(self._needs(idx_mapping_np), logprobs=False)
         sampled = self.prefill_sampler(logits, input_batch.idx_mapping, positions, needs)
         num_logprobs = self.tables.num_logprobs(idx_mapping_np)
         logprobs = None
@@ -218,8 +251,38 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             self.req_states.num_computed_tokens_np[rows] + 1, int(budget.max(initial=0))
         )
         slot = self.windows.next_slot()
-        slot.stage(rows, budget, self.tables.num_logprobs(rows), self.tables.needs(rows), num_rows)
+        slot.stage(
+            rows,
+            budget,
+            self.tables.num_logprobs(rows),
+            self._needs(rows),
+            num_rows,
+            getattr(scheduler_output, "arrivals_seen", arrivals.ALL),
+        )
         self.staged = (scheduler_output, slot, live)
+
+    def _needs(self, rows: np.ndarray) -> BatchNeeds:
+        """What a batch asks of a step; compiled kernels exist of few combinations."""
+        needs = self.tables.needs(rows)
+        if self.ops_choice.name != "triton":
+            return needs
+        return replace(variant(needs), logprobs=needs.logprobs)
+
+    def _cut_short(self, arrivals_seen: int) -> Callable[[], bool]:
+        """Has a request arrived for which this window should end? All ranks say the same."""
+        if arrivals_seen == arrivals.ALL:
+            return lambda: False
+        group = get_tp_group()
+        if group.world_size == 1:
+            return lambda: self.arrivals.exceeds(arrivals_seen)
+        came = torch.zeros(1, dtype=torch.int32)
+
+        def agreed() -> bool:
+            came[0] = self.arrivals.exceeds(arrivals_seen)
+            torch.distributed.broadcast(came, group.ranks[0], group=group.cpu_group)
+            return bool(came)
+
+        return agreed
 
 
 class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
@@ -245,6 +308,7 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
             token_ids[place] = tokens
         counts[self.live] = result.num_sampled
         self.stats.tokens += int(counts.sum())
+        self.stats.steps += result.num_steps
         logprobs = None
         if result.logprobs is not None:
             logprobs = LogprobsLists(

@@ -45,7 +45,10 @@ _CONFIG = {
         "DeviceConfig": "device_type",
         "AuxOutputConfig": "enabled",
     },
-    "vllm.config.compilation": {"CUDAGraphMode": "FULL"},
+    "vllm.config.compilation": {
+        "CompilationConfig": "cudagraph_mode: CUDAGraphMode",
+        "CUDAGraphMode": "FULL\ndecode_mode()",
+    },
     "vllm.envs": {"VLLM_USE_MODELSCOPE": ""},
     "vllm.sampling_params": {
         "SamplingParams": """

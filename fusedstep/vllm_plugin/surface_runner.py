@@ -5,6 +5,12 @@ from __future__ import annotations
 GPU = "vllm.v1.worker.gpu"
 
 RUNNER = {
+    "vllm.distributed.parallel_state": {
+        "GroupCoordinator": "cpu_group, ranks, world_size",
+        "get_tp_group": "() -> GroupCoordinator",
+        "graph_capture": "(device=_)",
+        "is_global_first_rank": "()",
+    },
     "vllm.forward_context": {
         "BatchDescriptor": "(num_tokens=_)",
         "set_forward_context": """
@@ -25,7 +31,8 @@ RUNNER = {
         "AttentionGroup": """
             build_metadata(common_attn_metadata, ubatch_idx)
             update_draft_decode_metadata(attn_metadata)
-            layer_names, supports_draft_decode_metadata_update
+            map_to_kernel_block_table(block_table)
+            kv_cache_group_id, layer_names, supports_draft_decode_metadata_update
             backend: AttentionBackend
         """,
     },
@@ -50,13 +57,17 @@ RUNNER = {
             def execute_model(scheduler_output, *args, **kwargs)
             def sample_tokens(grammar_output)
             def sample(hidden_states, input_batch, grammar_output)
+            def capture_model(profile_only=False)
             profile_run()
             finish_requests(scheduler_output)
             free_states(scheduler_output)
             update_requests(scheduler_output)
             get_model()
-            device, dtype, max_model_len, max_num_reqs, model, output_copy_stream, vocab_size
+            device, dtype, max_model_len, max_num_reqs, model, model_state, output_copy_stream
+            vocab_size
             vllm_config: VllmConfig
+            compilation_config: CompilationConfig
+            parallel_config: ParallelConfig
             attn_groups: AttentionGroup
             block_tables: BlockTables
             cudagraph_manager: ModelCudaGraphManager
@@ -64,7 +75,7 @@ RUNNER = {
             kv_cache_config: KVCacheConfig
             req_states: RequestState
             sampler: gpu.sample.sampler.Sampler
-            +stats
+            +stats, use_form
         """,
     },
     f"{GPU}.attn_utils": {"build_slot_mappings_by_layer": "(slot_mappings, kv_cache_config)"},
@@ -92,6 +103,10 @@ RUNNER = {
             run_fullgraph(desc)
         """,
         "BatchExecutionDescriptor": "cg_mode, num_tokens",
+        "prepare_inputs_to_capture": """
+            (num_reqs, num_tokens, model_state, input_buffers, block_tables, attn_groups,
+             kv_cache_config, full_cudagraph=_, max_query_len=_)
+        """,
     },
     f"{GPU}.input_batch": {
         "InputBatch": """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -193,28 +192,27 @@ class DeviceTables:
             logprobs=self.num_logprobs(rows) >= 0,
         )
 
-    def bind(self, ops: Callable[..., StepOps], positions: torch.Tensor | None = None) -> StepOps:
-        """The step operations on these tables, at positions of the caller's own if given."""
-        inputs = self.inputs if positions is None else replace(self.inputs, positions=positions)
+    def bind(self, ops: Callable[..., StepOps]) -> StepOps:
+        """The step operations on these tables."""
         return ops(
             self.requests,
             self.sampling,
             self.stop,
-            inputs,
+            self.inputs,
             self.block_tables,
             self.num_blocks,
         )
 
 
 class PrefillSampler:
-    """The window's sampler for a stock step: rows at positions of its own."""
+    """The window's sampler for a stock step, whose rows are those that it samples for."""
 
-    def __init__(self, tables: DeviceTables, ops: Callable[..., StepOps]) -> None:
+    def __init__(self, tables: DeviceTables, ops: StepOps) -> None:
         max_num_reqs = len(tables.needs_stock)
         self.rows = allocate_rows(max_num_reqs, 1, tables.prefill_len.device)
         self.rows.active.fill_(True)
-        self.positions = torch.zeros_like(self.rows.sampled)
-        self.ops = tables.bind(ops, positions=self.positions)
+        self.positions = tables.inputs.positions
+        self.ops = ops
 
     def __call__(
         self,
@@ -223,7 +221,7 @@ class PrefillSampler:
         positions: torch.Tensor,  # [num_reqs], of the input token that each row's logits follow
         needs: BatchNeeds,
     ) -> torch.Tensor:
-        """Sampled token ids [num_reqs] int64."""
+        """Sampled token ids [num_reqs] int64. The step's own positions are overwritten."""
         num_reqs = len(logits)
         self.rows.idx_mapping[:num_reqs] = idx_mapping
         self.positions[:num_reqs] = positions

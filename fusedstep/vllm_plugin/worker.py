@@ -50,6 +50,16 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
         stats = getattr(self.model_runner, "stats", None)
         return {} if stats is None else stats.as_dict()
 
+    def use_loop(self, loop: str) -> dict[str, Any]:
+        """Another form of the loop (one of ``options.LOOPS``), between requests: to compare them.
+
+        Returns the statistics, which name the form that runs now, and why.
+        """
+        use_form = getattr(self.model_runner, "use_form", None)
+        if use_form is not None:  # not vLLM's own runner
+            use_form(loop)
+        return self.window_stats()
+
     def attention_backend(self) -> str:
         """Name of the first attention group's backend, for people."""
         groups = [g for group in self.model_runner.attn_groups for g in group]

@@ -30,6 +30,11 @@ class ArrivalCounter:
     def count(self) -> int:
         return int(self._count[0])
 
+    @property
+    def address(self) -> int:
+        """Where this process has the count: the start of a page."""
+        return int(self._count.ctypes.data)
+
     def add(self, n: int = 1) -> None:
         self._count[0] += n
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -12,6 +13,9 @@ from fusedstep.window.pace import HostPace, Pace
 from fusedstep.window.state import WindowSlot
 
 HOST_PACE = HostPace()
+
+# Enqueues at least one and at most the given number of steps; returns how many.
+Steps = Callable[[int], int]
 
 
 class StepOps(Protocol):
@@ -38,16 +42,29 @@ class DecodeModel(Protocol):
     """A model that decodes one token per row from the static step inputs."""
 
     def begin(self, num_reqs: int) -> None:
-        """A window starts: describe the batch to the attention."""
+        """A window of eager steps starts: describe the batch to the attention."""
+
+    def plan(self) -> None:
+        """The attention metadata of the coming step, from the lengths the device has reached."""
 
     def forward(self) -> torch.Tensor:
         """One decode step: write K and V, attend, lm_head -> logits [num_reqs, vocab_size]."""
 
-    def advance(self) -> None:
-        """The rows grew by one token: move the attention metadata along."""
-
     def end(self) -> None:
         """The window is over."""
+
+    def capturing(self, num_reqs: int) -> AbstractContextManager[None]:
+        """``plan`` and ``forward`` are about to be recorded for batches of ``num_reqs`` rows."""
+
+    def begin_captured(self, num_reqs: int) -> None:
+        """A window of recorded steps starts: what they read beside the step inputs."""
+
+
+class Graphs(Protocol):
+    """Decode steps that were recorded before (``fusedstep.window.graphs``)."""
+
+    def steps(self, slot: WindowSlot) -> Steps | None:
+        """Those for this window's batch, or None."""
 
 
 def run_window(
@@ -56,6 +73,7 @@ def run_window(
     slot: WindowSlot,
     cut_short: Callable[[], bool],
     pace: Pace = HOST_PACE,
+    graphs: Graphs | None = None,
 ) -> None:
     """Run one window: enqueue up to ``slot.num_steps`` steps.
 
@@ -63,22 +81,48 @@ def run_window(
     window with a live row always has its first step. Where the host runs ahead of the device,
     ``pace`` says by how much, and with it how many steps too many there may be; those give nothing.
     """
-    rows, num_reqs = slot.rows, slot.num_rows
+    rows = slot.rows
     pace.begin()
-    ops.prepare(rows, num_reqs)
+    ops.prepare(rows, slot.num_rows)
     if not pace.goes_on(rows):
         return
-    model.begin(num_reqs)
-    try:
+    with _steps(model, ops, slot, graphs) as steps:
         while True:
-            logits = model.forward()
-            ops.step(logits, rows, num_reqs, slot.needs)
-            if slot.needs.logprobs:
-                _record_logprobs(ops, logits, slot)
-            slot.steps_run += 1
+            slot.steps_run += steps(slot.num_steps - slot.steps_run)
             if slot.steps_run == slot.num_steps or not pace.goes_on(rows) or cut_short():
                 return
-            model.advance()
+
+
+def decode_step(
+    model: DecodeModel, ops: StepOps, rows: WindowRows, num_rows: int, needs: BatchNeeds
+) -> torch.Tensor:
+    """One decode step, the same in every form of the loop. Returns its logits."""
+    model.plan()
+    logits = model.forward()
+    ops.step(logits, rows, num_rows, needs)
+    return logits
+
+
+@contextmanager
+def _steps(
+    model: DecodeModel, ops: StepOps, slot: WindowSlot, graphs: Graphs | None
+) -> Iterator[Steps]:
+    """Recorded steps where there are some for this batch, else eager ones."""
+    recorded = None if graphs is None else graphs.steps(slot)
+    if recorded is not None:
+        model.begin_captured(slot.num_rows)
+        yield recorded
+        return
+
+    def eager(_: int) -> int:
+        logits = decode_step(model, ops, slot.rows, slot.num_rows, slot.needs)
+        if slot.needs.logprobs:
+            _record_logprobs(ops, logits, slot)
+        return 1
+
+    model.begin(slot.num_rows)
+    try:
+        yield eager
     finally:
         model.end()
 
@@ -86,11 +130,11 @@ def run_window(
 def _record_logprobs(ops: StepOps, logits: torch.Tensor, slot: WindowSlot) -> None:
     """Logprobs of the raw logits: the sampled token first, then the top n."""
     n, step, width = slot.num_rows, slot.steps_run, 1 + slot.num_logprobs
-    token_ids = slot.logprobs.token_ids[step, :n, :width]
-    logprobs = slot.logprobs.logprobs[step, :n, :width]
+    token_ids = slot.output.token_ids[step, :n, :width]
+    logprobs = slot.output.logprobs[step, :n, :width]
     token_ids[:, 0] = slot.rows.sampled[:n]
     logprobs[:, 0] = slot.rows.logprobs[:n]
-    slot.logprobs.ranks[step, :n] = slot.rows.ranks[:n]
+    slot.output.ranks[step, :n] = slot.rows.ranks[:n]
     if slot.num_logprobs:
         token_ids[:, 1:] = torch.topk(logits, slot.num_logprobs, dim=-1).indices
         logprobs[:, 1:] = ops.token_logprobs(logits, token_ids[:, 1:])

@@ -12,24 +12,80 @@ if TYPE_CHECKING:
     from fusedstep.window.state import WindowSlot
 
 
-class LogprobsBuffer:
-    """Logprobs of a window's steps, column 0 the sampled token; grows to the largest asked for."""
+class WindowOutput:
+    """One slot's result: on the device out of the next window's way, and for the host.
 
-    def __init__(self, device: torch.device) -> None:
+    The logprobs' buffers grow to the largest asked for; column 0 is the sampled token. Where device
+    memory is host memory the host reads the device's side.
+    """
+
+    def __init__(self, max_steps: int, max_num_reqs: int, device: torch.device) -> None:
         self.device = device
-        self.token_ids = torch.empty(0, 0, 1, dtype=torch.int64, device=device)  # [K, B, 1 + n]
-        self.logprobs = torch.empty(0, 0, 1, dtype=torch.float32, device=device)  # [K, B, 1 + n]
-        self.ranks = torch.empty(0, 0, dtype=torch.int64, device=device)  # [K, B]
+        self._host: dict[str, torch.Tensor] = {}
+        self.num_sampled = self._buffer("num_sampled", (max_num_reqs,), torch.int32)  # [B]
+        self.out_tokens = self._buffer("out_tokens", (max_steps, max_num_reqs), torch.int64)
+        self._reserve_logprobs((0, 0, 1))
+        self._ready = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def reserve(self, num_steps: int, num_reqs: int, num_logprobs: int) -> None:
+    def reserve_logprobs(self, num_steps: int, num_reqs: int, num_logprobs: int) -> None:
         """Room for one window; allocates only when a window asks for more than any before."""
         wanted = (num_steps, num_reqs, 1 + num_logprobs)
         shape = tuple(max(s) for s in zip(self.token_ids.shape, wanted, strict=True))
-        if shape == self.token_ids.shape:
+        if shape != self.token_ids.shape:
+            self._reserve_logprobs(shape)
+
+    def _reserve_logprobs(self, shape: tuple[int, ...]) -> None:
+        self.token_ids = self._buffer("token_ids", shape, torch.int64)  # [K, B, 1 + n]
+        self.logprobs = self._buffer("logprobs", shape, torch.float32)  # [K, B, 1 + n]
+        self.ranks = self._buffer("ranks", shape[:2], torch.int64)  # [K, B]
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        buffer = torch.zeros(shape, dtype=dtype, device=self.device)
+        pinned = self.device.type == "cuda"
+        self._host[name] = torch.zeros(shape, dtype=dtype, pin_memory=True) if pinned else buffer
+        return buffer
+
+    def keep(self, slot: WindowSlot, stream: torch.cuda.Stream | None) -> None:
+        """The window's work is enqueued: keep its result, and bring it to the host on ``stream``.
+
+        Whole leading parts are copied: they are contiguous, so that no copy waits.
+        """
+        names = ["num_sampled", "out_tokens"]
+        steps = slot.steps_run
+        self.num_sampled.copy_(slot.rows.num_sampled)
+        self.out_tokens[:steps].copy_(slot.rows.out_tokens[:steps])
+        if slot.num_logprobs >= 0:
+            names += ["token_ids", "logprobs", "ranks"]
+        if stream is None:
             return
-        self.token_ids = torch.empty(shape, dtype=torch.int64, device=self.device)
-        self.logprobs = torch.empty(shape, dtype=torch.float32, device=self.device)
-        self.ranks = torch.empty(shape[:2], dtype=torch.int64, device=self.device)
+        assert self._ready is not None
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for name in names:
+                rows = len(self.num_sampled) if name == "num_sampled" else steps
+                self._host[name][:rows].copy_(getattr(self, name)[:rows], non_blocking=True)
+            self._ready.record()
+
+    def read(self, num_reqs: int, steps: int, num_logprobs: int) -> WindowTokens:
+        """Wait for the copies; the result has memory of its own."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        host = {name: part.numpy() for name, part in self._host.items()}
+        num_sampled = host["num_sampled"][:num_reqs].copy()
+        token_ids = host["out_tokens"][:steps, :num_reqs].T.tolist()
+        for tokens, count in zip(token_ids, num_sampled.tolist(), strict=True):
+            del tokens[count:]
+        if num_logprobs < 0:
+            return WindowTokens(token_ids, num_sampled, None, None, None)
+        emitted = np.arange(steps)[None, :] < num_sampled[:, None]  # [num_reqs, steps]
+        batch, width = np.s_[:steps, :num_reqs], np.s_[:, : 1 + num_logprobs]
+        return WindowTokens(
+            token_ids,
+            num_sampled,
+            host["token_ids"][batch].swapaxes(0, 1)[emitted][width],
+            host["logprobs"][batch].swapaxes(0, 1)[emitted][width],
+            host["ranks"][batch].swapaxes(0, 1)[emitted],
+        )
 
 
 @dataclass(frozen=True)
@@ -42,52 +98,21 @@ class WindowTokens:
     logprobs: np.ndarray | None  # [sum(num_sampled), 1 + n] float32
     ranks: np.ndarray | None  # [sum(num_sampled)] int64
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the window that gave a token."""
+        return int(self.num_sampled.max(initial=0))
+
 
 class Fetched:
     """A finished window on its way to the host; ``tokens`` waits for it."""
 
     def __init__(self, slot: WindowSlot, stream: torch.cuda.Stream | None = None) -> None:
         """``stream``: of the copies where there is a GPU; they begin when the window has ended."""
-        n, steps = slot.num_reqs, slot.steps_run
-        parts = {
-            "num_sampled": slot.rows.num_sampled[:n],
-            "out_tokens": slot.rows.out_tokens[:steps, :n],
-        }
-        if slot.num_logprobs >= 0:
-            logprobs, width = slot.logprobs, 1 + slot.num_logprobs
-            parts |= {
-                "token_ids": logprobs.token_ids[:steps, :n, :width],
-                "logprobs": logprobs.logprobs[:steps, :n, :width],
-                "ranks": logprobs.ranks[:steps, :n],
-            }
-        self._parts = parts
-        self._ready: torch.cuda.Event | None = None
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._parts = {name: _to_pinned(part) for name, part in parts.items()}
-                self._ready = stream.record_event()
+        slot.output.keep(slot, stream)
+        self._output = slot.output
+        self._shape = slot.num_reqs, slot.steps_run, slot.num_logprobs
 
     def tokens(self) -> WindowTokens:
-        """The window's result."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        parts = {name: part.numpy() for name, part in self._parts.items()}
-        num_sampled = parts["num_sampled"].copy()
-        token_ids = parts["out_tokens"].T.tolist()
-        for tokens, count in zip(token_ids, num_sampled.tolist(), strict=True):
-            del tokens[count:]
-        if "logprobs" not in parts:
-            return WindowTokens(token_ids, num_sampled, None, None, None)
-        steps = len(parts["out_tokens"])
-        emitted = np.arange(steps)[None, :] < num_sampled[:, None]  # [num_reqs, steps]
-        return WindowTokens(
-            token_ids,
-            num_sampled,
-            *(parts[name].swapaxes(0, 1)[emitted] for name in ("token_ids", "logprobs", "ranks")),
-        )
-
-
-def _to_pinned(part: torch.Tensor) -> torch.Tensor:
-    pinned = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-    return pinned.copy_(part, non_blocking=True)
+        """The window's result, before its slot is staged again."""
+        return self._output.read(*self._shape)

@@ -1,4 +1,4 @@
-"""Static buffers of a window: two slots, so that one is staged while the other runs."""
+"""Static buffers of a window: what the device works on, and two slots that are staged in turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from fusedstep.ops.types import BatchNeeds, WindowRows
-from fusedstep.window.output import LogprobsBuffer
+from fusedstep.window import arrivals
+from fusedstep.window.output import WindowOutput
 
 
 class Staging:
@@ -18,14 +19,18 @@ class Staging:
         pinned = device.type == "cuda"
         self.idx_mapping = torch.empty(max_num_reqs, dtype=torch.int64, pin_memory=pinned)
         self.budget = torch.empty(max_num_reqs, dtype=torch.int32, pin_memory=pinned)
+        self.seen = torch.empty(1, dtype=torch.int64, pin_memory=pinned)
         self._idx_mapping_np, self._budget_np = self.idx_mapping.numpy(), self.budget.numpy()
+        self._seen_np = self.seen.numpy()
 
     def copy_to(
         self,
         rows: WindowRows,
+        seen: torch.Tensor,  # [1] int64
         idx_mapping: np.ndarray,  # [num_reqs] int64
         budget: np.ndarray,  # [num_reqs] int32
         num_rows: int,
+        arrivals_seen: int,
     ) -> None:
         """Rows from num_reqs on are padding. The device must have read the window before."""
         num_reqs = len(idx_mapping)
@@ -33,26 +38,31 @@ class Staging:
         self._idx_mapping_np[num_reqs:num_rows] = -1
         self._budget_np[:num_reqs] = budget
         self._budget_np[num_reqs:num_rows] = 0
+        self._seen_np[0] = arrivals_seen
         rows.idx_mapping[:num_rows].copy_(self.idx_mapping[:num_rows], non_blocking=True)
         rows.budget[:num_rows].copy_(self.budget[:num_rows], non_blocking=True)
+        seen.copy_(self.seen, non_blocking=True)
 
 
 @dataclass
 class WindowSlot:
     """One window: staged by the host, run by the loop, read once by the output.
 
-    ``rows`` has static addresses; the plain fields below are host values of the current window.
+    ``rows`` and ``seen`` have static addresses and belong to the window that runs; the plain fields
+    below are host values of the slot's window.
     """
 
     rows: WindowRows
-    logprobs: LogprobsBuffer
+    seen: torch.Tensor  # [1] int64, arrivals that the window's scheduler had seen
+    output: WindowOutput
     staging: Staging
     num_reqs: int = 0
     num_rows: int = 0  # with padding rows
     num_steps: int = 0  # longest budget of any row
     num_logprobs: int = -1  # top-n beside the sampled token; -1: nobody asked
     needs: BatchNeeds = field(default_factory=BatchNeeds)
-    steps_run: int = 0  # written by the loop
+    arrivals_seen: int = arrivals.ALL
+    steps_run: int = 0  # enqueued, written by the loop
 
     def stage(
         self,
@@ -61,6 +71,7 @@ class WindowSlot:
         num_logprobs: int,
         needs: BatchNeeds,
         num_rows: int | None = None,  # with padding rows, num_reqs without
+        arrivals_seen: int = arrivals.ALL,
     ) -> None:
         """Host part of a window; everything else happens on the device."""
         self.num_reqs = len(idx_mapping)
@@ -68,31 +79,39 @@ class WindowSlot:
         self.num_steps = int(budget.max(initial=0))
         self.num_logprobs = num_logprobs
         self.needs = needs
+        self.arrivals_seen = arrivals_seen
         self.steps_run = 0
-        self.staging.copy_to(self.rows, idx_mapping, budget, self.num_rows)
+        self.staging.copy_to(
+            self.rows, self.seen, idx_mapping, budget, self.num_rows, arrivals_seen
+        )
         if num_logprobs >= 0:
-            self.logprobs.reserve(self.num_steps, self.num_rows, num_logprobs)
+            self.output.reserve_logprobs(self.num_steps, self.num_rows, num_logprobs)
 
 
 @dataclass
 class WindowState:
-    """Both slots; window n uses slot n mod 2."""
+    """What the running window works on, and the slots: window n uses slot n mod 2."""
 
+    rows: WindowRows
+    seen: torch.Tensor  # [1] int64
     slots: tuple[WindowSlot, WindowSlot]
     _count: int = field(default=0)
 
     @classmethod
     def allocate(cls, max_num_reqs: int, max_steps: int, device: torch.device) -> WindowState:
         """Buffers for windows of up to ``max_steps`` steps of up to ``max_num_reqs`` rows."""
+        rows = allocate_rows(max_num_reqs, max_steps, device)
+        seen = torch.zeros(1, dtype=torch.int64, device=device)
 
         def slot() -> WindowSlot:
             return WindowSlot(
-                allocate_rows(max_num_reqs, max_steps, device),
-                LogprobsBuffer(device),
+                rows,
+                seen,
+                WindowOutput(max_steps, max_num_reqs, device),
                 Staging(max_num_reqs, device),
             )
 
-        return cls((slot(), slot()))
+        return cls(rows, seen, (slot(), slot()))
 
     def next_slot(self) -> WindowSlot:
         """The slot that the last window but one used: its output has been read."""
@@ -102,7 +121,7 @@ class WindowState:
 
 
 def allocate_rows(max_num_reqs: int, max_steps: int, device: torch.device) -> WindowRows:
-    """Static per-row tensors of one slot."""
+    """Static per-row tensors."""
 
     def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)

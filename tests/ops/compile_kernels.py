@@ -1,4 +1,4 @@
-"""Compiles what TritonStep launches, for GPUs that need not be there.
+"""Compiles what TritonStep and DecodeAttention launch, for GPUs that need not be there.
 
     cd tests && python -m ops.compile_kernels sm_90 sm_80 sm_100 gfx942
 
@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 import triton
+from ops.attention_world import FP8, make_layer, make_rows
 from ops.world import DTYPES, World, build_world, strided
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from fusedstep.kernels.condition import set_condition_kernel
+from fusedstep.ops.attention import DecodeAttention, DeviceLimits
 from fusedstep.ops.triton_step import Launch, TritonStep
 from fusedstep.ops.types import BatchNeeds
 
@@ -36,6 +37,15 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+NVIDIA = tuple(name for name, target in TARGETS.items() if target.backend == "cuda")
+# What torch would say of these devices: compute units, and shared memory of a program in bytes.
+LIMITS = {
+    "sm_90": DeviceLimits(132, (228 << 10) // 2 - 1024),
+    "sm_80": DeviceLimits(108, (164 << 10) // 2 - 1024),
+    "sm_100": DeviceLimits(148, (228 << 10) // 2 - 1024),
+    "gfx942": DeviceLimits(304, 64 << 10, is_hip=True),
+}
+FP8_CACHES = {"sm_90": FP8, "sm_100": FP8, "gfx942": torch.float8_e4m3fnuz}
 VOCAB_SIZE = 151936
 PLAIN = BatchNeeds(adjustment=False, min_p=False, truncation=False, logprobs=False)
 EVERYTHING = BatchNeeds(adjustment=True, min_p=True, truncation=True, logprobs=True)
@@ -122,22 +132,35 @@ def cases(world: World) -> Iterator[Case]:
     unaligned = strided(torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16), VOCAB_SIZE + 3, 1)
     for launch in step.launches(unaligned, rows, 1, EVERYTHING, True):
         yield Case("step everything bfloat16 n=1 unaligned", launch)
-    yield from condition_cases()
 
 
-def condition_cases() -> Iterator[Case]:
-    """A handle is a number the driver gives; Triton makes other types of small ones."""
-    pointers = {
-        name: torch.zeros(1, dtype=torch.int32)
-        for name in ("num_active_ptr", "stop_flag_ptr", "go_on_ptr")
-    }
-    nvidia = tuple(name for name, target in TARGETS.items() if target.backend == "cuda")
-    for conditional, handle in [(False, 0), (True, 0), (True, 1), (True, 2**31), (True, 2**40 + 1)]:
-        args, constexprs = {"handle": handle, **pointers}, {"CONDITIONAL": conditional}
-        launch = Launch(set_condition_kernel, (1,), args, constexprs, num_warps=1)
-        yield Case(
-            f"condition {conditional} {handle}", launch, nvidia if conditional else tuple(TARGETS)
-        )
+def attention_cases() -> Iterator[Case]:
+    """Head sizes, groups, query lengths and dtypes; then each feature by itself."""
+    bf16, fp16, fp32 = DTYPES
+    shapes = [
+        *((16, 8, size, 1, bf16, {}) for size in (64, 80, 96, 128, 192, 256)),
+        *((32, 8, size, 1, fp32, {}) for size in (64, 128, 256)),
+        *((heads, 8, 128, length, bf16, {}) for heads, length in ((8, 8), (32, 4), (64, 8))),
+        (32, 1, 256, 8, bf16, {}),
+        (64, 8, 128, 8, fp32, {}),
+        (32, 8, 64, 1, fp16, {"window": 128, "sinks": True}),
+        (32, 8, 128, 1, bf16, {"alibi": True}),
+        (16, 8, 256, 2, bf16, {"window": 1024, "soft_cap": 50.0}),
+        *((32, 8, size, length, bf16, {"fp8": True}) for size, length in ((128, 1), (256, 4))),
+    ]
+    for target, limits in LIMITS.items():
+        for heads, kv_heads, size, length, dtype, options in shapes:
+            fp8 = bool(options.get("fp8"))
+            if fp8 and target not in FP8_CACHES:
+                continue
+            layer = make_layer(heads, kv_heads, size, **options)
+            rows = make_rows(layer, [64, 65, 66, 67], query_len=length, dtype=dtype)
+            if fp8:
+                rows = replace(rows, kv_cache=rows.kv_cache.to(FP8_CACHES[target]))
+            attention = DecodeAttention([layer], 4, torch.device("cpu"), limits)
+            launch = attention.launch(layer, *rows.arguments())
+            where = f"{heads}/{kv_heads} heads of {size} q={length} {str(dtype)[6:]} {options}"
+            yield Case(f"attention {where}", launch, (target,))
 
 
 def usage_of(compiled: Any) -> Usage:
@@ -177,8 +200,12 @@ def main(targets: list[str]) -> int:
         launch = case.launch
         for target in (name for name in targets if name in case.targets):
             device.target = target
-            nvidia = TARGETS[target].backend == "cuda"
-            options = launch.options if nvidia else {"num_warps": launch.num_warps}
+            nvidia = target in NVIDIA
+            options = {
+                name: number
+                for name, number in launch.options.items()
+                if nvidia or name != "maxnreg"
+            }
             compiled = launch.kernel.warmup(
                 **launch.args, **launch.constexprs, **options, grid=launch.grid
             )

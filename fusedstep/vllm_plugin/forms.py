@@ -1,0 +1,140 @@
+"""Which form the loop has on this engine, why, and the graphs that it needs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from tqdm import tqdm
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import graph_capture, is_global_first_rank
+
+from fusedstep.window.graphs import WindowGraphs
+from fusedstep.window.recorder import CudaRecorder, no_while_reason
+
+if TYPE_CHECKING:
+    from fusedstep.vllm_plugin.runner import FusedStepRunner
+
+logger = logging.getLogger("vllm.fusedstep")
+
+# What comes instead of a form that cannot be had. ``auto`` begins at while: the unrolled form is
+# only for those who ask, because it cannot end within its steps.
+NEXT = {"while": "replay", "unrolled": "replay", "replay": "eager"}
+# While vLLM sizes its memory, the graphs of the largest batches stand for all.
+PROFILED_SIZES = 2
+
+
+class Form(NamedTuple):
+    """``reason``: why it is not a better one, or what chose it."""
+
+    name: str
+    reason: str
+
+
+def choose(runner: FusedStepRunner, loop: str) -> Form:
+    """The best form at or below ``loop`` (one of ``options.LOOPS``) that can be tried here."""
+    if runner.device.type == "cpu":
+        return Form("eager", "the device is a cpu")
+    wanted = "while" if loop == "auto" else loop
+    reasons = []
+    while (reason := _obstacle(runner, wanted)) is not None:
+        reasons.append(f"{wanted}: {reason}")
+        wanted = NEXT[wanted]
+    return Form(wanted, "; ".join(reasons) or "works here")
+
+
+def _obstacle(runner: FusedStepRunner, form: str) -> str | None:
+    """Why ``form`` cannot even be tried."""
+    if form == "eager":
+        return None
+    mode = runner.compilation_config.cudagraph_mode
+    if mode is None or mode.decode_mode() != CUDAGraphMode.FULL:
+        return "no full CUDA graphs for decode"
+    if form == "while" and runner.parallel_config.tensor_parallel_size > 1:
+        return "tensor parallelism communicates, which a WHILE node does not allow"
+    return no_while_reason() if form == "while" else None
+
+
+class GraphStore:
+    """The graphs of an engine's windows, recorded when vLLM records its own."""
+
+    def __init__(self, runner: FusedStepRunner, form: Form) -> None:
+        self.runner = runner
+        self.form = form
+        self.graphs: WindowGraphs | None = None
+
+    def record(self, *, profile_only: bool) -> int:
+        """Record the steps of all batch sizes; a form that fails makes way for the next.
+
+        Returns the bytes of device memory that they take; an estimate while vLLM sizes its memory,
+        where they are thrown away again.
+        """
+        taken = 0
+        while self.form.name != "eager":
+            free = _free_bytes()
+            try:
+                began = time.perf_counter()
+                self.graphs, taken = self._record(PROFILED_SIZES if profile_only else None)
+            except Exception as error:
+                self.graphs = None
+                lines = str(error).splitlines() or [type(error).__name__]
+                reason = f"{self.form.name}: {lines[0]}"
+                self.form = Form(NEXT[self.form.name], reason)
+                logger.warning("fusedstep: loop form %s instead of %s", self.form.name, reason)
+                continue
+            if not profile_only:
+                logger.info(
+                    "fusedstep: recorded the decode windows (%s) in %.0f s, %.2f GiB",
+                    self.form.name,
+                    time.perf_counter() - began,
+                    (free - _free_bytes()) / (1 << 30),
+                )
+            break
+        if profile_only:
+            self.graphs = None
+        return taken
+
+    def _record(self, num_sizes: int | None) -> tuple[WindowGraphs | None, int]:
+        """The graphs of the largest ``num_sizes`` batches, and the bytes that all would take."""
+        runner = self.runner
+        sizes = self._batch_sizes()
+        model = runner.decode_model
+        if not model.updates_in_place:
+            # Planned on the host before every step: vLLM's own graph is the forward then.
+            logger.info("fusedstep: the attention backend plans on the host between steps")
+            return None, 0
+        graphs = WindowGraphs(self.form.name, model, runner.ops, runner.windows)
+        recorded = sizes[:num_sizes]
+        taken: list[int] = []
+        with graph_capture(device=runner.device):
+            recorder = CudaRecorder(runner.device, runner.arrivals)
+            for num_rows in self._shown(recorded):
+                free = _free_bytes()
+                graphs.record(recorder, num_rows)
+                taken.append(free - _free_bytes())
+        rest = len(sizes) - len(recorded)
+        return graphs, sum(taken) + rest * (taken[-1] if taken else 0)
+
+    def _batch_sizes(self) -> list[int]:
+        """Padded batch sizes of vLLM's own decode graphs, the largest first."""
+        dispatch = self.runner.cudagraph_manager.dispatch
+        graphs = (
+            dispatch(n, n, uniform_token_count=1, num_active_loras=0, max_query_len=1)
+            for n in range(1, self.runner.max_num_reqs + 1)
+        )
+        sizes = {graph.num_tokens for graph in graphs if graph.cg_mode == CUDAGraphMode.FULL}
+        return sorted(sizes, reverse=True)
+
+    def _shown(self, sizes: list[int]) -> Iterator[int]:
+        """With vLLM's kind of progress bar, on the first rank."""
+        if is_global_first_rank():
+            yield from tqdm(sizes, desc=f"Recording decode windows ({self.form.name})")
+        else:
+            yield from sizes
+
+
+def _free_bytes() -> int:
+    return int(torch.accelerator.get_memory_info()[0])

@@ -1,0 +1,119 @@
+"""Recorded decode steps: what the replay, unrolled and WHILE forms of the loop enqueue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from fusedstep.ops.types import BatchNeeds, WindowRows
+from fusedstep.window.loop import DecodeModel, StepOps, Steps, decode_step
+from fusedstep.window.state import WindowSlot, WindowState
+
+# What a recorded step can do: nothing but temperature and seeds, or everything.
+VARIANTS = (
+    BatchNeeds(adjustment=False, min_p=False, truncation=False, logprobs=False),
+    BatchNeeds(adjustment=True, min_p=True, truncation=True, logprobs=False),
+)
+# Steps of one graph of the unrolled form. It cannot be stopped within them.
+UNROLLED_STEPS = 8
+
+
+class Graph(Protocol):
+    """Device work that was recorded."""
+
+    def replay(self) -> None:
+        """Enqueue it once more, on the same addresses."""
+
+
+class Recorder(Protocol):
+    """Records the device work that ``body`` enqueues, without running it."""
+
+    def record(self, body: Callable[[], object]) -> Graph:
+        """The work of one call."""
+
+    def record_loop(
+        self,
+        body: Callable[[], object],
+        num_active: torch.Tensor,  # [1] int32
+        seen: torch.Tensor,  # [1] int64
+    ) -> Graph:
+        """The work of a call, repeated on the device while ``num_active`` is above 0 and no more
+        requests have arrived than ``seen``; at least once."""
+
+
+def variant(needs: BatchNeeds) -> BatchNeeds:
+    """The least of the variants that does all that ``needs`` asks for, but for logprobs.
+
+    More than the needs costs a little time, less gives wrong tokens.
+    """
+    return VARIANTS[needs.adjustment or needs.min_p or needs.truncation]
+
+
+class WindowGraphs:
+    """The recorded steps of one form, by padded batch size and variant.
+
+    A batch that wants logprobs has none: it takes eager steps.
+    """
+
+    def __init__(self, form: str, model: DecodeModel, ops: StepOps, state: WindowState) -> None:
+        """``form``: replay, unrolled or while."""
+        self.form = form
+        self.model, self.ops, self.state = model, ops, state
+        self._single: dict[tuple[int, BatchNeeds], Graph] = {}
+        self._many: dict[tuple[int, BatchNeeds], Graph] = {}  # unrolled or a WHILE loop
+
+    def record(self, recorder: Recorder, num_rows: int) -> None:
+        """Record the steps of batches of ``num_rows`` rows, each after a run that compiles."""
+        rows = self.state.rows
+        for needs in VARIANTS:
+            key = num_rows, needs
+            step = partial(decode_step, self.model, self.ops, rows, num_rows, needs)
+            self._idle_rows(rows, num_rows)
+            with self.model.capturing(num_rows):
+                step()
+            if self.form == "while":
+                with self.model.capturing(num_rows):
+                    self._many[key] = recorder.record_loop(step, rows.num_active, self.state.seen)
+                continue
+            with self.model.capturing(num_rows):
+                self._single[key] = recorder.record(step)
+            if self.form == "unrolled":
+                with self.model.capturing(num_rows):
+                    self._many[key] = recorder.record(partial(_repeat, step))
+
+    def steps(self, slot: WindowSlot) -> Steps | None:
+        """What ``run_window`` enqueues for this window's batch, or None."""
+        if slot.needs.logprobs:
+            return None
+        key = slot.num_rows, variant(slot.needs)
+        single, many = self._single.get(key), self._many.get(key)
+        if self.form == "while":
+            return None if many is None else partial(_whole_window, many)
+        return None if single is None else partial(_one_or_more, single, many)
+
+    def _idle_rows(self, rows: WindowRows, num_rows: int) -> None:
+        """Only padding: what is run before the recording touches no request and no KV slot."""
+        rows.idx_mapping[:num_rows].fill_(-1)
+        self.ops.prepare(rows, num_rows)
+
+
+def _repeat(step: Callable[[], object]) -> None:
+    for _ in range(UNROLLED_STEPS):
+        step()
+
+
+def _whole_window(loop: Graph, remaining: int) -> int:
+    """The device ends it: a row has no budget beyond the window."""
+    loop.replay()
+    return remaining
+
+
+def _one_or_more(single: Graph, many: Graph | None, remaining: int) -> int:
+    if many is not None and remaining >= UNROLLED_STEPS:
+        many.replay()
+        return UNROLLED_STEPS
+    single.replay()
+    return 1

@@ -1,0 +1,180 @@
+"""CUDA graphs: torch's for a step, and one with a conditional WHILE node for a whole window.
+
+The WHILE node is put together with the driver's API (``cuda-bindings``); see the CUDA programming
+guide, "Conditional graph nodes".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusedstep.kernels.condition import PTX
+from fusedstep.window.arrivals import ArrivalCounter
+
+MIN_DRIVER = 12040  # the first with WHILE nodes
+
+
+def driver_version() -> int | None:
+    """The newest CUDA version that the driver runs (12040 is 12.4); None without a driver."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return version.value
+
+
+def no_while_reason() -> str | None:
+    """Why the WHILE form cannot be had with this torch, driver and environment."""
+    version = driver_version()
+    if torch.version.cuda is None or version is None:
+        return "needs CUDA"
+    if version < MIN_DRIVER:
+        return "needs a driver for CUDA 12.4 or newer"
+    try:
+        found = importlib.util.find_spec("cuda.bindings.driver")
+    except ModuleNotFoundError:
+        found = None
+    return "needs the package cuda-bindings" if found is None else None
+
+
+class CudaRecorder:
+    """Records into torch's CUDA graphs that share one memory pool.
+
+    What a graph allocates while it is recorded stays its own. Graphs that share a pool may use the
+    same memory: they must never run at the same time.
+    """
+
+    def __init__(self, device: torch.device, arrivals: ArrivalCounter) -> None:
+        self._device = device
+        self._arrivals = arrivals
+        self._pool = torch.cuda.MemPool()
+        self._driver: Driver | None = None
+
+    def record(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """One call of ``body`` as a graph."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        pool: Any = self._pool.id
+        with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
+            body()
+        return graph
+
+    def record_loop(
+        self, body: Callable[[], object], num_active: torch.Tensor, seen: torch.Tensor
+    ) -> torch.cuda.CUDAGraph:
+        """One graph: a WHILE node whose body is one call of ``body`` and the question after it."""
+        if self._driver is None:
+            self._driver = Driver(self._arrivals)
+        driver = self._driver
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        body_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with (
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            driver.while_node(stream.cuda_stream, body_stream.cuda_stream) as handle,
+            torch.cuda.stream(body_stream),
+            # What the body allocates: torch does not know that its stream is recorded, too.
+            torch.cuda.use_mem_pool(self._pool, self._device),
+        ):
+            body()
+            driver.set_condition(body_stream.cuda_stream, handle, num_active, seen)
+        return graph
+
+
+class Driver:
+    """The few calls of the CUDA driver that torch has no name for."""
+
+    def __init__(self, arrivals: ArrivalCounter) -> None:
+        from cuda.bindings import driver
+
+        self._cuda = driver
+        # cuda-bindings 13 takes edge data wherever it takes dependencies.
+        self._edges = [None] if _major_version("cuda-bindings") >= 13 else []
+        module = self._call(driver.cuModuleLoadData, PTX.encode() + b"\0")
+        self._kernel = self._call(driver.cuModuleGetFunction, module, b"set_condition")
+        self._arrivals = self._map_to_device(arrivals)
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        error, *results = function(*args)
+        if error != self._cuda.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{function.__name__}: {error.name}")
+        return results[0] if len(results) == 1 else results
+
+    def _map_to_device(self, arrivals: ArrivalCounter) -> int:
+        """The device's address of the counter, which lies at the start of a page."""
+        cuda = self._cuda
+        flags = cuda.CU_MEMHOSTREGISTER_PORTABLE | cuda.CU_MEMHOSTREGISTER_DEVICEMAP
+        already = cuda.CUresult.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
+        (error,) = cuda.cuMemHostRegister(arrivals.address, 8, flags)
+        if error not in (cuda.CUresult.CUDA_SUCCESS, already):
+            raise RuntimeError(f"cuMemHostRegister: {error.name}")
+        return int(self._call(cuda.cuMemHostGetDevicePointer, arrivals.address, 0))
+
+    @contextmanager
+    def while_node(self, stream: int, body_stream: int) -> Iterator[int]:
+        """Add a WHILE node to what ``stream`` records; ``body_stream`` records its body.
+
+        Yields the handle of its condition, which is true again at every launch.
+        """
+        cuda = self._cuda
+        _, _, graph, *_ = self._call(cuda.cuStreamGetCaptureInfo, stream)
+        context = self._call(cuda.cuCtxGetCurrent)
+        handle = self._call(
+            cuda.cuGraphConditionalHandleCreate,
+            graph,
+            context,
+            1,
+            cuda.CU_GRAPH_COND_ASSIGN_DEFAULT,
+        )
+        params = cuda.CUgraphNodeParams()
+        params.type = cuda.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        params.conditional.handle = handle
+        params.conditional.type = cuda.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
+        params.conditional.size = 1
+        params.conditional.ctx = context
+        _, _, _, dependencies, *_ = self._call(cuda.cuStreamGetCaptureInfo, stream)
+        node = self._call(
+            cuda.cuGraphAddNode, graph, dependencies, *self._edges, len(dependencies), params
+        )
+        body = params.conditional.phGraph_out[0]
+        replace = cuda.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES
+        self._call(
+            cuda.cuStreamUpdateCaptureDependencies, stream, [node], *self._edges, 1, int(replace)
+        )
+        mode = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call(cuda.cuStreamBeginCaptureToGraph, body_stream, body, None, None, 0, mode)
+        try:
+            yield int(handle)
+        finally:
+            self._call(cuda.cuStreamEndCapture, body_stream)
+
+    def set_condition(
+        self, stream: int, handle: int, num_active: torch.Tensor, seen: torch.Tensor
+    ) -> None:
+        """Ask, on the device, whether the WHILE node runs its body once more."""
+        values = [handle, num_active.data_ptr(), self._arrivals, seen.data_ptr()]
+        arguments = np.array(values, dtype=np.uint64)
+        pointers = arguments.ctypes.data + 8 * np.arange(4, dtype=np.uint64)
+        grid_and_block = (1,) * 6
+        self._call(
+            self._cuda.cuLaunchKernel,
+            self._kernel,
+            *grid_and_block,
+            0,
+            stream,
+            pointers.ctypes.data,
+            0,
+        )
+
+
+def _major_version(distribution: str) -> int:
+    return int(importlib.metadata.version(distribution).split(".")[0])

@@ -1,0 +1,184 @@
+"""A small torch model instead of vLLM, and requests that it decodes in windows."""
+
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import chain
+
+import numpy as np
+import torch
+
+from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StepInputs, StopState
+from fusedstep.window import output
+from fusedstep.window.arrivals import ALL
+from fusedstep.window.loop import HOST_PACE, run_window
+from fusedstep.window.state import WindowState
+
+VOCAB, BLOCK, MAX_LEN, ROWS = 97, 4, 64, 5
+EOS = 11
+PROMPTS = [[5, 9, 2], [1], [40, 41, 42, 43, 44], [7] * 9, [3, 1, 4, 1, 5, 9, 2, 6]]
+MAX_TOKENS = [30, 45, 1, 60, 17]
+
+
+def next_token(tokens):
+    """The model: any function of the whole sequence."""
+    return sum((i + 1) * (t + 3) for i, t in enumerate(tokens)) % VOCAB
+
+
+class PagedModel:
+    """Keeps the input ids in a paged cache and reads them back through the block tables.
+
+    Device work alone, at the same addresses in every step: it can be recorded.
+    """
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+        self.cache = torch.full((ROWS * MAX_LEN + 1,), -1)  # the last place is nobody's
+        self.positions = torch.arange(MAX_LEN)
+        self.row = torch.arange(ROWS)[:, None]
+        self.vocabulary = torch.arange(VOCAB)
+        self.begun = self.planned = self.forwards = self.ended = 0
+
+    def begin(self, num_reqs):
+        self.num_reqs = num_reqs
+        self.begun += 1
+
+    def plan(self):
+        self.planned += 1
+
+    def forward(self):
+        self.forwards += 1
+        n, inputs = self.num_reqs, self.inputs
+        slots = inputs.slot_mappings[0, :n]
+        nowhere = torch.full_like(slots, ROWS * MAX_LEN)
+        self.cache.index_copy_(
+            0, torch.where(slots < 0, nowhere, slots), inputs.input_ids[:n].long()
+        )
+        blocks = inputs.input_block_tables[0][self.row[:n], self.positions // BLOCK]
+        tokens = self.cache[blocks * BLOCK + self.positions % BLOCK]
+        summands = (self.positions + 1) * (tokens + 3)
+        known = self.positions < inputs.seq_lens[:n, None]
+        token = torch.where(known, summands, 0).sum(1) % VOCAB
+        return (token[:, None] == self.vocabulary).float()
+
+    def end(self):
+        self.ended += 1
+
+    @contextmanager
+    def capturing(self, num_reqs):
+        self.num_reqs = num_reqs
+        yield
+
+    def begin_captured(self, num_reqs):
+        self.num_reqs = None  # what is recorded must not look
+
+
+class Engine:
+    """Requests that have been prefilled, in rows of their own, and windows over them."""
+
+    def __init__(self, step_class, prompts, max_tokens, device):
+        def int32(*shape):
+            return torch.zeros(shape, dtype=torch.int32)
+
+        self.requests = RequestState(
+            last_sampled_tokens=torch.zeros(ROWS, 1, dtype=torch.int64),
+            num_computed_tokens=int32(ROWS),
+            total_len=int32(ROWS),
+            prompt_len=int32(ROWS),
+            all_token_ids=int32(ROWS, MAX_LEN),
+            prompt_bin_mask=int32(ROWS, -(-VOCAB // 32)),
+            output_bin_counts=int32(ROWS, VOCAB),
+            stopped=torch.zeros(ROWS, dtype=torch.bool),
+        )
+        stop = StopState(int32(ROWS), int32(ROWS) + 1, int32(ROWS, 2) + EOS)
+        blocks = torch.randperm(ROWS * MAX_LEN // BLOCK).view(ROWS, -1).int()
+        self.inputs = StepInputs(
+            input_ids=int32(ROWS),
+            positions=torch.zeros(ROWS, dtype=torch.int64),
+            seq_lens=int32(ROWS),
+            slot_mappings=torch.zeros(1, ROWS, dtype=torch.int64),
+            input_block_tables=(torch.zeros_like(blocks),),
+            block_sizes=(BLOCK,),
+        )
+        self.ops = step_class(
+            self.requests,
+            greedy_sampling(),
+            stop,
+            self.inputs,
+            (blocks,),
+            int32(1, ROWS) + blocks.shape[1],
+        )
+        self.model = PagedModel(self.inputs)
+        self.windows = WindowState.allocate(ROWS, 16, device)
+        self.outputs = [[] for _ in prompts]
+        for row, prompt in enumerate(prompts):
+            positions = torch.arange(len(prompt) - 1)
+            slots = blocks[row, positions // BLOCK] * BLOCK + positions % BLOCK
+            self.model.cache[slots.long()] = torch.tensor(prompt[:-1], dtype=torch.int64)
+            self.requests.last_sampled_tokens[row] = prompt[-1]
+            self.requests.num_computed_tokens[row] = len(prompt) - 1
+            self.requests.total_len[row] = len(prompt)
+            self.requests.all_token_ids[row, : len(prompt)] = torch.tensor(prompt).int()
+            stop.max_len[row] = min(len(prompt) + max_tokens[row], MAX_LEN)
+
+    def window(
+        self,
+        budget,
+        cut_short=lambda: False,
+        pace=HOST_PACE,
+        graphs=None,
+        rows=None,
+        num_rows=None,
+        logprobs=True,
+        arrivals_seen=ALL,
+    ):
+        """One window over ``rows`` (all), budgets by row; returns the steps that gave tokens."""
+        slot = self.windows.next_slot()
+        rows = np.arange(len(budget)) if rows is None else np.asarray(rows)
+        needs = BatchNeeds(adjustment=False, min_p=False, truncation=False, logprobs=logprobs)
+        budget = np.asarray(budget, dtype=np.int32)
+        slot.stage(rows, budget, 1 if logprobs else -1, needs, num_rows, arrivals_seen)
+        run_window(self.model, self.ops, slot, cut_short, pace, graphs)
+        stream = torch.cuda.Stream() if slot.rows.active.is_cuda else None
+        result = output.Fetched(slot, stream).tokens()
+        for row, new in zip(rows, result.token_ids, strict=True):
+            self.outputs[row] += new
+        if logprobs:
+            assert result.logprob_token_ids.shape == (sum(map(len, result.token_ids)), 2)
+            assert result.logprob_token_ids[:, 0].tolist() == list(chain(*result.token_ids))
+            assert result.logprobs.shape == result.logprob_token_ids.shape
+        self.steps_enqueued = slot.steps_run
+        return result.num_steps
+
+
+def greedy_sampling():
+    tables = {"allowed_token_ids", "logit_bias_token_ids", "logit_bias", "min_stop_token_ids"}
+    tables |= {"bad_word_token_ids", "bad_word_offsets"}
+    floats = {f.name for f in fields(SamplingState) if "penalty" in f.name}
+    floats |= {"temperature", "top_p", "min_p", "logit_bias"}
+    state = {
+        f.name: torch.zeros(
+            (ROWS, 2) if f.name in tables else ROWS,
+            dtype=torch.float32 if f.name in floats else torch.int32,
+        )
+        for f in fields(SamplingState)
+    }
+    state["seeds"] = torch.zeros(ROWS, dtype=torch.int64)
+    state["repetition_penalty"] += 1
+    state["top_p"] += 1
+    state["top_k"] += VOCAB
+    return SamplingState(**state)
+
+
+def emitted():
+    """What the requests must emit."""
+    return [decoded(*request) for request in zip(PROMPTS, MAX_TOKENS, strict=True)]
+
+
+def decoded(prompt, max_tokens):
+    """One token at a time, in plain Python."""
+    tokens = list(prompt)
+    while len(tokens) < min(len(prompt) + max_tokens, MAX_LEN):
+        tokens.append(next_token(tokens))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
