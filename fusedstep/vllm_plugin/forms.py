@@ -12,6 +12,7 @@ from tqdm import tqdm
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import graph_capture, is_global_first_rank
 
+from fusedstep.vllm_plugin.model import attention_groups, in_place
 from fusedstep.window.graphs import WindowGraphs
 from fusedstep.window.recorder import CudaRecorder, no_while_reason
 
@@ -53,6 +54,11 @@ def _obstacle(runner: FusedStepRunner, form: str) -> str | None:
     mode = runner.compilation_config.cudagraph_mode
     if mode is None or mode.decode_mode() != CUDAGraphMode.FULL:
         return "no full CUDA graphs for decode"
+    if form == "replay":
+        return None
+    planners = {g.backend.get_name() for g in attention_groups(runner) if not in_place(g)}
+    if planners:
+        return f"{', '.join(sorted(planners))} plans every step on the host"
     if form == "while" and runner.parallel_config.tensor_parallel_size > 1:
         return "tensor parallelism communicates, which a WHILE node does not allow"
     return no_while_reason() if form == "while" else None
@@ -101,12 +107,9 @@ class GraphStore:
         """The graphs of the largest ``num_sizes`` batches, and the bytes that all would take."""
         runner = self.runner
         sizes = self._batch_sizes()
-        model = runner.decode_model
-        if not model.updates_in_place:
-            # Planned on the host before every step: vLLM's own graph is the forward then.
-            logger.info("fusedstep: the attention backend plans on the host between steps")
-            return None, 0
-        graphs = WindowGraphs(self.form.name, model, runner.ops, runner.windows)
+        if not all(map(in_place, attention_groups(runner))):
+            return None, 0  # planned before every step: vLLM's own graph is the forward then
+        graphs = WindowGraphs(self.form.name, runner.decode_model, runner.ops, runner.windows)
         recorded = sizes[:num_sizes]
         taken: list[int] = []
         with graph_capture(device=runner.device):

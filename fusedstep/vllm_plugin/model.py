@@ -15,7 +15,19 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.utils import AttentionGroup
+
     from fusedstep.vllm_plugin.runner import FusedStepRunner
+
+
+def attention_groups(runner: FusedStepRunner) -> list[AttentionGroup]:
+    """Layers that share a backend and a KV-cache group."""
+    return [group for groups in runner.attn_groups for group in groups]
+
+
+def in_place(group: AttentionGroup) -> bool:
+    """Can this backend move its metadata along on the device?"""
+    return bool(group.supports_draft_decode_metadata_update)
 
 
 class VllmDecodeModel:
@@ -38,17 +50,14 @@ class VllmDecodeModel:
         self.is_prefilling = torch.zeros(runner.max_num_reqs, dtype=torch.bool)
         self.seq_lens_upper_bound = np.zeros(runner.max_num_reqs, dtype=np.int32)
         self.use_graphs = use_graphs
+        self.groups = attention_groups(runner)
+        self.updates_in_place = all(map(in_place, self.groups))
         self.num_reqs = 0  # without padding
         self.graph: Any = None  # of vLLM, for this window's padded batch
         self.common: list[CommonAttentionMetadata] = []
         self.attn_metadata: dict[str, Any] = {}
         self.context: AbstractContextManager[None] | None = None
         self.inputs: dict[str, Any] = {}
-
-    @property
-    def updates_in_place(self) -> bool:
-        """Can every backend move its metadata along on the device?"""
-        return all(group.supports_draft_decode_metadata_update for group in self._groups())
 
     def stage(
         self,
@@ -102,7 +111,7 @@ class VllmDecodeModel:
         if not self.attn_metadata:
             self._build()
         elif self.updates_in_place:
-            for group in self._groups():
+            for group in self.groups:
                 group.update_draft_decode_metadata(self.attn_metadata)
         else:
             self.seq_lens_upper_bound[: self.inputs["positions"].shape[0]] += 1
@@ -151,7 +160,7 @@ class VllmDecodeModel:
 
     def begin_captured(self, num_reqs: int) -> None:
         self._describe_rows(num_reqs)
-        for group in self._groups():
+        for group in self.groups:
             group.map_to_kernel_block_table(
                 self.runner.block_tables.input_block_tables[group.kv_cache_group_id][:num_reqs]
             )
@@ -179,9 +188,6 @@ class VllmDecodeModel:
             is_padding=buffers.is_padding[:num_reqs],
         )
         self.context.__enter__()
-
-    def _groups(self) -> list[Any]:
-        return [group for groups in self.runner.attn_groups for group in groups]
 
     def _build(self) -> None:
         """Attention metadata of the coming step, by layer."""

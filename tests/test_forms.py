@@ -1,0 +1,146 @@
+"""Which form of the loop an engine gets, and what happens when a form cannot be recorded."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+
+from fusedstep.vllm_plugin import forms
+from fusedstep.vllm_plugin.forms import Form, GraphStore, choose
+
+SIZES = (1, 2, 4, 8)
+STEP_BYTES = 1000  # a recorded batch of n rows takes n times as much
+
+
+class Manager:
+    """vLLM's graph manager: full decode graphs for SIZES."""
+
+    def dispatch(self, num_reqs: int, num_tokens: int, **_: Any) -> Any:
+        size = next((s for s in SIZES if s >= num_tokens), None)
+        mode = CUDAGraphMode.NONE if size is None else CUDAGraphMode.FULL
+        return SimpleNamespace(cg_mode=mode, num_tokens=size or num_tokens)
+
+
+def runner(
+    device: str = "cuda",
+    mode: CUDAGraphMode | None = CUDAGraphMode.FULL_AND_PIECEWISE,
+    tensor_parallel_size: int = 1,
+    in_place: tuple[bool, ...] = (True, True),  # the attention's groups
+) -> Any:
+    attention = SimpleNamespace(get_name=lambda: "SOME_ATTN")
+    groups = [
+        SimpleNamespace(supports_draft_decode_metadata_update=can, backend=attention)
+        for can in in_place
+    ]
+    return SimpleNamespace(
+        device=torch.device(device),
+        compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        parallel_config=SimpleNamespace(tensor_parallel_size=tensor_parallel_size),
+        cudagraph_manager=Manager(),
+        max_num_reqs=10,
+        attn_groups=[[group] for group in groups],
+        decode_model=None,
+        ops=None,
+        windows=None,
+        arrivals=None,
+    )
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A GPU whose driver has WHILE nodes; ``broken`` forms cannot be recorded there."""
+    machine = SimpleNamespace(broken=set(), recorded=[], free=1_000_000)
+
+    class Graphs:
+        def __init__(self, form: str, *_: Any) -> None:
+            self.form = form
+
+        def record(self, recorder: Any, num_rows: int) -> None:
+            if self.form in machine.broken:
+                raise RuntimeError(f"no {self.form} today\nand much more")
+            machine.recorded.append((self.form, num_rows))
+            machine.free -= num_rows * STEP_BYTES
+
+    @contextmanager
+    def graph_capture(device: torch.device) -> Any:
+        yield
+
+    monkeypatch.setattr(forms, "WindowGraphs", Graphs)
+    monkeypatch.setattr(forms, "graph_capture", graph_capture)
+    monkeypatch.setattr(forms, "is_global_first_rank", lambda: False)
+    monkeypatch.setattr(forms, "CudaRecorder", lambda *_: None)
+    monkeypatch.setattr(forms, "no_while_reason", lambda: None)
+    monkeypatch.setattr(forms, "_free_bytes", lambda: machine.free)
+    return machine
+
+
+@pytest.mark.parametrize(
+    ("engine", "loop", "form", "words"),
+    [
+        ({}, "auto", "while", "works here"),
+        ({}, "unrolled", "unrolled", "works here"),
+        ({}, "eager", "eager", "works here"),
+        ({"device": "cpu"}, "auto", "eager", "cpu"),
+        ({"tensor_parallel_size": 2}, "auto", "replay", "while: tensor parallelism"),
+        ({"tensor_parallel_size": 2}, "unrolled", "unrolled", "works here"),
+        ({"mode": CUDAGraphMode.NONE}, "auto", "eager", "replay: no full CUDA graphs"),
+        ({"mode": CUDAGraphMode.PIECEWISE}, "unrolled", "eager", "unrolled: no full CUDA graphs"),
+        ({"in_place": (True, False)}, "auto", "replay", "while: SOME_ATTN plans every step"),
+        ({"mode": CUDAGraphMode.FULL_DECODE_ONLY}, "replay", "replay", "works here"),
+    ],
+)
+def test_form_of_an_engine(engine: dict[str, Any], loop: str, form: str, words: str) -> None:
+    chosen = choose(runner(**engine), loop)
+    assert chosen.name == form
+    assert words in chosen.reason
+
+
+def test_no_while_node_no_while_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "no_while_reason", lambda: "needs the package cuda-bindings")
+    form = choose(runner(), "auto")
+    assert form == Form("replay", "while: needs the package cuda-bindings")
+
+
+def test_all_sizes_are_recorded_the_largest_first(machine: SimpleNamespace) -> None:
+    store = GraphStore(runner(), Form("replay", ""))
+    assert store.record(profile_only=False) == sum(SIZES) * STEP_BYTES
+    assert machine.recorded == [("replay", size) for size in sorted(SIZES, reverse=True)]
+    assert store.graphs is not None and store.graphs.form == "replay"
+
+
+def test_memory_is_estimated_from_the_largest_and_nothing_kept(machine: SimpleNamespace) -> None:
+    """8 + 4 rows are recorded, two more sizes are taken to need as much as the last one."""
+    store = GraphStore(runner(), Form("while", ""))
+    assert store.record(profile_only=True) == (8 + 4 + 2 * 4) * STEP_BYTES
+    assert machine.recorded == [("while", 8), ("while", 4)]
+    assert store.graphs is None
+
+
+@pytest.mark.parametrize(
+    ("broken", "asked", "form", "reason"),
+    [
+        ({"while"}, "while", "replay", "while: no while today"),
+        ({"unrolled"}, "unrolled", "replay", "unrolled: no unrolled today"),
+        ({"while", "replay"}, "while", "eager", "replay: no replay today"),
+    ],
+)
+def test_a_form_that_fails_makes_way(
+    machine: SimpleNamespace, broken: set[str], asked: str, form: str, reason: str
+) -> None:
+    machine.broken |= broken
+    store = GraphStore(runner(), Form(asked, "works here"))
+    store.record(profile_only=False)
+    assert store.form == Form(form, reason)
+    assert (store.graphs is None) == (form == "eager")
+    assert {name for name, _ in machine.recorded} == ({form} - {"eager"})
+
+
+def test_a_backend_that_plans_on_the_host_has_no_graphs_of_ours(machine: SimpleNamespace) -> None:
+    store = GraphStore(runner(in_place=(True, False)), Form("replay", ""))
+    assert store.record(profile_only=False) == 0
+    assert store.graphs is None and machine.recorded == []
