@@ -74,7 +74,8 @@ def advance(
         _place_input(batch_idx, token, position, inputs)
     else:
         tl.store(rows.active + batch_idx, False)
-        tl.atomic_add(rows.num_active, -1, sem="relaxed")
+        weight = tl.where(must_stop, tl.load(rows.stop_weight), 1)
+        tl.atomic_add(rows.num_active, -weight, sem="relaxed")
     _map_slots(
         batch_idx,
         position,

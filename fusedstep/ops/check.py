@@ -80,7 +80,7 @@ def check_rows(rows: WindowRows, device: torch.device) -> None:
     (batch_size,) = rows.idx_mapping.shape
     for name, tensor in _tensors(rows):
         _check(name, tensor, device)
-        size = 1 if name == "num_active" else batch_size
+        size = 1 if name in ("stop_weight", "num_active") else batch_size
         _expect(name, tensor, tensor.dim() - 1, size)
 
 

@@ -260,6 +260,7 @@ def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, Window
         ranks=int64(1),
         num_sampled=int32(1),
         out_tokens=int64(1, 1),
+        stop_weight=int32(1),
         num_active=int32(1),
     )
     step = NativeStep(

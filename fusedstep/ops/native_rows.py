@@ -90,7 +90,6 @@ def _must_stop(req, token, total_len, stop):
 @_kernel
 def advance_rows(num_reqs, rows, requests, stop, inputs):
     """Takes each active row's token, stops the row or places its next input."""
-    rows.num_active[0] = 0
     for batch_idx in range(num_reqs):
         if not rows.active[batch_idx]:
             continue
@@ -102,8 +101,9 @@ def advance_rows(num_reqs, rows, requests, stop, inputs):
         if _must_stop(req, token, requests.total_len[req], stop):
             requests.stopped[req] = True
             rows.active[batch_idx] = False
+            rows.num_active[0] -= rows.stop_weight[0]
         elif rows.num_sampled[batch_idx] >= rows.budget[batch_idx]:
             rows.active[batch_idx] = False
+            rows.num_active[0] -= 1
         else:
-            rows.num_active[0] += 1
             _place_input(batch_idx, req, requests, inputs)

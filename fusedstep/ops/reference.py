@@ -101,12 +101,13 @@ class ReferenceStep:
             if must_stop(token, int(requests.total_len[req]), req, self.stop):
                 requests.stopped[req] = True
                 rows.active[batch_idx] = False
+                rows.num_active.sub_(rows.stop_weight)
             elif rows.num_sampled[batch_idx] >= rows.budget[batch_idx]:
                 rows.active[batch_idx] = False
+                rows.num_active.sub_(1)
             else:
                 self._place_input(batch_idx, req)
         self._map_slots(rows, num_reqs)
-        rows.num_active[0] = rows.active[:num_reqs].sum()
 
     def token_logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Log softmax of raw ``logits`` [n, V] at ``token_ids`` [n, m]: float32 [n, m]."""

@@ -13,6 +13,8 @@ import torch
 
 # A row that stopped writes its key and value nowhere.
 PAD_SLOT_ID = -1
+# More than a batch has rows: one such stop leaves no row to go on for.
+WINDOW_ENDS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class WindowRows:
-    """One window's batch, by batch_idx. ``idx_mapping`` and ``budget`` are staged by the host,
-    the rest is written by ``prepare`` and ``step``."""
+    """One window's batch, by batch_idx. ``idx_mapping``, ``budget`` and ``stop_weight`` are staged
+    by the host, the rest is written by ``prepare`` and ``step``."""
 
     idx_mapping: torch.Tensor  # [B] int64, batch_idx -> req_state_idx, -1 for a padding row
     budget: torch.Tensor  # [B] int32, steps this row may take (its reserved KV slots)
@@ -103,7 +105,8 @@ class WindowRows:
     ranks: torch.Tensor  # [B] int64, how many raw logits are at least its own, when asked
     num_sampled: torch.Tensor  # [B] int32, tokens emitted in this window
     out_tokens: torch.Tensor  # [max_num_steps, B] int64, [step, batch_idx]
-    num_active: torch.Tensor  # [1] int32
+    stop_weight: torch.Tensor  # [1] int32, staged: 1, or WINDOW_ENDS to end at the first stop
+    num_active: torch.Tensor  # [1] int32, less the weight of each stop: the window ends at <= 0
 
 
 @dataclass(frozen=True)

@@ -258,6 +258,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             self._needs(rows),
             num_rows,
             getattr(scheduler_output, "arrivals_seen", arrivals.ALL),
+            getattr(scheduler_output, "ends_at_stop", False),
         )
         self.staged = (scheduler_output, slot, live)
 

@@ -158,7 +158,7 @@ _ENGINE = {
             num_scheduled_tokens, total_num_scheduled_tokens, scheduled_spec_decode_tokens
             scheduled_new_reqs: NewRequestData
             scheduled_cached_reqs: CachedRequestData
-            +arrivals_seen
+            +arrivals_seen, ends_at_stop
         """,
         "NewRequestData": "req_id, prompt_len\nsampling_params: sampling_params.SamplingParams",
         "CachedRequestData": "req_ids, num_computed_tokens",

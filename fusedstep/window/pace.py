@@ -27,7 +27,7 @@ class HostPace:
         pass
 
     def goes_on(self, rows: WindowRows) -> bool:
-        return bool(rows.num_active)
+        return bool(rows.num_active > 0)
 
 
 class AheadPace:

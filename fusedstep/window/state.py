@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fusedstep.ops.types import BatchNeeds, WindowRows
+from fusedstep.ops.types import WINDOW_ENDS, BatchNeeds, WindowRows
 from fusedstep.window import arrivals
 from fusedstep.window.output import WindowOutput
 
@@ -19,9 +19,10 @@ class Staging:
         pinned = device.type == "cuda"
         self.idx_mapping = torch.empty(max_num_reqs, dtype=torch.int64, pin_memory=pinned)
         self.budget = torch.empty(max_num_reqs, dtype=torch.int32, pin_memory=pinned)
+        self.stop_weight = torch.empty(1, dtype=torch.int32, pin_memory=pinned)
         self.seen = torch.empty(1, dtype=torch.int64, pin_memory=pinned)
         self._idx_mapping_np, self._budget_np = self.idx_mapping.numpy(), self.budget.numpy()
-        self._seen_np = self.seen.numpy()
+        self._stop_weight_np, self._seen_np = self.stop_weight.numpy(), self.seen.numpy()
 
     def copy_to(
         self,
@@ -31,6 +32,7 @@ class Staging:
         budget: np.ndarray,  # [num_reqs] int32
         num_rows: int,
         arrivals_seen: int,
+        ends_at_stop: bool,
     ) -> None:
         """Rows from num_reqs on are padding. The device must have read the window before."""
         num_reqs = len(idx_mapping)
@@ -38,9 +40,11 @@ class Staging:
         self._idx_mapping_np[num_reqs:num_rows] = -1
         self._budget_np[:num_reqs] = budget
         self._budget_np[num_reqs:num_rows] = 0
+        self._stop_weight_np[0] = WINDOW_ENDS if ends_at_stop else 1
         self._seen_np[0] = arrivals_seen
         rows.idx_mapping[:num_rows].copy_(self.idx_mapping[:num_rows], non_blocking=True)
         rows.budget[:num_rows].copy_(self.budget[:num_rows], non_blocking=True)
+        rows.stop_weight.copy_(self.stop_weight, non_blocking=True)
         seen.copy_(self.seen, non_blocking=True)
 
 
@@ -72,8 +76,12 @@ class WindowSlot:
         needs: BatchNeeds,
         num_rows: int | None = None,  # with padding rows, num_reqs without
         arrivals_seen: int = arrivals.ALL,
+        ends_at_stop: bool = False,
     ) -> None:
-        """Host part of a window; everything else happens on the device."""
+        """Host part of a window; everything else happens on the device.
+
+        ``ends_at_stop``: the window ends after the step in which the first row stops.
+        """
         self.num_reqs = len(idx_mapping)
         self.num_rows = self.num_reqs if num_rows is None else num_rows
         self.num_steps = int(budget.max(initial=0))
@@ -82,7 +90,13 @@ class WindowSlot:
         self.arrivals_seen = arrivals_seen
         self.steps_run = 0
         self.staging.copy_to(
-            self.rows, self.seen, idx_mapping, budget, self.num_rows, arrivals_seen
+            self.rows,
+            self.seen,
+            idx_mapping,
+            budget,
+            self.num_rows,
+            arrivals_seen,
+            ends_at_stop,
         )
         if num_logprobs >= 0:
             self.output.reserve_logprobs(self.num_steps, self.num_rows, num_logprobs)
@@ -135,5 +149,6 @@ def allocate_rows(max_num_reqs: int, max_steps: int, device: torch.device) -> Wi
         ranks=zeros(max_num_reqs, dtype=torch.int64),
         num_sampled=zeros(max_num_reqs, dtype=torch.int32),
         out_tokens=zeros(max_steps, max_num_reqs, dtype=torch.int64),
+        stop_weight=torch.ones(1, dtype=torch.int32, device=device),
         num_active=zeros(1, dtype=torch.int32),
     )

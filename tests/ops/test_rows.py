@@ -22,7 +22,7 @@ from ops.world import (
 )
 
 from fusedstep.ops.reference import ReferenceStep
-from fusedstep.ops.types import PAD_SLOT_ID
+from fusedstep.ops.types import PAD_SLOT_ID, WINDOW_ENDS
 
 
 class Pair:
@@ -138,6 +138,21 @@ def test_windows_of_many_budgets(implementation: Implementation) -> None:
     assert world.rows.num_sampled[:4].tolist() == [1, 0, 2, 3]
     tokens = world.rows.out_tokens.cpu()
     assert (tokens[:4, 3] != POISON).tolist() == [True] * 3 + [False]
+
+
+def test_a_stop_may_end_the_window(implementation: Implementation) -> None:
+    """Nothing is left to go on for; a step enqueued ahead still gives the other rows a token."""
+    pair = Pair(build_world(63, 4), implementation)
+    for world in (pair.ref, pair.out):
+        world.rows.stop_weight.fill_(WINDOW_ENDS)
+        world.rows.budget[3] = 1
+        row = int(world.rows.idx_mapping[1])
+        world.stop.max_len[row] = int(world.requests.total_len[row]) + 2
+    pair.prepare()
+    for step, active in enumerate([4 - 1, 3 - WINDOW_ENDS, 3 - WINDOW_ENDS]):
+        pair.step(random_logits(4, 63, seed=step))
+        assert pair.out.rows.num_active.item() == active
+    assert pair.out.rows.num_sampled[:4].tolist() == [3, 2, 3, 1]
 
 
 def test_padding_rows(implementation: Implementation) -> None:

@@ -276,6 +276,7 @@ def _poisoned_rows(size: int, num_steps: int) -> WindowRows:
         ranks=full(size),
         num_sampled=full(size, dtype=torch.int32),
         out_tokens=full(num_steps, size),
+        stop_weight=torch.ones(1, dtype=torch.int32),
         num_active=full(1, dtype=torch.int32),
     )
 

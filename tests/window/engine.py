@@ -130,13 +130,16 @@ class Engine:
         num_rows=None,
         logprobs=True,
         arrivals_seen=ALL,
+        ends_at_stop=False,
     ):
         """One window over ``rows`` (all), budgets by row; returns the steps that gave tokens."""
         slot = self.windows.next_slot()
         rows = np.arange(len(budget)) if rows is None else np.asarray(rows)
         needs = BatchNeeds(adjustment=False, min_p=False, truncation=False, logprobs=logprobs)
         budget = np.asarray(budget, dtype=np.int32)
-        slot.stage(rows, budget, 1 if logprobs else -1, needs, num_rows, arrivals_seen)
+        slot.stage(
+            rows, budget, 1 if logprobs else -1, needs, num_rows, arrivals_seen, ends_at_stop
+        )
         run_window(self.model, self.ops, slot, cut_short, pace, graphs)
         stream = torch.cuda.Stream() if slot.rows.active.is_cuda else None
         result = output.Fetched(slot, stream).tokens()

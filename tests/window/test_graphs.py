@@ -108,6 +108,14 @@ def test_the_device_ends_the_while_loop(engine, recorder, arrivals):
     assert steps < 16
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_full_house_ends_at_the_first_stop(engine, recorder, form):
+    """The third request's first token is its last; an unrolled graph ends with its last step."""
+    graphs = recorded(form, engine, recorder)
+    steps = engine.window([16] * ROWS, graphs=graphs, logprobs=False, ends_at_stop=True)
+    assert steps == (UNROLLED_STEPS if form == "unrolled" else 1)
+
+
 def test_an_unrolled_graph_is_followed_by_the_question(engine, recorder):
     graphs = recorded("unrolled", engine, recorder)
     assert engine.window([16] * ROWS, lambda: True, graphs=graphs, logprobs=False) == UNROLLED_STEPS

@@ -65,6 +65,18 @@ def test_an_arrival_ends_the_window_after_its_step(engine, tmp_path):
     assert engine.outputs == emitted()
 
 
+def test_a_full_house_ends_at_the_first_stop(engine):
+    """The third request has one token to give; then the first two have stopped or wait again."""
+    budget = [16] * len(PROMPTS)
+    assert engine.window(budget, ends_at_stop=True) == 1
+    stopped = 1
+    while engine.outputs != emitted():
+        steps = engine.window(budget, ends_at_stop=True)
+        now = sum(map(list.__eq__, engine.outputs, emitted()))
+        assert (steps < 16) <= (now > stopped)
+        stopped = now
+
+
 class LateDevice:
     """Events of a device that finishes a step only when the host waits for it."""
 
