@@ -12,6 +12,7 @@ from vllm.config.compilation import CUDAGraphMode
 
 from fusedstep.vllm_plugin import forms
 from fusedstep.vllm_plugin.forms import Form, GraphStore, choose
+from fusedstep.window.proof import WrongTokensError
 
 SIZES = (1, 2, 4, 8)
 STEP_BYTES = 1000  # a recorded batch of n rows takes n times as much
@@ -44,7 +45,11 @@ def runner(
         cudagraph_manager=Manager(),
         max_num_reqs=10,
         attn_groups=[[group] for group in groups],
-        decode_model=None,
+        decode_model=SimpleNamespace(stage=None),
+        tables=SimpleNamespace(inputs=SimpleNamespace(block_sizes=(16,))),
+        kv_cache_config=SimpleNamespace(num_blocks=100),
+        copy_stream=None,
+        pace=None,
         ops=None,
         windows=None,
         arrivals=None,
@@ -54,7 +59,7 @@ def runner(
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A GPU whose driver has WHILE nodes; ``broken`` forms cannot be recorded there."""
-    machine = SimpleNamespace(broken=set(), recorded=[], free=1_000_000)
+    machine = SimpleNamespace(broken=set(), wrong=set(), recorded=[], proved=[], free=1_000_000)
 
     class Graphs:
         def __init__(self, form: str, *_: Any) -> None:
@@ -66,11 +71,21 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             machine.recorded.append((self.form, num_rows))
             machine.free -= num_rows * STEP_BYTES
 
+    class Proof:
+        def __init__(self, tables: Any, graphs: Graphs, *_: Any) -> None:
+            self.form = graphs.form
+
+        def check(self, num_rows: int) -> None:
+            machine.proved.append((self.form, num_rows))
+            if self.form in machine.wrong:
+                raise WrongTokensError("its tokens are not those of the eager loop")
+
     @contextmanager
     def graph_capture(device: torch.device) -> Any:
         yield
 
     monkeypatch.setattr(forms, "WindowGraphs", Graphs)
+    monkeypatch.setattr(forms, "Proof", Proof)
     monkeypatch.setattr(forms, "graph_capture", graph_capture)
     monkeypatch.setattr(forms, "is_global_first_rank", lambda: False)
     monkeypatch.setattr(forms, "CudaRecorder", lambda *_: None)
@@ -111,6 +126,7 @@ def test_all_sizes_are_recorded_the_largest_first(machine: SimpleNamespace) -> N
     assert store.record(profile_only=False) == sum(SIZES) * STEP_BYTES
     assert machine.recorded == [("replay", size) for size in sorted(SIZES, reverse=True)]
     assert store.graphs is not None and store.graphs.form == "replay"
+    assert sorted(machine.proved) == [("replay", min(SIZES)), ("replay", max(SIZES))]
 
 
 def test_memory_is_estimated_from_the_largest_and_nothing_kept(machine: SimpleNamespace) -> None:
@@ -118,7 +134,15 @@ def test_memory_is_estimated_from_the_largest_and_nothing_kept(machine: SimpleNa
     store = GraphStore(runner(), Form("while", ""))
     assert store.record(profile_only=True) == (8 + 4 + 2 * 4) * STEP_BYTES
     assert machine.recorded == [("while", 8), ("while", 4)]
-    assert store.graphs is None
+    assert store.graphs is None and not machine.proved
+
+
+def test_wrong_tokens_make_way(machine: SimpleNamespace) -> None:
+    machine.wrong.add("while")
+    store = GraphStore(runner(), Form("while", "works here"))
+    store.record(profile_only=False)
+    assert store.form == Form("replay", "while: its tokens are not those of the eager loop")
+    assert store.graphs is not None and store.graphs.form == "replay"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from vllm.distributed.parallel_state import graph_capture, is_global_first_rank
 
 from fusedstep.vllm_plugin.model import attention_groups, in_place
 from fusedstep.window.graphs import WindowGraphs
+from fusedstep.window.proof import Proof
 from fusedstep.window.recorder import CudaRecorder, no_while_reason
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class GraphStore:
     def record(self, *, profile_only: bool) -> int:
         """Record the steps of all batch sizes; a form that fails makes way for the next.
 
+        So does one whose tokens are not those of the eager loop.
+
         Returns the bytes of device memory that they take; an estimate while vLLM sizes its memory,
         where they are thrown away again.
         """
@@ -84,6 +87,8 @@ class GraphStore:
             try:
                 began = time.perf_counter()
                 self.graphs, taken = self._record(PROFILED_SIZES if profile_only else None)
+                if not profile_only:
+                    self._prove()
             except Exception as error:
                 self.graphs = None
                 lines = str(error).splitlines() or [type(error).__name__]
@@ -93,7 +98,7 @@ class GraphStore:
                 continue
             if not profile_only:
                 logger.info(
-                    "fusedstep: recorded the decode windows (%s) in %.0f s, %.2f GiB",
+                    "fusedstep: recorded and proved the decode windows (%s) in %.0f s, %.2f GiB",
                     self.form.name,
                     time.perf_counter() - began,
                     (free - _free_bytes()) / (1 << 30),
@@ -120,6 +125,23 @@ class GraphStore:
                 taken.append(free - _free_bytes())
         rest = len(sizes) - len(recorded)
         return graphs, sum(taken) + rest * (taken[-1] if taken else 0)
+
+    def _prove(self) -> None:
+        """The smallest and the largest batch: other kernels may run in them."""
+        runner, graphs = self.runner, self.graphs
+        if graphs is None:
+            return
+        proof = Proof(
+            runner.tables,
+            graphs,
+            runner.tables.inputs.block_sizes,
+            runner.kv_cache_config.num_blocks - 1,  # block 0 is nobody's
+            runner.decode_model.stage,
+            runner.copy_stream,
+            runner.pace,
+        )
+        for num_rows in {self._batch_sizes()[-1], self._batch_sizes()[0]}:
+            proof.check(num_rows)
 
     def _batch_sizes(self) -> list[int]:
         """Padded batch sizes of vLLM's own decode graphs, the largest first."""

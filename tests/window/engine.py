@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -10,11 +11,13 @@ import torch
 from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StepInputs, StopState
 from fusedstep.window import output
 from fusedstep.window.arrivals import ALL
+from fusedstep.window.graphs import WindowGraphs
 from fusedstep.window.loop import HOST_PACE, run_window
 from fusedstep.window.state import WindowState
 
 VOCAB, BLOCK, MAX_LEN, ROWS = 97, 4, 64, 5
 EOS = 11
+FORMS = ("replay", "unrolled", "while")
 PROMPTS = [[5, 9, 2], [1], [40, 41, 42, 43, 44], [7] * 9, [3, 1, 4, 1, 5, 9, 2, 6]]
 MAX_TOKENS = [30, 45, 1, 60, 17]
 
@@ -99,14 +102,15 @@ class Engine:
             input_block_tables=(torch.zeros_like(blocks),),
             block_sizes=(BLOCK,),
         )
-        self.ops = step_class(
-            self.requests,
-            greedy_sampling(),
-            stop,
-            self.inputs,
-            (blocks,),
-            int32(1, ROWS) + blocks.shape[1],
+        self.tables = SimpleNamespace(
+            requests=self.requests,
+            sampling=greedy_sampling(),
+            stop=stop,
+            inputs=self.inputs,
+            block_tables=(blocks,),
+            num_blocks=int32(1, ROWS) + blocks.shape[1],
         )
+        self.ops = step_class(**vars(self.tables))
         self.model = PagedModel(self.inputs)
         self.windows = WindowState.allocate(ROWS, 16, device)
         self.outputs = [[] for _ in prompts]
@@ -151,6 +155,15 @@ class Engine:
             assert result.logprobs.shape == result.logprob_token_ids.shape
         self.steps_enqueued = slot.steps_run
         return result.num_steps
+
+
+def recorded(form, engine, recorder, sizes=(ROWS,)):
+    """The graphs of a form for batches of these sizes."""
+    graphs = WindowGraphs(form, engine.model, engine.ops, engine.windows)
+    for num_rows in sizes:
+        graphs.record(recorder, num_rows)
+    engine.model.begun = engine.model.forwards = 0
+    return graphs
 
 
 def greedy_sampling():

@@ -4,47 +4,15 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from window.engine import MAX_TOKENS, PROMPTS, ROWS, Engine, emitted
+from window.engine import FORMS, MAX_TOKENS, ROWS, emitted, recorded
 from window.tape import SyncTrap, TapeRecorder
 
-from fusedstep.ops.dispatch import load
 from fusedstep.ops.types import BatchNeeds
-from fusedstep.window.arrivals import ArrivalCounter
-from fusedstep.window.graphs import UNROLLED_STEPS, VARIANTS, WindowGraphs, variant
-from fusedstep.window.recorder import CudaRecorder
+from fusedstep.window.graphs import UNROLLED_STEPS, VARIANTS, variant
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="there is no Triton for this platform"
 )
-FORMS = ("replay", "unrolled", "while")
-
-
-@pytest.fixture
-def arrivals(tmp_path):
-    counter = ArrivalCounter(f"test-{tmp_path.name}")
-    counter.unlink()
-    return counter
-
-
-@pytest.fixture
-def recorder(device, arrivals):
-    if device == "cuda":
-        return CudaRecorder(torch.device(device), arrivals)
-    return TapeRecorder(arrivals)
-
-
-@pytest.fixture
-def engine(device):
-    with torch.device(device):
-        yield Engine(load("triton"), PROMPTS, MAX_TOKENS, torch.device(device))
-
-
-def recorded(form, engine, recorder, sizes=(ROWS,)):
-    graphs = WindowGraphs(form, engine.model, engine.ops, engine.windows)
-    for num_rows in sizes:
-        graphs.record(recorder, num_rows)
-    engine.model.begun = engine.model.forwards = 0
-    return graphs
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,63 @@
+"""The proof before a form serves: honest graphs pass, and every kind of wrong one is found."""
+
+from functools import partial
+from importlib.util import find_spec
+
+import pytest
+import torch
+from window.engine import BLOCK, FORMS, MAX_LEN, ROWS, recorded
+from window.tape import TapeRecorder
+
+from fusedstep.window.graphs import VARIANTS
+from fusedstep.window.proof import Proof, WrongTokensError
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="there is no Triton for this platform"
+)
+
+
+def proof(engine, graphs, max_num_blocks=ROWS * MAX_LEN // BLOCK - 1):
+    def stage(seq_lens, _):
+        return (
+            2 if len(seq_lens) <= 2 and (2, VARIANTS[0]) in graphs._many | graphs._single else ROWS
+        )
+
+    return Proof(engine.tables, graphs, (BLOCK,), max_num_blocks, stage)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("max_num_blocks", [ROWS * MAX_LEN // BLOCK - 1, 9])
+def test_recorded_steps_pass(engine, recorder, form, max_num_blocks):
+    """Also where there are blocks for two requests only; the proof leaves the requests alone."""
+    blocks = [table.clone() for table in engine.tables.block_tables]
+    before = {name: t.clone() for name, t in vars(engine.requests).items()}
+    graphs = recorded(form, engine, recorder, sizes=(ROWS, 2))
+    for num_rows in (ROWS, 2):
+        proof(engine, graphs, max_num_blocks).check(num_rows)
+    for name, tensor in vars(engine.requests).items():
+        assert torch.equal(tensor, before[name]), name
+    assert not torch.equal(engine.tables.block_tables[0], blocks[0])  # the runner's to fill again
+
+
+def skip_a_step(tape, graphs):
+    tape.entries.clear()
+
+
+def forget_the_last_launch(tape, graphs):
+    tape.entries.pop()
+
+
+def look_at_an_old_input(tape, graphs):
+    """As if the recorded model read a copy of its input ids."""
+    inputs = graphs.model.inputs
+    stale = inputs.input_ids.clone()
+    tape.entries.insert(0, partial(inputs.input_ids.copy_, stale))
+
+
+@pytest.mark.parametrize("break_it", [skip_a_step, forget_the_last_launch, look_at_an_old_input])
+@pytest.mark.parametrize("variant", [0, 1])
+def test_wrong_steps_are_found(engine, break_it, variant):
+    graphs = recorded("replay", engine, TapeRecorder())
+    break_it(list(graphs._single.values())[variant], graphs)
+    with pytest.raises(WrongTokensError, match="not those of the eager loop"):
+        proof(engine, graphs).check(ROWS)
