@@ -65,6 +65,10 @@ def free_blocks() -> int:
     return scheduler().kv_cache_manager.block_pool.get_num_free_blocks()
 
 
+def num_kv_cache_groups() -> int:
+    return len(scheduler().kv_cache_config.kv_cache_groups)
+
+
 def reset_prefix_cache() -> None:
     assert ENGINE.reset_prefix_cache()
 

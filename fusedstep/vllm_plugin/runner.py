@@ -129,7 +129,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self._note_form()
 
     def _note_form(self) -> None:
-        self.stats.loop, self.stats.loop_reason = self.graph_store.form
+        form = self.graph_store.form
+        if form != (self.stats.loop, self.stats.loop_reason):
+            logger.info("fusedstep: loop form %s: %s", *form)
+        self.stats.loop, self.stats.loop_reason = form
 
     def shutdown(self) -> None:
         """vLLM's own, and the counter's name if the engine core never came to take it away."""

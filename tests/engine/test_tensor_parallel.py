@@ -1,4 +1,7 @@
-"""Two workers, each with half of the model: every one runs the same steps of the same windows."""
+"""Two workers, each with half of the model: every one runs the same steps of the same windows.
+
+The model has sliding-window and full attention: two KV-cache groups.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,27 @@ import pytest
 from engine_child import EngineChild
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 32,
     "vocab_size": 1024,
     "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
-    "hidden_act": "silu",
     "eos_token_id": 2,
 }
 REQUESTS: list[tuple[Any, dict[str, Any]]] = [
     ({"prompt_token_ids": prompt}, {"detokenize": False, "ignore_eos": True, **fields})
     for prompt, fields in (
-        ([5, 9, 200, 7], {"temperature": 0.0, "max_tokens": 90}),
+        ([5, 9, 200, 7], {"temperature": 0.0, "max_tokens": 120}),
         ([77] * 9, {"temperature": 0.9, "seed": 3, "top_p": 0.9, "max_tokens": 70}),
         ([3, 1, 4, 1, 5], {"temperature": 1.2, "seed": 4, "logprobs": 2, "max_tokens": 40}),
         ([8] * 40, {"temperature": 0.7, "seed": 5, "frequency_penalty": 0.5, "max_tokens": 60}),
@@ -59,10 +65,12 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             tensor_parallel_size=2,
             max_model_len=256,
             max_num_seqs=8,
+            block_size=16,  # half of the sliding window: blocks below it are given back
             kv_cache_memory_bytes=1 << 26,
         )
         try:
             result = child.call(engine_child.run, REQUESTS, arrive)
+            assert child.call(engine_child.num_kv_cache_groups) == 2
             stats = child.call(engine_child.window_stats) if switch == "on" else None
         finally:
             child.close()
