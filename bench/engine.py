@@ -139,9 +139,9 @@ class EngineServer:
             return seconds, [o.outputs[0].token_ids for o in outputs]
         return [_plain(o) for o in outputs]
 
-    def rpc(self, method: str) -> Any:
+    def rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
         """A method of the first worker."""
-        return self.llm.collective_rpc(method)[0]
+        return self.llm.collective_rpc(method, args=args)[0]
 
     def vocab_size(self) -> int:
         return int(self.llm.llm_engine.model_config.get_vocab_size())

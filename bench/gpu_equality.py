@@ -1,0 +1,205 @@
+"""Are the tokens of one form of the loop stock vLLM's? Where they differ: how near was it?
+
+The requests of a comparison carry no logprobs: those would take eager steps, not the recorded ones.
+So a difference is looked at afterwards, in stock vLLM alone: the same batch once more, with the
+scores of the two tokens in question, to which the noise of a seed is added for sampled requests.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from fusedstep.bench.verify import NEAR_TIE, Item, compare
+from fusedstep.ops.reference import gumbel_noise
+
+Outputs = list[dict[str, Any]]  # as ``Engine.call("generate")`` gives them
+Generate = Callable[[list[Any], list[dict[str, Any]]], Outputs]  # prompts, sampling parameters
+
+TOP_P_NUDGE = 0.005  # stock's own token at a top-p as far away may be ours
+SAMPLED = {"temperature": 1.0, "top_p": 0.95}
+# Whatever changes the recorded steps: greedy, seeds, each kind of truncation and adjustment.
+PLAIN: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7},
+)
+CASES: tuple[dict[str, Any], ...] = (
+    *PLAIN,
+    SAMPLED,
+    {"temperature": 0.8, "top_k": 20},
+    {"temperature": 0.7, "top_k": 50, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 0.0, "repetition_penalty": 1.2},
+    {"temperature": 0.9, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+    {"temperature": 0.0, "logit_bias": {7: 4.0, 8: -4.0}},
+    {"temperature": 0.0, "min_tokens": 9, "stop_token_ids": [3, 5], "ignore_eos": False},
+    {"temperature": 1.0, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.1},
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are generated together, as token ids, all with seeds."""
+
+    name: str
+    prompts: list[dict[str, list[int]]]
+    params: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A request whose tokens are not stock's from ``at`` on."""
+
+    batch: str
+    request: int
+    verdict: str  # near-tie or DIFFERENT
+    at: int | None
+    stock_token: int | None
+    fusedstep_token: int | None
+    gap: float | None  # of stock's scores: its token's less ours, where they are known
+    why: str
+
+
+def make_batch(
+    name: str,
+    sampling: list[dict[str, Any]],
+    prompt_lens: list[int],
+    max_tokens: list[int],
+    vocab_size: int,
+) -> Batch:
+    """One request per entry; its random prompt and its seed follow from ``name`` and its place."""
+    rng = random.Random(name)
+    prompts = [
+        {"prompt_token_ids": [rng.randrange(vocab_size) for _ in range(n)]} for n in prompt_lens
+    ]
+    fixed = {"ignore_eos": True, "detokenize": False, "min_tokens": 0}
+    params = [
+        fixed | fields | {"max_tokens": n, "seed": 1000 + place}
+        for place, (fields, n) in enumerate(zip(sampling, max_tokens, strict=True))
+    ]
+    return Batch(name, prompts, params)
+
+
+def equality_batches(vocab_size: int, num_requests: int, max_tokens: int) -> list[Batch]:
+    """Single requests, and batches in which rows end at different steps, of both variants."""
+    n = num_requests
+    lens = [3 + 11 * place % 37 for place in range(n)]
+    ends = [max(max_tokens - 5 * place % max_tokens, 1) for place in range(n)]
+
+    def cycle(cases: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
+        return [cases[place % len(cases)] for place in range(n)]
+
+    return [
+        make_batch("one greedy", [{"temperature": 0.0}], [17], [max_tokens], vocab_size),
+        make_batch("one sampled", [SAMPLED], [9], [max_tokens], vocab_size),
+        make_batch("temperatures", cycle(PLAIN), lens, ends, vocab_size),
+        make_batch("everything", cycle(CASES), lens, ends, vocab_size),
+        make_batch("same length", cycle(CASES), lens, [max_tokens] * n, vocab_size),
+    ]
+
+
+def differences(
+    batch: Batch, want: Outputs, have: Outputs, dtype: str, stock: Generate
+) -> list[Difference]:
+    """What of ``have`` is not ``want``, stock's; in float32 nothing is a near-tie."""
+    items = {
+        request: item
+        for request, (w, h) in enumerate(zip(want, have, strict=True))
+        if (item := compare(w, h, 0, 0.0)).verdict != "identical"
+    }
+    if not items:
+        return []
+    if dtype == "float32":
+        return [_difference(batch, request, items[request], None, "") for request in items]
+    found = _scores(batch, want, items, stock)
+    result = []
+    for request, item in items.items():
+        scores, why = found[request]
+        if scores is None:
+            result.append(_difference(batch, request, item, None, why))
+            continue
+        stock_side = dict(want[request]["completions"][0], logprobs={item.at: scores})
+        judged = compare(
+            want[request] | {"completions": [stock_side]}, have[request], 0, NEAR_TIE[dtype]
+        )
+        a, b = (scores[token][0] for token in (item.stock_token, item.fusedstep_token))
+        result.append(_difference(batch, request, judged, a - b, ""))
+    return _at_the_cut(batch, want, result, stock)
+
+
+def _difference(batch: Batch, request: int, item: Item, gap: float | None, why: str) -> Difference:
+    verdict = "near-tie" if item.verdict == "near-tie" else "DIFFERENT"
+    tokens = item.stock_token, item.fusedstep_token
+    return Difference(batch.name, request, verdict, item.at, *tokens, gap, why)
+
+
+def _scores(
+    batch: Batch, want: Outputs, items: dict[int, Item], stock: Generate
+) -> dict[int, tuple[dict[Any, tuple[float, None]] | None, str]]:
+    """Stock's scores of its token and of ours where they part, or None and why not."""
+    params = [dict(p) for p in batch.params]
+    for request, item in items.items():
+        if item.stock_token is not None:
+            params[request]["logprob_token_ids"] = [item.stock_token, item.fusedstep_token]
+    again = stock(batch.prompts, params)
+    found: dict[int, tuple[dict[Any, tuple[float, None]] | None, str]] = {}
+    for request, item in items.items():
+        if item.at is None or item.stock_token is None or item.fusedstep_token is None:
+            found[request] = None, "another length or end"
+            continue
+        first = want[request]["completions"][0]["token_ids"][: item.at + 1]
+        second = again[request]["completions"][0]
+        if list(second["token_ids"][: item.at + 1]) != list(first):
+            found[request] = None, "stock does not repeat itself"
+            continue
+        tokens = [item.stock_token, item.fusedstep_token]
+        logprobs = [second["logprobs"][item.at][token][0] for token in tokens]
+        if batch.params[request]["temperature"] > 0:
+            position = len(batch.prompts[request]["prompt_token_ids"]) + item.at - 1
+            seed = batch.params[request]["seed"]
+            noise = gumbel_noise(seed, position, torch.tensor(tokens)).tolist()
+            logprobs = [a + b for a, b in zip(logprobs, noise, strict=True)]
+        found[request] = {t: (s, None) for t, s in zip(tokens, logprobs, strict=True)}, ""
+    return found
+
+
+def _at_the_cut(
+    batch: Batch, want: Outputs, found: list[Difference], stock: Generate
+) -> list[Difference]:
+    """Near-ties of the other kind: stock gives our token when its top-p moves a little."""
+    prompts, params, asked = [], [], []
+    for place, difference in enumerate(found):
+        fields = batch.params[difference.request]
+        cuts = 0 < fields.get("top_p", 1.0) < 1 and fields["temperature"] > 0
+        if difference.verdict != "DIFFERENT" or difference.gap is None or not cuts:
+            continue
+        tokens = want[difference.request]["completions"][0]["token_ids"][: difference.at]
+        prompt = batch.prompts[difference.request]["prompt_token_ids"] + list(tokens)
+        for nudge in (-TOP_P_NUDGE, TOP_P_NUDGE):
+            asked.append(place)
+            prompts.append({"prompt_token_ids": prompt})
+            top_p = min(fields["top_p"] + nudge, 1.0)
+            params.append(fields | {"top_p": top_p, "max_tokens": 1, "min_tokens": 0})
+    if not asked:
+        return found
+    result = list(found)
+    for place, output in zip(asked, stock(prompts, params), strict=True):
+        ours = result[place].fusedstep_token
+        if output["completions"][0]["token_ids"][0] == ours:
+            why = f"stock gives it, too, when top-p moves by {TOP_P_NUDGE:g}"
+            result[place] = replace(result[place], verdict="near-tie", why=why)
+    return result
+
+
+def as_json(model: str, difference: Difference) -> dict[str, Any]:
+    """For the report; JSON has no infinite gap (stock cut our token off)."""
+    fields = {"model": model} | asdict(difference)
+    if difference.gap is not None and not math.isfinite(difference.gap):
+        fields |= {"gap": None, "why": "stock cut this token off"}
+    return fields

@@ -1,0 +1,48 @@
+"""How busy the GPU was: kernels as intervals of time, and the share of a span they leave free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Interval = tuple[float, float]  # begin, end; microseconds
+
+# Of a traced generate: prefill and the first windows before it, the last window after it.
+STEADY = 0.25, 0.95
+# Kernels of a decode step, at least: a trace with fewer per step has not seen the steps.
+KERNELS_PER_STEP = 2
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The kernels of one generate; ``idle_share`` is None where ``reason`` says why."""
+
+    num_kernels: int
+    idle_share: float | None
+    reason: str = ""
+
+
+def union_length(intervals: Iterable[Interval]) -> float:
+    """Length of the union: time in which at least one interval is open."""
+    total, reach = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(end - max(begin, reach), 0.0)
+        reach = max(reach, end)
+    return total
+
+
+def clipped(intervals: Iterable[Interval], begin: float, end: float) -> list[Interval]:
+    """The parts of the intervals that lie between ``begin`` and ``end``."""
+    cut = ((max(a, begin), min(b, end)) for a, b in intervals)
+    return [(a, b) for a, b in cut if a < b]
+
+
+def summarise(kernels: list[Interval], num_steps: int) -> Trace:
+    """The idle share of the steady part of a generate with ``num_steps`` decode steps."""
+    if len(kernels) < max(KERNELS_PER_STEP * num_steps, 1):
+        reason = f"the profiler saw {len(kernels)} kernels in {num_steps} steps"
+        return Trace(len(kernels), None, reason)
+    first, last = min(a for a, _ in kernels), max(b for _, b in kernels)
+    begin, end = (first + part * (last - first) for part in STEADY)
+    busy = union_length(clipped(kernels, begin, end))
+    return Trace(len(kernels), 1 - busy / (end - begin))
