@@ -16,6 +16,7 @@ from fusedstep.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from fusedstep.bench import attention as attention_library
     from fusedstep.bench import kernels as kernels_library
     from fusedstep.bench.latency import Result
     from fusedstep.bench.spread import Spread
@@ -127,15 +128,29 @@ def _print(result: Result) -> None:
     type=click.Choice(("bfloat16", "float16", "float32")),
     default="bfloat16",
     show_default=True,
-    help="Of the logits.",
+    help="Of the logits, of the KV cache.",
 )
 @click.option("--repeats", type=click.IntRange(min=2), default=50, show_default=True)
+@click.option(
+    "--only",
+    type=click.Choice(("step", "attention")),
+    default="step",
+    show_default=True,
+    help="What to measure: the step after lm_head, or a layer's decode attention (on a GPU).",
+)
+@click.option(
+    "--context",
+    type=Numbers(int, 1),
+    default="128,1024,4096,32768",
+    show_default=True,
+    help="Tokens of each row, for attention.",
+)
 @click.option(
     "--case",
     "cases",
     multiple=True,
     help="Only this case, may be repeated: greedy, temperature, top_p, top_k_top_p, min_p, "
-    "penalties, logprobs, top_p_flat.",
+    "penalties, logprobs, top_p_flat; of attention qwen3-0.6b, llama-1b, llama-8b.",
 )
 @console.json_option
 def kernels(
@@ -144,17 +159,26 @@ def kernels(
     batch_size: tuple[int, ...],
     dtype: str,
     repeats: int,
+    only: str,
+    context: tuple[int, ...],
     cases: tuple[str, ...],
     json_path: str | None,
 ) -> None:
     """One decode step's work between lm_head and the next forward, alternating.
 
     Stock vLLM's kernels for it, ours, and the floor: the time in which the memory could deliver
-    what must be read. Needs no model.
+    what must be read. Needs no model. With --only attention: vLLM's TRITON_ATTN and FLASH_ATTN
+    against FUSEDSTEP in one layer.
     """
     import torch
 
     from fusedstep.bench import kernels as library
+
+    if only == "attention":
+        _attention(
+            library.pick_device(device), cases, batch_size, context, dtype, repeats, json_path
+        )
+        return
 
     plan = library.Plan(
         device=library.pick_device(device),
@@ -209,6 +233,60 @@ def _print_kernels(result: kernels_library.Result) -> None:
         f"Times are p50 (p20-p80) of {env['repeats']} repeats; memory: "
         f"{result.bandwidth_gb_per_s:.1f} GB/s; logits in turn from "
         f"{min(row.logits_mib for row in result.rows):.0f} MiB or more."
+    )
+
+
+def _attention(
+    device: Any,
+    cases: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    contexts: tuple[int, ...],
+    dtype: str,
+    repeats: int,
+    json_path: str | None,
+) -> None:
+    import torch
+
+    from fusedstep.bench import attention as library
+
+    plan = library.Plan(
+        device, library.pick_cases(cases), batch_sizes, contexts, getattr(torch, dtype), repeats
+    )
+    with console.stderr().status("preparing") as status:
+        result = library.measure(plan, status.update)
+    if json_path is not None:
+        console.write_json(json_path, result.as_dict())
+    if json_path != "-":
+        _print_attention(result)
+
+
+def _print_attention(result: attention_library.Result) -> None:
+    from rich.table import Table
+
+    env = result.env
+    table = Table(title=f"{env['device']}, {env['dtype']} KV cache, vLLM {env['vllm']}")
+    table.add_column("case")
+    headings = ("batch", "context", "TRITON_ATTN\nus", "FLASH_ATTN\nus", "FUSEDSTEP\nus")
+    for heading in (*headings, "to Triton", "to Flash", "GB/s", "% of floor"):
+        table.add_column(heading, justify="right")
+    for row in result.rows:
+        ratios = (row.triton_ratio, row.flash_ratio)
+        table.add_row(
+            row.case,
+            str(row.batch_size),
+            str(row.context),
+            *(_time(spread, None) for spread in (row.triton_us, row.flash_us, row.fusedstep_us)),
+            *("differs" if row.differs else f"{r:.2f}" if r else "" for r in ratios),
+            f"{row.gb_per_s:.1f}",
+            f"{row.floor_share:.1%}",
+        )
+    out = console.stdout()
+    out.print(table)
+    for line in result.left_out:
+        out.print(line)
+    out.print(
+        f"One layer with its cache write, in CUDA graphs; p50 (p20-p80) of {env['repeats']} "
+        f"repeats; memory: {result.bandwidth_gb_per_s:.1f} GB/s."
     )
 
 

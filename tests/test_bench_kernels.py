@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fusedstep.bench import kernels
+from fusedstep.bench import attention, kernels
 from fusedstep.bench.spread import Spread, Timer
-from fusedstep.cli.bench import _print_kernels
+from fusedstep.cli.bench import _print_attention, _print_kernels
 from fusedstep.cli.main import group
+from fusedstep.ops.attention import AttentionLayer
+from fusedstep.ops.reference_attention import reference_attention
 from fusedstep.vllm_plugin import wiring
 
 CPU = torch.device("cpu")
@@ -286,3 +288,82 @@ def test_gpu_timer_replays_all_buffers_from_the_first_step_on(
     calls.seen.clear()
     assert timer() == 250.0  # half a millisecond of two steps
     assert calls.seen == ["rewind", "event", *(["replay"] if captured else steps), "event"]
+
+
+def test_attention_in_the_interpreter(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """What the GPU will be timed with, small: the output is the reference's."""
+    monkeypatch.setattr(attention, "CACHE_BYTES", 1)
+    monkeypatch.setattr(attention, "memory_bandwidth", lambda device: 1e12)
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    plan = attention.Plan(
+        torch.device(device), attention.CASES[1:2], (1, 3), (5, 40), torch.float32, 2
+    )
+    result = attention.measure(plan)
+    measured = [(row.case, row.batch_size, row.context) for row in result.rows]
+    assert measured == [("llama-1b", n, context) for n in (1, 3) for context in (5, 40)]
+    for row in result.rows:
+        assert row.moved_bytes == row.batch_size * row.context * 8 * 64 * 2 * 4
+        assert not row.differs and row.floor_share > 0
+    decode = attention.Decode(plan, plan.cases[0], 3, 40)
+    cache = decode.caches(plan.dtype)[0]
+    ref = torch.empty_like(decode.query, dtype=torch.float64)
+    layer = AttentionLayer(32, 8, 64, 64**-0.5)
+    reference_attention(
+        layer,
+        decode.query,
+        decode.key,
+        decode.value,
+        cache.clone(),
+        ref,
+        decode.block_table,
+        decode.seq_lens,
+        decode.slots,
+        decode.starts,
+        1,
+    )
+    torch.testing.assert_close(decode.step(cache).double(), ref, rtol=1e-5, atol=1e-5)
+
+
+def attention_row(**changes: Any) -> attention.Row:
+    values: dict[str, Any] = {
+        "case": "llama-8b",
+        "batch_size": 64,
+        "context": 4096,
+        "fusedstep_us": Spread.of([400.0]),
+        "triton_us": Spread.of([600.0]),
+        "flash_us": Spread.of([380.0]),
+        "flash_version": 3,
+        "largest_difference": 0.001,
+        "differs": False,
+        "moved_bytes": 1_000_000_000,
+        "floor_us": 300.0,
+        "cache_mib": 1024.0,
+    }
+    return attention.Row(**values | changes)
+
+
+def test_attention_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """No ratio of different outputs; a backend that did not run has no time."""
+    env = {"device": "a GPU", "dtype": "d", "vllm": "v", "repeats": 9}
+    rows = [attention_row(), attention_row(case="x", flash_us=None), attention_row(differs=True)]
+    _print_attention(attention.Result(env, 3000.0, rows, ["y: no room"]))
+    out = capsys.readouterr().out
+    same, alone, different = (line for line in out.splitlines() if "400.0 (400.0-400.0)" in line)
+    assert "1.50" in same and "0.95" in same and "2500.0" in same and "75.0%" in same
+    assert "1.50" in alone and "0.95" not in alone
+    assert "differs" in different and "1.50" not in different
+    assert "y: no room" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    (
+        (("--case", "greedy"), "no attention case 'greedy': use qwen3-0.6b"),
+        (("--device", "cpu"), "Triton runs on a CPU only interpreted"),
+    ),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_attention_wrong_usage(run: Run, args: tuple[str, ...], words: str) -> None:
+    code, out, err = run("--only", "attention", *args)
+    assert (code, out) == (2, "") and err.startswith("error: ") and words in err

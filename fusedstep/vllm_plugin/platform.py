@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms.cpu import CpuPlatform
 
 from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin.register import BACKEND, BACKEND_CLS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.fusedstep")
 
 
 class OracleCpuPlatform(CpuPlatform):  # type: ignore[misc]
@@ -47,6 +51,35 @@ class FusedStepCpuPlatform(OracleCpuPlatform):
         super().check_and_update_config(vllm_config)
         if scheduler_config.scheduler_cls == compat.SCHEDULER_CLS:
             scheduler_config.async_scheduling = async_scheduling
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """vLLM's CPU attention; FUSEDSTEP, interpreted, if it is asked for with ``--ops triton``.
+
+        Raises ValueError, as vLLM does, where our attention cannot do what the model needs.
+        """
+        from vllm.config import get_current_vllm_config  # it imports the platform
+
+        ours = selected_backend is not None and selected_backend.get_path() == BACKEND_CLS
+        if not ours or compat.options(get_current_vllm_config()).ops != "triton":
+            if ours:
+                logger.warning(
+                    "%s attention is for GPUs: CPU_ATTN on this CPU (--ops triton interprets it)",
+                    BACKEND,
+                )
+                selected_backend = None
+            return str(
+                super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+            )
+        backend = selected_backend.get_class()
+        reasons = backend.validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(f"{BACKEND} attention cannot run this model: {', '.join(reasons)}")
+        return str(selected_backend.get_path())
 
 
 def _namespace(value: object) -> Mapping[str, Any]:

@@ -1,19 +1,33 @@
-"""vLLM's entry points: cheap, idempotent, silent unless fusedstep is switched on."""
+"""vLLM's entry points: cheap, idempotent, silent unless fusedstep is switched on.
+
+The attention backend is there for plain vLLM too, by name; its module is imported when chosen.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
+import logging
 import os
+from typing import Any
 
 # Set by ``fusedstep serve`` and ``fusedstep.LLM``; inherited by every engine and worker process.
 #   on: fusedstep's platform on the CPU;  oracle: stock Model Runner V2 made to run on the CPU.
 SWITCH = "FUSEDSTEP"
+BACKEND = "FUSEDSTEP"  # for --attention-backend, of `vllm serve` too; also registered as CUSTOM
+BACKEND_CLS = "fusedstep.vllm_plugin.attention.FusedStepAttentionBackend"
+REGISTRY = "vllm.v1.attention.backends.registry"
 
 
 def register() -> None:
     """``vllm.general_plugins``: called in every vLLM process, more than once."""
-    from fusedstep.vllm_plugin import startup
+    from fusedstep.errors import UnsupportedError
+    from fusedstep.vllm_plugin import compat, startup
 
     startup.report_failures()
+    with contextlib.suppress(UnsupportedError):  # plain vLLM of another version stays as it is
+        compat.check_vllm_version()
+        attention_backend(BACKEND)
     if os.environ.get(SWITCH) != "on":
         return
     from fusedstep.vllm_plugin.arrivals import announce_arrivals
@@ -39,3 +53,28 @@ def platform() -> str | None:
     triton_cpu.install()
     name = "FusedStepCpuPlatform" if mode == "on" else "OracleCpuPlatform"
     return f"fusedstep.vllm_plugin.platform.{name}"
+
+
+def attention_backend(name: str) -> Any:
+    """vLLM's enumeration member of this attention backend, with ours among them.
+
+    A member is pickled as a call of this function: vLLM hands its options to a new process, which
+    unpickles them before it loads plugins, and a member that only plugins know would be unknown.
+    CUSTOM is ours unless another plugin has taken it.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if not hasattr(AttentionBackendEnum, BACKEND):
+        log = logging.getLogger(REGISTRY)
+        level = log.level
+        log.setLevel(logging.WARNING)  # it tells every process of every new name
+        register_backend(BACKEND, BACKEND_CLS)
+        log.setLevel(level)
+        if not AttentionBackendEnum.CUSTOM.is_overridden():
+            register_backend(AttentionBackendEnum.CUSTOM, BACKEND_CLS)
+        copyreg.pickle(AttentionBackendEnum, _reduced)
+    return AttentionBackendEnum[name]
+
+
+def _reduced(member: Any) -> tuple[Any, tuple[str]]:
+    return attention_backend, (member.name,)

@@ -140,7 +140,10 @@ def attention_cases() -> Iterator[Case]:
     shapes = [
         *((16, 8, size, 1, bf16, {}) for size in (64, 80, 96, 128, 192, 256)),
         *((32, 8, size, 1, fp32, {}) for size in (64, 128, 256)),
-        *((heads, 8, 128, length, bf16, {}) for heads, length in ((8, 8), (32, 4), (64, 8))),
+        *(
+            (heads, 8, 128, length, bf16, {})
+            for heads, length in ((8, 8), (32, 4), (32, 8), (64, 8))
+        ),
         (32, 1, 256, 8, bf16, {}),
         (64, 8, 128, 8, fp32, {}),
         (32, 8, 64, 1, fp16, {"window": 128, "sinks": True}),
