@@ -144,3 +144,60 @@ def logprobs(steps: Any) -> list[dict[int, tuple[float, int]] | None] | None:
         step and {token: (entry.logprob, entry.rank) for token, entry in step.items()}
         for step in steps
     ]
+
+
+def runner() -> Any:
+    return ENGINE.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def record_on_tapes(form: str) -> dict[str, Any]:
+    """The runner gets graphs of this form, as if vLLM had captured batches of 1, 2 and 4 rows."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+    from unittest.mock import patch
+
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.model_executor.layers.attention import attention
+    from window.tape import TapeRecorder
+
+    from fusedstep.vllm_plugin import forms
+
+    class Manager:
+        """vLLM's, for windows: its own decode graph is the model itself."""
+
+        def dispatch(self, num_reqs: int, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+            if args:  # a stock step
+                return stock.dispatch(num_reqs, num_tokens, *args, **kwargs)
+            padded = 1 << (num_tokens - 1).bit_length()
+            return SimpleNamespace(cg_mode=CUDAGraphMode.FULL, num_tokens=padded)
+
+        def run_fullgraph(self, graph: Any) -> Any:
+            return us.model(**us.decode_model.inputs)
+
+    us = runner()
+    stock = getattr(us.cudagraph_manager, "stock", us.cudagraph_manager)
+    recorder = TapeRecorder(us.arrivals)
+    recorder.python_ops = {
+        f"vllm::{name}": getattr(attention, name)
+        for name in ("unified_attention_with_output", "unified_kv_cache_update")
+    }
+    with (
+        patch.object(forms, "choose", lambda *_: forms.Form(form, "on tapes")),
+        patch.object(forms, "CudaRecorder", lambda *_: recorder),
+        patch.object(forms, "graph_capture", lambda device: nullcontext()),
+        patch.object(forms, "_free_bytes", lambda: 0),
+        patch("fusedstep.vllm_plugin.runner.choose", lambda *_: forms.Form(form, "on tapes")),
+    ):
+        us.cudagraph_manager = Manager()
+        us.cudagraph_manager.stock = stock
+        us.use_form(form)
+        if form == "unrolled":  # which has a graph of one step and one of many
+            us.graph_store.prove()
+    reset_prefix_cache()  # the proof has used its blocks
+    us.recorder = recorder
+    recorder.replays = 0
+    return {"loop": us.stats.loop, "reason": us.stats.loop_reason}
+
+
+def count_replays() -> int:
+    return int(runner().recorder.replays)

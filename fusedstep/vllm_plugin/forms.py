@@ -73,10 +73,11 @@ class GraphStore:
         self.form = form
         self.graphs: WindowGraphs | None = None
 
-    def record(self, *, profile_only: bool) -> int:
+    def record(self, *, profile_only: bool, prove: bool = True) -> int:
         """Record the steps of all batch sizes; a form that fails makes way for the next.
 
-        So does one whose tokens are not those of the eager loop.
+        With ``prove``, so does one whose tokens are not those of the eager loop: while no KV block
+        is in use, nor kept for its prefix.
 
         Returns the bytes of device memory that they take; an estimate while vLLM sizes its memory,
         where they are thrown away again.
@@ -87,8 +88,8 @@ class GraphStore:
             try:
                 began = time.perf_counter()
                 self.graphs, taken = self._record(PROFILED_SIZES if profile_only else None)
-                if not profile_only:
-                    self._prove()
+                if prove and not profile_only:
+                    self.prove()
             except Exception as error:
                 self.graphs = None
                 lines = str(error).splitlines() or [type(error).__name__]
@@ -98,7 +99,7 @@ class GraphStore:
                 continue
             if not profile_only:
                 logger.info(
-                    "fusedstep: recorded and proved the decode windows (%s) in %.0f s, %.2f GiB",
+                    "fusedstep: recorded the decode windows (%s) in %.0f s, %.2f GiB",
                     self.form.name,
                     time.perf_counter() - began,
                     (free - _free_bytes()) / (1 << 30),
@@ -126,8 +127,11 @@ class GraphStore:
         rest = len(sizes) - len(recorded)
         return graphs, sum(taken) + rest * (taken[-1] if taken else 0)
 
-    def _prove(self) -> None:
-        """The smallest and the largest batch: other kernels may run in them."""
+    def prove(self) -> None:
+        """The smallest and the largest batch: other kernels may run in them.
+
+        Raises WrongTokensError. Overwrites KV blocks.
+        """
         runner, graphs = self.runner, self.graphs
         if graphs is None:
             return

@@ -119,7 +119,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         """Change to another form of the loop between requests, for measurements."""
         if self.engine_reason is None:
             self._choose_form(loop)
-            self.graph_store.record(profile_only=False)
+            self.graph_store.record(profile_only=False, prove=False)
             self._note_form()
 
     def _choose_form(self, loop: str) -> None:

@@ -62,11 +62,13 @@ class WindowGraphs:
         """``form``: replay, unrolled or while."""
         self.form = form
         self.model, self.ops, self.state = model, ops, state
+        self._recorder: Recorder | None = None
         self._single: dict[tuple[int, BatchNeeds], Graph] = {}
         self._many: dict[tuple[int, BatchNeeds], Graph] = {}  # unrolled or a WHILE loop
 
     def record(self, recorder: Recorder, num_rows: int) -> None:
         """Record the steps of batches of ``num_rows`` rows, each after a run that compiles."""
+        self._recorder = recorder  # whose memory the graphs use
         rows = self.state.rows
         for needs in VARIANTS:
             key = num_rows, needs

@@ -5,7 +5,6 @@ The model has sliding-window and full attention: two KV-cache groups.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ import engine_child
 import pytest
 from engine_child import EngineChild
 
-CONFIG = {
-    "architectures": ["Gemma3ForCausalLM"],
-    "model_type": "gemma3_text",
+CONFIG: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -28,9 +25,10 @@ CONFIG = {
     "sliding_window": 32,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "query_pre_attn_scalar": 32,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
+    "initializer_range": 0.2,  # so wide that a wrong key shows
+    "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 REQUESTS: list[tuple[Any, dict[str, Any]]] = [
     ({"prompt_token_ids": prompt}, {"detokenize": False, "ignore_eos": True, **fields})
@@ -45,9 +43,13 @@ REQUESTS: list[tuple[Any, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of dummy weights whose heads two workers can share."""
+    """A model of random weights whose heads two workers can share."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
     folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Gemma3TextConfig(**CONFIG)).save_pretrained(folder)
     return folder
 
 
@@ -60,7 +62,6 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         child = EngineChild(
             switch,
             str(folder),
-            load_format="dummy",
             skip_tokenizer_init=True,
             tensor_parallel_size=2,
             max_model_len=256,

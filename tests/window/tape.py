@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedstep.ops.triton_step import Launch
+from fusedstep.policy import MAX_STEPS
 from fusedstep.window.arrivals import ArrivalCounter
 
 # Questions to the device: a stream that is being recorded cannot answer.
@@ -41,8 +42,9 @@ class SyncTrap(TorchDispatchMode):
 class Tape(TorchDispatchMode):
     """A recorded body; ``replay`` runs it once more."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: TapeRecorder) -> None:
         super().__init__()
+        self.recorder = recorder
         self.entries: list[Callable[[], object]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,6 +52,9 @@ class Tape(TorchDispatchMode):
         schema = func._schema
         assert schema.name not in SYNCHRONISING, f"{schema.name} while recording"
         call = lambda: func(*args, **kwargs)  # noqa: E731
+        if schema.name in self.recorder.python_ops:
+            with self:  # what it does is on the tape, not that it was called
+                return self.recorder.python_ops[schema.name](*args, **kwargs)
         if any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
             return call()  # a view: an address, no work
         written = [
@@ -59,7 +64,7 @@ class Tape(TorchDispatchMode):
         ]
         if written:
             self.entries.append(call)
-            return written[0]
+            return written[0] if schema.returns else None
         result = call()
         assert isinstance(result, torch.Tensor), f"{schema.name} gives more than a tensor"
         result.zero_()
@@ -67,6 +72,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def replay(self) -> None:
+        self.recorder.replays += 1
         for entry in self.entries:
             entry()
 
@@ -76,11 +82,12 @@ class TapeRecorder:
 
     def __init__(self, arrivals: ArrivalCounter | None = None) -> None:
         self.arrivals = arrivals
-        self.recorded = self.loops = 0
+        self.recorded = self.loops = self.replays = 0
+        self.python_ops: dict[str, Callable[..., Any]] = {}  # operations that are written in Python
 
     def record(self, body: Callable[[], object]) -> Tape:
         self.recorded += 1
-        tape = Tape()
+        tape = Tape(self)
         with launches_on(tape), tape:
             body()
         return tape
@@ -106,12 +113,13 @@ class Loop:
         self.turns = 0
 
     def replay(self) -> None:
-        while True:
+        for _ in range(MAX_STEPS):
             self.body.replay()
             self.turns += 1
             arrived = self.arrivals.count if self.arrivals else 0
             if int(self.num_active) <= 0 or arrived > int(self.seen):
                 return
+        raise AssertionError("no row has a budget beyond the longest window")
 
 
 @contextmanager
