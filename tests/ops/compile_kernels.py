@@ -132,6 +132,7 @@ def cases(world: World) -> Iterator[Case]:
     unaligned = strided(torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16), VOCAB_SIZE + 3, 1)
     for launch in step.launches(unaligned, rows, 1, EVERYTHING, True):
         yield Case("step everything bfloat16 n=1 unaligned", launch)
+    yield from attention_cases()
 
 
 def attention_cases() -> Iterator[Case]:
