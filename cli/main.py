@@ -14,7 +14,8 @@ from fusedstep.errors import EXIT_CODE, INTERRUPTED, FusedStepError
 COMMANDS = {
     "serve": "fusedstep.cli.serve:serve",
     "verify": "fusedstep.cli.verify:verify",
-    "bench": "fusedstep.cli.bench:bench",
+    "bench": "fusedstep.cli.bench_serve:bench",  # the group, its last command added
+    "explain": "fusedstep.cli.explain:explain",
     "doctor": "fusedstep.cli.doctor:doctor",
 }
 # Kept here so that `fusedstep --help` imports no command.
@@ -22,6 +23,7 @@ SUMMARIES = {
     "serve": "Serve a model over the OpenAI API.",
     "verify": "Check that fused decoding gives the same tokens as stock vLLM.",
     "bench": "Measure fused decoding against stock vLLM.",
+    "explain": "Say how long the windows of a running server are, and what limits them.",
     "doctor": "Say what this machine can do, and what is missing.",
 }
 

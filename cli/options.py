@@ -7,13 +7,14 @@ import itertools
 import json
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import click
 
 from fusedstep.cli.console import Command
 from fusedstep.demo import demo_model
-from fusedstep.options import LOOPS, OPS, Options
+from fusedstep.options import LOOPS, OPS, WINDOW_LATENCY_MS, Options
 
 
 class VllmCommand(click.Command):
@@ -60,7 +61,7 @@ class Numbers(click.ParamType[tuple[Any, ...]]):
 
 
 def window_options(command: Command) -> Command:
-    """Add --decode-steps, --ops and --loop to a command, as its parameter ``options: Options``."""
+    """Add the options of ``Options`` to a command, as its parameter ``options: Options``."""
 
     default = "Default: FUSEDSTEP_{}, else auto."
 
@@ -79,10 +80,16 @@ def window_options(command: Command) -> Command:
         type=click.Choice(LOOPS),
         help=f"Form of the loop; on a CPU it is eager. {default.format('LOOP')}",
     )
+    @click.option(
+        "--window-latency-ms",
+        metavar="MS",
+        help="Longest pause of a stream that a window may cause. "
+        f"Default: FUSEDSTEP_WINDOW_LATENCY_MS, else {WINDOW_LATENCY_MS:g}.",
+    )
     @functools.wraps(command)
-    def parsed(*args: Any, decode_steps: Any, ops: Any, loop: Any, **others: Any) -> Any:
-        options = Options.parse({"decode_steps": decode_steps, "ops": ops, "loop": loop})
-        return command(*args, options=options, **others)
+    def parsed(*args: Any, **given: Any) -> Any:
+        options = Options.parse({field.name: given.pop(field.name) for field in fields(Options)})
+        return command(*args, options=options, **given)
 
     return parsed  # type: ignore[return-value]
 

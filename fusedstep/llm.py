@@ -15,8 +15,9 @@ import vllm  # noqa: E402  (vLLM picks its platform at import: the switch comes 
 class LLM(vllm.LLM):  # type: ignore[misc]
     """A ``vllm.LLM`` that decodes in windows of up to ``decode_steps`` steps.
 
-    ``decode_steps``: "auto" or a number from 1 to 64; ``ops``, ``loop``: see ``Options``. None
-    leaves an option to the environment, else it is "auto". Every other argument is vLLM's.
+    ``decode_steps``: "auto" or a number from 1 to 64; ``ops``, ``loop``, ``window_latency_ms``:
+    see ``Options``. None leaves an option to the environment, else to its default. Every other
+    argument is vLLM's.
     Raises ConfigError for a wrong value, UnsupportedError for a vLLM out of range.
     """
 
@@ -26,9 +27,17 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         decode_steps: int | str | None = None,
         ops: str | None = None,
         loop: str | None = None,
+        window_latency_ms: float | None = None,
         **vllm_kwargs: Any,
     ) -> None:
-        options = Options.parse({"decode_steps": decode_steps, "ops": ops, "loop": loop})
+        options = Options.parse(
+            {
+                "decode_steps": decode_steps,
+                "ops": ops,
+                "loop": loop,
+                "window_latency_ms": window_latency_ms,
+            }
+        )
         super().__init__(model, **wiring.engine_options(options, vllm_kwargs))
 
     def window_stats(self) -> dict[str, Any]:

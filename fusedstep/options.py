@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from fusedstep.policy import DecodeSteps
 
 OPS = ("auto", "triton", "native", "reference")
 LOOPS = ("auto", "while", "unrolled", "replay", "eager")
+WINDOW_LATENCY_MS = 50.0
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,11 @@ class Options:
     decode_steps: DecodeSteps
     ops: str = "auto"  # one of OPS: the implementation of the step operations
     loop: str = "auto"  # one of LOOPS: the form of the loop
+    window_latency_ms: float = WINDOW_LATENCY_MS  # longest pause of a stream that a window causes
 
     @classmethod
     def parse(cls, given: Mapping[str, object]) -> Options:
-        """Values by name; one that is absent or None is FUSEDSTEP_<NAME>'s, else ``auto``.
+        """Values by name; one that is absent or None is FUSEDSTEP_<NAME>'s, else the default.
 
         Raises:
             ConfigError: an unknown name, or a wrong value, there or in the environment.
@@ -37,7 +40,7 @@ class Options:
 
     def as_dict(self) -> dict[str, str]:
         """What ``parse`` takes: the form for ``additional_config["fusedstep"]``."""
-        return {name: str(getattr(self, name)) for name in _PARSERS}
+        return {name: str(getattr(self, name)).removesuffix(".0") for name in _PARSERS}
 
     def check(self, *, on_cpu: bool) -> None:
         """Raises ConfigError for what this platform has not."""
@@ -54,11 +57,23 @@ def _one_of(name: str, allowed: tuple[str, ...], value: object) -> str:
     return text
 
 
+def _milliseconds(name: str, value: object) -> float:
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ConfigError(f"{name} must be a number of milliseconds above 0, not {value!r}")
+    return number
+
+
 _PARSERS: dict[str, Callable[[object], Any]] = {
     "decode_steps": DecodeSteps.parse,
     "ops": partial(_one_of, "ops", OPS),
     "loop": partial(_one_of, "loop", LOOPS),
+    "window_latency_ms": partial(_milliseconds, "window_latency_ms"),
 }
+_DEFAULTS = {"window_latency_ms": WINDOW_LATENCY_MS}  # of the others: auto
 
 
 def _value(name: str, given: object) -> Any:
@@ -66,6 +81,6 @@ def _value(name: str, given: object) -> Any:
         return _PARSERS[name](given)
     variable = f"FUSEDSTEP_{name.upper()}"
     try:
-        return _PARSERS[name](os.environ.get(variable) or "auto")
+        return _PARSERS[name](os.environ.get(variable) or _DEFAULTS.get(name, "auto"))
     except ConfigError as error:
         raise ConfigError(f"{variable}: {error}") from None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fusedstep.errors import ConfigError
 
 # Longest window; the static output buffers are this long.
 MAX_STEPS = 64
-# While a running request streams, tokens reach its client once per window: keep bursts short.
-MAX_STEPS_STREAMING = 8
+# While somebody waits for a window's end and the time of a step is not known.
+MAX_STEPS_UNTIMED = 8
 # Stop strings are seen by the host only, so a window may overrun one by its length.
-MAX_STEPS_STOP_STRINGS = 8
+MAX_STEPS_HOST_STOPS = 8
 
 
 @dataclass(frozen=True)
@@ -37,35 +37,45 @@ class DecodeSteps:
         return "auto" if self.fixed is None else str(self.fixed)
 
 
-@dataclass(frozen=True)
-class DecodingRequest:
-    """One running request that decodes in the coming turn. Units: tokens."""
-
-    remaining: int  # tokens it can still take, in-flight ones taken off
-    num_computed_tokens: int  # including in-flight reservations
+def no_blocks(num_steps: int) -> int:
+    """Windows of any length take no KV-cache block."""
+    return 0
 
 
 @dataclass(frozen=True)
 class Turn:
     """What the scheduler sees when a turn begins."""
 
-    decoding: Sequence[DecodingRequest]
+    # Tokens that each request which decodes can still take, in-flight ones taken off; all >= 1.
+    remaining: Sequence[int]
     prefill_in_flight: bool = False  # a running request still has prompt tokens to compute
-    admissible: bool = False  # a waiting request could be admitted in this turn
+    may_admit: bool = False  # a waiting request may join in this turn
+    full_house: bool = False  # requests wait, and none can join before another stops
+    # Was one turned away because of blocks that are held ahead, then for how many tokens ahead.
+    tokens_ahead: int | None = None
+    joins_anytime: bool = False  # a waiting request gets ready at a time that nobody announces
+    stoppable: bool = True  # an arrival ends a window that runs
     stock_reason: str | None = None  # why the device cannot decode this batch
     streams: bool = False
-    stop_strings: bool = False
-    token_budget: int = 1 << 30  # tokens this turn may schedule
+    host_stops: bool = False  # only the host sees where a request stops: stop strings
+    latency_ms: float = 50.0  # how long somebody may wait for a window's end
+    step_ms: float | None = None  # time of a step, None before any was measured
+    step_measured: bool = True  # at this batch size, not only at another
+    token_budget: int = 1 << 30  # tokens that windows may reserve
     free_blocks: int = 1 << 30  # KV-cache blocks that are free
-    block_size: int = 1 << 30  # tokens per KV-cache block
+    blocks_for: Callable[[int], int] = no_blocks  # at most these are taken by so many steps
 
 
 @dataclass(frozen=True)
 class Decision:
-    """``num_steps`` of the coming window, and the reason in words."""
+    """``num_steps`` of the coming window, and the reason in words.
+
+    ``ends_at_stop``: somebody waits for a place, so the window ends at the first row that stops.
+    """
 
     num_steps: int
     reason: str
+    ends_at_stop: bool = False
 
 
 def decide(config: DecodeSteps, turn: Turn) -> Decision:
@@ -74,33 +84,83 @@ def decide(config: DecodeSteps, turn: Turn) -> Decision:
         return Decision(1, "fixed at 1")
     if turn.stock_reason is not None:
         return Decision(1, turn.stock_reason)
-    if not turn.decoding:
+    if not turn.remaining:
         return Decision(1, "nothing decodes")
     if turn.prefill_in_flight:
         return Decision(1, "a prefill is in flight")
-    if turn.admissible:
-        return Decision(1, "a waiting request can be admitted")
+    if turn.may_admit or turn.tokens_ahead == 0:
+        return Decision(1, "a waiting request may be admitted")
 
     limits = [
         (config.fixed or MAX_STEPS, "fixed" if config.fixed else "longest window"),
-        (max(r.remaining for r in turn.decoding), "longest-remaining request"),
-        (turn.token_budget // len(turn.decoding), "token budget"),
+        (max(turn.remaining), "longest-remaining request"),
+        (turn.token_budget // len(turn.remaining), "token budget"),
     ]
-    if turn.streams and config.fixed is None:
-        limits.append((MAX_STEPS_STREAMING, "a request streams"))
-    if turn.stop_strings and config.fixed is None:
-        limits.append((MAX_STEPS_STOP_STRINGS, "a request has stop strings"))
+    if turn.tokens_ahead is not None:
+        limits.append((turn.tokens_ahead // 4, "blocks held ahead are used first"))
+    if config.fixed is None:
+        limits += _waiting_limits(turn)
+        if turn.host_stops:
+            limits.append((MAX_STEPS_HOST_STOPS, "a request has stop strings"))
     num_steps, reason = min(limits, key=lambda limit: limit[0])
-    while num_steps > 1 and _blocks_needed(turn, num_steps) > turn.free_blocks:
-        num_steps, reason = num_steps // 2, "free KV-cache blocks"
-    return Decision(max(num_steps, 1), reason)
+    num_steps = max(num_steps, 1)
+    fitting = _fitting(turn, num_steps)
+    if fitting < num_steps:
+        num_steps, reason = fitting, "free KV-cache blocks"
+    return Decision(num_steps, reason, ends_at_stop=turn.full_house)
 
 
-def _blocks_needed(turn: Turn, num_steps: int) -> int:
-    """KV-cache blocks that a reservation of ``num_steps`` tokens per request adds."""
-    block_size = turn.block_size
-    return sum(
-        -(-(r.num_computed_tokens + min(num_steps, r.remaining)) // block_size)
-        + (-r.num_computed_tokens // block_size)
-        for r in turn.decoding
+def _waiting_limits(turn: Turn) -> list[tuple[int, str]]:
+    """Limits for the sake of those who wait until the window is over."""
+    reasons = (
+        (turn.streams, "a request streams"),
+        (turn.joins_anytime, "a waiting request may get ready"),
+        (not turn.stoppable, "the window cannot be ended"),
     )
+    num_steps = MAX_STEPS
+    if turn.step_ms is not None and turn.step_ms * MAX_STEPS > turn.latency_ms:
+        num_steps = int(turn.latency_ms / turn.step_ms)
+    if turn.step_ms is None or not turn.step_measured:
+        num_steps = min(num_steps, MAX_STEPS_UNTIMED)
+    return [(num_steps, words) for applies, words in reasons if applies]
+
+
+def _fitting(turn: Turn, num_steps: int) -> int:
+    """The most steps up to ``num_steps``, at least 1, whose blocks may be taken.
+
+    Half of what is free stays for who comes next.
+    """
+    allowed = turn.free_blocks // 2
+    if turn.blocks_for(num_steps) <= allowed:
+        return num_steps
+    fits, too_many = 1, num_steps
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if turn.blocks_for(middle) <= allowed:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
+class StepTimes:
+    """Time of a decode step in ms, by power-of-two batch size: an exponential moving average.
+
+    One slow step (a compilation, a pause of the machine) at most doubles it, and is soon forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._ms: dict[int, float] = {}
+
+    def add(self, batch_size: int, num_steps: int, ms: float) -> None:
+        """``num_steps`` steps of a batch took ``ms`` from completion to completion."""
+        size, sample = batch_size.bit_length(), ms / num_steps
+        average = self._ms.get(size, sample)
+        self._ms[size] = average + (min(sample, 2 * average) - average) / 4
+
+    def get(self, batch_size: int) -> tuple[float | None, bool]:
+        """The average and True; until this size was measured the longest of all, and False."""
+        ms = self._ms.get(batch_size.bit_length())
+        if ms is not None:
+            return ms, True
+        return max(self._ms.values(), default=None), False

@@ -9,14 +9,16 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from fusedstep.cli.options import window_options
 from fusedstep.errors import ConfigError
 from fusedstep.options import LOOPS, OPS, Options
 from fusedstep.policy import DecodeSteps
 from fusedstep.vllm_plugin import wiring
 
-AUTO = {"decode_steps": "auto", "ops": "auto", "loop": "auto"}
+AUTO = {"decode_steps": "auto", "ops": "auto", "loop": "auto", "window_latency_ms": "50"}
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,8 @@ def test_auto_unless_told_otherwise() -> None:
         {"decode_steps": "64", "ops": "reference"},
         *({"ops": ops} for ops in OPS),
         *({"loop": loop.upper()} for loop in LOOPS),
+        {"window_latency_ms": 20},
+        {"window_latency_ms": "0.5"},
     ),
     ids=str,
 )
@@ -50,9 +54,10 @@ def test_the_environment_fills_in_what_is_not_set(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("FUSEDSTEP_DECODE_STEPS", "9")
     monkeypatch.setenv("FUSEDSTEP_OPS", "reference")
     monkeypatch.setenv("FUSEDSTEP_LOOP", "")
-    assert Options.parse({"loop": None}) == Options(DecodeSteps(9), "reference", "auto")
-    given = {"decode_steps": "auto", "ops": "native"}
-    assert Options.parse(given) == Options(DecodeSteps(), "native")
+    monkeypatch.setenv("FUSEDSTEP_WINDOW_LATENCY_MS", "7.5")
+    assert Options.parse({"loop": None}) == Options(DecodeSteps(9), "reference", "auto", 7.5)
+    given = {"decode_steps": "auto", "ops": "native", "window_latency_ms": 100}
+    assert Options.parse(given) == Options(DecodeSteps(), "native", window_latency_ms=100.0)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,13 @@ def test_the_environment_fills_in_what_is_not_set(monkeypatch: pytest.MonkeyPatc
         ({"ops": "fast"}, "ops must be one of auto, triton, native, reference, not 'fast'"),
         ({"loop": 3}, "loop must be one of auto, while, unrolled, replay, eager, not 3"),
         ({"loops": "eager"}, "no option 'loops' of fusedstep: use decode_steps, ops, loop"),
+        *(
+            (
+                {"window_latency_ms": wrong},
+                f"must be a number of milliseconds above 0, not {wrong!r}",
+            )
+            for wrong in (0, -3, "soon", "nan", "inf")
+        ),
     ),
     ids=str,
 )
@@ -76,6 +88,29 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^FUSEDSTEP_OPS: ops must be one of auto"):
         Options.parse({})
     assert Options.parse({"ops": "auto"}).ops == "auto"
+
+
+def test_the_shared_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is parsed once, what is not given is left to the environment; wrong values exit 2."""
+    seen: list[Options] = []
+
+    @click.command()
+    @window_options
+    def command(options: Options) -> None:
+        seen.append(options)
+
+    monkeypatch.setenv("FUSEDSTEP_LOOP", "eager")
+    command(["--window-latency-ms", "12", "--decode-steps", "8"], standalone_mode=False)
+    assert seen == [Options(DecodeSteps(8), "auto", "eager", 12.0)]
+    done = subprocess.run(
+        [sys.executable, "-c", CLI, "serve", "--window-latency-ms", "none"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert "window_latency_ms must be a number of milliseconds above 0" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -110,7 +145,7 @@ def test_engine_options(monkeypatch: pytest.MonkeyPatch) -> None:
     completed = wiring.engine_options(options, given)
     assert completed["seed"] == 3 and completed["additional_config"] == {
         "x": 1,
-        "fusedstep": {"decode_steps": "5", "ops": "reference", "loop": "auto"},
+        "fusedstep": AUTO | {"decode_steps": "5", "ops": "reference"},
     }
     assert given["additional_config"]["fusedstep"] == {"decode_steps": 5}  # type: ignore[index]
     for wrong in ({"loop": "while"}, {"step": 2}):
@@ -148,6 +183,7 @@ def test_the_cpu_build_is_known(
     assert wiring.is_cpu_build() == is_cpu
 
 
+CLI = "from fusedstep.cli import main; main()"
 CHILD = """
 import json, os, sys
 from fusedstep.errors import ConfigError

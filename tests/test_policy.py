@@ -5,9 +5,11 @@ import pytest
 from fusedstep.errors import ConfigError
 from fusedstep.policy import (
     MAX_STEPS,
-    MAX_STEPS_STREAMING,
+    MAX_STEPS_HOST_STOPS,
+    MAX_STEPS_UNTIMED,
+    Decision,
     DecodeSteps,
-    DecodingRequest,
+    StepTimes,
     Turn,
     decide,
 )
@@ -16,8 +18,7 @@ AUTO = DecodeSteps()
 
 
 def turn(*remaining: int, **fields: object) -> Turn:
-    """A turn of requests that have computed 100 tokens each."""
-    return Turn([DecodingRequest(n, 100) for n in remaining], **fields)  # type: ignore[arg-type]
+    return Turn(remaining, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", ["auto", "AUTO", 1, "7", MAX_STEPS])
@@ -41,13 +42,18 @@ def test_parse_refuses_in_one_line(value):
         (DecodeSteps(7), turn(2), 2, "longest-remaining request"),
         (DecodeSteps(1), turn(1000), 1, "fixed at 1"),
         (AUTO, turn(1000, prefill_in_flight=True), 1, "a prefill is in flight"),
-        (AUTO, turn(1000, admissible=True), 1, "a waiting request can be admitted"),
+        (AUTO, turn(1000, may_admit=True), 1, "a waiting request may be admitted"),
+        (DecodeSteps(7), turn(1000, may_admit=True), 1, "a waiting request may be admitted"),
         (AUTO, turn(1000, stock_reason="LoRA"), 1, "LoRA"),
         (AUTO, turn(), 1, "nothing decodes"),
-        (AUTO, turn(1000, streams=True), MAX_STEPS_STREAMING, "a request streams"),
-        (DecodeSteps(32), turn(1000, streams=True), 32, "fixed"),
+        (AUTO, turn(1000, host_stops=True), MAX_STEPS_HOST_STOPS, "a request has stop strings"),
+        (DecodeSteps(32), turn(1000, host_stops=True), 32, "fixed"),
         (AUTO, turn(1000, 1000, token_budget=20), 10, "token budget"),
         (AUTO, turn(1000, 1000, token_budget=1), 1, "token budget"),
+        (AUTO, turn(1000, tokens_ahead=40), 10, "blocks held ahead are used first"),
+        (AUTO, turn(1000, tokens_ahead=3), 1, "blocks held ahead are used first"),
+        (AUTO, turn(1000, tokens_ahead=0), 1, "a waiting request may be admitted"),
+        (DecodeSteps(7), turn(1000, tokens_ahead=8), 2, "blocks held ahead are used first"),
     ],
 )
 def test_limits(config, seen, num_steps, reason):
@@ -55,10 +61,79 @@ def test_limits(config, seen, num_steps, reason):
     assert (decision.num_steps, decision.reason) == (num_steps, reason)
 
 
-def test_a_reservation_fits_the_free_blocks():
-    """Two requests at token 100 of 16-token blocks (12 free places): 64 steps add 8 blocks."""
-    for free_blocks in range(10):
-        steps = decide(AUTO, turn(1000, 1000, free_blocks=free_blocks, block_size=16)).num_steps
-        added = 2 * (-(-(100 + steps) // 16) - -(-100 // 16))
-        assert steps >= 1 and added <= free_blocks
-    assert decide(AUTO, turn(1000, 1000, free_blocks=8, block_size=16)).num_steps == MAX_STEPS
+@pytest.mark.parametrize(
+    ("who", "reason"),
+    [
+        ({"streams": True}, "a request streams"),
+        ({"joins_anytime": True}, "a waiting request may get ready"),
+        ({"stoppable": False}, "the window cannot be ended"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("latency_ms", "step_ms", "measured", "num_steps"),
+    [
+        (50.0, 5.0, True, 10),
+        (50.0, 49.0, True, 1),
+        (50.0, 80.0, True, 1),
+        (50.0, None, False, MAX_STEPS_UNTIMED),
+        (50.0, 1.0, False, MAX_STEPS_UNTIMED),  # measured at other batch sizes only
+        (50.0, 25.0, False, 2),
+        (120.0, 2.0, True, 60),
+    ],
+)
+def test_nobody_waits_longer_than_told(who, reason, latency_ms, step_ms, measured, num_steps):
+    seen = turn(1000, latency_ms=latency_ms, step_ms=step_ms, step_measured=measured, **who)
+    decision = decide(AUTO, seen)
+    assert decision.num_steps == num_steps
+    assert step_ms is None or num_steps == 1 or num_steps * step_ms <= latency_ms
+    assert decision.reason == reason
+    assert decide(DecodeSteps(32), seen).num_steps == 32
+
+
+@pytest.mark.parametrize("step_ms", [0.0, 0.01, 0.7])
+def test_short_steps_leave_the_longest_window(step_ms):
+    assert decide(AUTO, turn(1000, streams=True, step_ms=step_ms)).num_steps == MAX_STEPS
+
+
+def test_nobody_waits():
+    assert decide(AUTO, turn(1000, step_ms=900.0)).num_steps == MAX_STEPS
+
+
+def test_a_full_house_ends_at_the_first_stop():
+    assert decide(AUTO, turn(90, 3, full_house=True)) == Decision(64, "longest window", True)
+    assert decide(DecodeSteps(7), turn(90, full_house=True)) == Decision(7, "fixed", True)
+    assert not decide(AUTO, turn(90, 3)).ends_at_stop
+    assert not decide(AUTO, turn(90, full_house=True, may_admit=True)).ends_at_stop
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 37, MAX_STEPS])
+def test_blocks_leave_half_of_what_is_free(wanted):
+    """Requests at places 12 and 3 of 16-token blocks: the longest window that fits is taken."""
+
+    def blocks_for(num_steps: int) -> int:
+        return (num_steps + 11) // 16 + (num_steps + 2) // 16
+
+    for free in range(24):
+        seen = turn(wanted, wanted, free_blocks=free, blocks_for=blocks_for)
+        decision = decide(AUTO, seen)
+        fitting = [k for k in range(1, wanted + 1) if blocks_for(k) <= free // 2]
+        assert decision.num_steps == max(fitting, default=1)
+        assert (decision.reason == "free KV-cache blocks") == (decision.num_steps < wanted)
+
+
+def test_step_times():
+    times = StepTimes()
+    assert times.get(1) == (None, False)
+    times.add(5, 10, 20.0)
+    assert times.get(4) == times.get(7) == (2.0, True)
+    assert times.get(8) == times.get(3) == (2.0, False)
+    times.add(64, 1, 9.0)
+    assert times.get(8) == (9.0, False)  # the longest, until it is measured
+    times.add(5, 1, 4000.0)  # a compilation: doubles at most
+    assert times.get(5) == (2.5, True)
+    for _ in range(30):
+        times.add(6, 8, 8.0)
+    assert times.get(6)[0] == pytest.approx(1.0, abs=0.01)
+    for _ in range(30):
+        times.add(6, 8, 80.0)
+    assert times.get(6)[0] == pytest.approx(10.0, abs=0.1)

@@ -1,7 +1,9 @@
-"""Requests that reach the engine while a window runs: counted at the door, seen by the worker."""
+"""What reaches the engine while a window runs: announced at the door, seen by the worker."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fusedstep.window import arrivals
@@ -10,6 +12,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
+# A window that has seen so many arrivals ends after its first step.
+NONE = -1
+
 
 def arrival_counter(vllm_config: VllmConfig) -> arrivals.ArrivalCounter:
     """The one of this engine: its scheduler and its workers open the same."""
@@ -17,27 +22,80 @@ def arrival_counter(vllm_config: VllmConfig) -> arrivals.ArrivalCounter:
     return arrivals.ArrivalCounter(f"{vllm_config.instance_id}-{rank}")
 
 
-def announce_arrivals() -> None:
-    """Count a request when it reaches the engine core's input thread.
+class Door:
+    """Where requests and aborts reach the engine core, and whether windows end for them.
 
-    The main thread is blocked on the oldest window then and would learn of it too late.
+    The engine core's input thread announces them while its main thread, which is the scheduler's,
+    waits for the oldest window. A window ends when the counter exceeds what it was when the window
+    was scheduled.
     """
+
+    def __init__(self, counter: arrivals.ArrivalCounter) -> None:
+        self.counter = counter
+        self.is_open = True  # a request that comes now can be admitted (the scheduler says)
+        self.outside: set[str] = set()  # announced, not yet with the scheduler
+        self._lock = threading.Lock()
+
+    def arrives(self, request_id: str) -> None:
+        """Input thread: a request is on its way to the scheduler. Windows end if it can be let in.
+
+        Asked in this order: the scheduler opens the door before it looks who is outside.
+        """
+        with self._lock:
+            self.outside.add(request_id)
+        if self.is_open:
+            self.wake()
+
+    def leave(self, request_ids: Iterable[str]) -> None:
+        """Input thread: aborts that windows end for are on their way to the scheduler."""
+        with self._lock:
+            self.outside.update(request_ids)
+        self.wake()
+
+    def enter(self, request_ids: Iterable[str]) -> None:
+        """The scheduler has them."""
+        with self._lock:
+            self.outside.difference_update(request_ids)
+
+    def wake(self) -> None:
+        """End the windows that are scheduled, each after the step in flight."""
+        with self._lock:
+            self.counter.add()
+
+    def seen(self, count: int) -> int:
+        """What a window has seen that was scheduled when the counter was at ``count``."""
+        with self._lock:
+            return NONE if self.is_open and self.outside else count
+
+
+def announce_arrivals() -> None:
+    """Let the engine core's input thread announce requests and aborts at the scheduler's door."""
     from vllm.v1.engine.core import EngineCore
 
-    stock = EngineCore.preprocess_add_request
+    stock_init, stock = EngineCore.__init__, EngineCore.preprocess_add_request
     if getattr(stock, "announces", False):
         return
 
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        scheduler = self.scheduler
+        if not hasattr(scheduler, "door"):
+            return
+        stock_put = self.aborts_queue.put_nowait
+
+        def put_nowait(request_ids: Any) -> None:
+            stock_put(request_ids)
+            scheduler.announce_abort(request_ids)
+
+        self.aborts_queue.put_nowait = put_nowait
+
     def preprocess_add_request(self: Any, request: EngineCoreRequest) -> Any:
-        counter = getattr(self.scheduler, "arrivals", None)
-        if counter is None:
-            return stock(self, request)
-        counter.add()
-        try:
-            return stock(self, request)
-        except BaseException:
-            counter.add(-1)  # it will never be added
-            raise
+        preprocessed = stock(self, request)
+        door = getattr(self.scheduler, "door", None)
+        if door is not None:
+            door.arrives(request.request_id)
+        return preprocessed
 
     preprocess_add_request.announces = True  # type: ignore[attr-defined]
+    EngineCore.__init__ = __init__
     EngineCore.preprocess_add_request = preprocess_add_request

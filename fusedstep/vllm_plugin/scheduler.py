@@ -8,6 +8,10 @@ takes back what the window did not use.
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind
@@ -15,18 +19,34 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from fusedstep.errors import ConfigError
-from fusedstep.policy import Decision, DecodingRequest, Turn, decide
+from fusedstep.policy import MAX_STEPS, Decision, Turn, decide
 from fusedstep.vllm_plugin import compat
-from fusedstep.vllm_plugin.arrivals import arrival_counter
-from fusedstep.window import arrivals
+from fusedstep.vllm_plugin.arrivals import Door, arrival_counter
+from fusedstep.vllm_plugin.blocks import Blocks
+from fusedstep.vllm_plugin.counts import WindowCounts, counts_page
+from fusedstep.vllm_plugin.house import House
+from fusedstep.vllm_plugin.in_flight import InFlight
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.request import Request
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request, RequestStatus
     from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+# Two windows under way and one to come: for no more tokens does a request hold blocks ahead.
+MOST_AHEAD = 3 * MAX_STEPS
+
 logger = logging.getLogger("vllm.fusedstep")
+
+
+@dataclass(frozen=True)
+class Running:
+    """The running requests at the start of a turn."""
+
+    decoding: list[tuple[Request, int]]  # and the tokens that each can still take
+    prefilling: list[Request]
+    ending: list[Request]  # what is in flight brings them to their end
 
 
 class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
@@ -34,35 +54,101 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.decode_steps = compat.options(self.vllm_config).decode_steps
+        options = compat.options(self.vllm_config)
+        self.decode_steps, self.latency_ms = options.decode_steps, options.window_latency_ms
         if self.decode_steps.fixed != 1:
             refuse_foreign_worker(self.vllm_config)
         self.engine_reason = compat.engine_reason(self.vllm_config)
         self.stock_reasons: dict[str, str] = {}  # request_id -> why its batch takes stock steps
         self.last_decision = Decision(1, "nothing scheduled yet")
-        self.arrivals = arrival_counter(self.vllm_config)
-        self.arrivals.unlink()  # the workers, started before, have it mapped
-        self.num_added = 0
+        self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
+        counter = arrival_counter(self.vllm_config)
+        counter.unlink()  # the workers, started before, have it mapped
+        self.door = Door(counter)
+        # An unrolled graph runs to its end; Ray's workers may be on another machine.
+        executor = self.vllm_config.parallel_config.distributed_executor_backend
+        self.stoppable = options.loop != "unrolled" and executor != "ray"
+        self.in_flight = InFlight()
+        self.house = House(self)
+        self.has_freed = False  # a request has ended since the last turn
+        rank = self.vllm_config.parallel_config.data_parallel_index
+        self.counts = WindowCounts(counts_page(self.vllm_config, rank))
         if self.engine_reason is not None:
             logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        with self.counts.on_host():
+            if self.engine_reason is not None or self.decode_steps.fixed == 1:
+                return super().schedule(throttle_prefills)
+            return self._schedule_window(throttle_prefills)
+
+    def _schedule_window(self, throttle_prefills: bool) -> SchedulerOutput:
         """Decide K at the start of the turn, where the waiting queue is in view."""
-        if self.decode_steps.fixed == 1 or self.engine_reason is not None:
-            return super().schedule(throttle_prefills)
-        self._reserve_window()
-        scheduler_output = super().schedule(throttle_prefills)
-        # A request that comes now can be admitted in the next turn: it may end this window.
-        open_house = len(self.running) < self.max_num_active_reqs
-        scheduler_output.arrivals_seen = self.num_added if open_house else arrivals.ALL
+        count = self.door.counter.count  # before the look at what waits
+        since = time.monotonic()
+        batch = self._look()
+        self._reserve_window(batch)
+        with self._headroom() as tokens_ahead:
+            scheduler_output = super().schedule(throttle_prefills)
+        self.house.was_tried(scheduler_output, self.blocks.num_free, tokens_ahead)
+        self.door.is_open = self.house.is_open
+        self.has_freed = False
+        scheduler_output.arrivals_seen = self.door.seen(count)
+        scheduler_output.ends_at_stop = self.last_decision.ends_at_stop
+        decision = self.last_decision
+        if scheduler_output.scheduled_new_reqs:
+            decision = Decision(1, "a request was admitted")
+        on_device = not (
+            batch.prefilling or scheduler_output.scheduled_new_reqs or self._stock_reason()
+        )
+        self.in_flight.leaves(scheduler_output, decision, on_device=on_device, since=since)
         return scheduler_output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        with self.counts.on_host():
+            batch = self.in_flight.comes_back(scheduler_output, model_runner_output)
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
+            self._cut_windows_short()
+        self.counts.came_back(
+            batch.decision.reason if batch else self.engine_reason or "fixed at 1",
+            batch.num_steps if batch else 1,
+            [len(tokens) for tokens in model_runner_output.sampled_token_ids],
+        )
+        self.counts.publish(now=not self.running)
+        return outputs
+
+    def shutdown(self) -> None:
+        self.counts.publish(now=True)
+        if self.counts.page is not None:
+            self.counts.page.unlink()
+        super().shutdown()
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
-        self.num_added += 1
+        self.door.enter([request.request_id])
+        self.house.comes(request)
         reason = compat.request_reason(request.sampling_params)
         if reason is not None:
             self.stock_reasons[request.request_id] = reason
+
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]:
+        if isinstance(request_ids, str):
+            request_ids = [request_ids]
+        elif request_ids is not None:
+            request_ids = list(request_ids)
+        finished: list[Request] = super().finish_requests(request_ids, finished_status)
+        self.door.enter(request_ids or ())
+        self._cut_windows_short()
+        return finished
+
+    def announce_abort(self, request_ids: list[str] | str) -> None:
+        """Input thread: an abort is on its way. Windows end if that helps anybody."""
+        aborted = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+        running = {request.request_id for request in list(self.running)}
+        if aborted & running and (self.waiting or running <= aborted):
+            self.door.leave(aborted)
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> SpecDecodingStats | None:
         """None for windows: their placeholders are not drafts."""
@@ -72,50 +158,16 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.stock_reasons.pop(request.request_id, None)
+        self.has_freed = True
+        self.house.got_free()
         return super()._free_request(request, *args, **kwargs)
 
-    def _reserve_window(self) -> None:
-        """Place K-1 placeholders on every running request that decodes."""
-        decoding: list[tuple[Request, int]] = []
-        prefill_in_flight = streams = stop_strings = False
-        for request in self.running:
-            if request.is_prefill_chunk:
-                prefill_in_flight = True
-                continue
-            remaining = self._remaining(request)
-            if remaining <= 0:
-                # What is in flight reaches its limit: sit this turn out. If the window ends
-                # early after all, its unused reservation comes back and so does the request.
-                request.next_decode_eligible_step = self.current_step + 2
-                continue
-            decoding.append((request, remaining))
-            params = request.sampling_params
-            streams |= params.output_kind is not RequestOutputKind.FINAL_ONLY
-            stop_strings |= bool(params.stop)
-
-        decision = self.last_decision = decide(
-            self.decode_steps,
-            Turn(
-                decoding=[DecodingRequest(n, r.num_computed_tokens) for r, n in decoding],
-                prefill_in_flight=prefill_in_flight,
-                admissible=self._can_admit(),
-                stock_reason=self._stock_reason(),
-                streams=streams,
-                stop_strings=stop_strings,
-                token_budget=self.max_num_scheduled_tokens,
-                free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
-                block_size=self._min_block_size,
-            ),
-        )
-        for request, remaining in decoding:
-            request.spec_token_ids = [-1] * (min(decision.num_steps, remaining) - 1)
-
-    @property
-    def _min_block_size(self) -> int:
-        """Smallest block size over all KV-cache groups, as if one group held every block."""
-        groups = self.kv_cache_config.kv_cache_groups
-        smallest: int = min(g.kv_cache_spec.block_size for g in groups)
-        return max(smallest // len(groups), 1)
+    def _look(self) -> Running:
+        prefilling = [r for r in self.running if r.is_prefill_chunk]
+        others = [(r, self._remaining(r)) for r in self.running if not r.is_prefill_chunk]
+        decoding = [(request, remaining) for request, remaining in others if remaining > 0]
+        ending = [request for request, remaining in others if remaining <= 0]
+        return Running(decoding, prefilling, ending)
 
     def _remaining(self, request: Request) -> int:
         """Tokens the request can still take when everything in flight is delivered in full."""
@@ -124,13 +176,89 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         to_max_model_len: int = self.max_model_len - request.num_tokens
         return min(to_max_tokens, to_max_model_len) - in_flight
 
-    def _can_admit(self) -> bool:
-        """Could the first waiting request start in this turn? An estimate that may say yes."""
-        queue = self.kv_holding_waiting or self.waiting
-        if not queue or len(self.running) >= self.max_num_active_reqs:
-            return False
-        blocks = -(-queue.peek_request().num_tokens // self._min_block_size)
-        return bool(blocks <= self.kv_cache_manager.block_pool.get_num_free_blocks())
+    @contextmanager
+    def _headroom(self) -> Iterator[int]:
+        """While some request holds blocks ahead, none is admitted to those that others need.
+
+        All who run, newcomers included, can go on until nobody holds any ahead: for so many tokens,
+        which is what this gives.
+        """
+        manager = self.kv_cache_manager
+        stock, ahead = manager.watermark_blocks, 0
+        newcomers = min(self.house.num_startable, self.house.num_places)
+        if newcomers > 0:
+            ahead = self.blocks.most_tokens_ahead(self.running)
+        if ahead:
+            manager.watermark_blocks += newcomers * self.blocks.at_most(ahead)
+            manager.watermark_blocks += self.blocks.to_go_on(self.running, ahead)
+        try:
+            yield ahead
+        finally:
+            manager.watermark_blocks = stock
+
+    def _reserve_window(self, batch: Running) -> None:
+        """Place K-1 placeholders on every running request that decodes."""
+        for request in batch.ending:
+            # Sit this turn out. If the window in flight ends early after all, the unused
+            # reservation comes back and so does the request.
+            request.next_decode_eligible_step = self.current_step + 2
+        decision = self.last_decision = decide(self.decode_steps, self._turn(batch))
+        for request, remaining in batch.decoding:
+            request.spec_token_ids = [-1] * (min(decision.num_steps, remaining) - 1)
+
+    def _turn(self, batch: Running) -> Turn:
+        house, budget = self.house, self.max_num_scheduled_tokens
+        if house.turned_away and house.num_places > 0:
+            house.has_room(self.blocks.num_free + self.blocks.held_ahead(self.running))
+        if house.num_waiting > 0 and house.num_places > 0:
+            budget //= 4  # who joins all the same finds most of it for the prompt
+        params = [request.sampling_params for request, _ in batch.decoding]
+        step_ms, step_measured = self.in_flight.step_times.get(len(params))
+        return Turn(
+            remaining=[remaining for _, remaining in batch.decoding],
+            prefill_in_flight=bool(batch.prefilling),
+            may_admit=house.may_admit,
+            full_house=house.num_startable > 0,
+            joins_anytime=house.joins_anytime,
+            tokens_ahead=self.blocks.most_tokens_ahead(self.running) if house.crowded else None,
+            stoppable=self.stoppable,
+            stock_reason=self._stock_reason(),
+            streams=any(p.output_kind is not RequestOutputKind.FINAL_ONLY for p in params),
+            host_stops=any(p.stop or p.repetition_detection is not None for p in params),
+            latency_ms=self.latency_ms,
+            step_ms=step_ms,
+            step_measured=step_measured,
+            token_budget=budget,
+            free_blocks=self.blocks.num_free,
+            blocks_for=self._blocks_for(batch),
+        )
+
+    def _blocks_for(self, batch: Running) -> Callable[[int], int]:
+        """What windows of so many steps take, and what then all need until it is used.
+
+        With the next token of each, so that the turn after it throws nobody out while the window
+        is under way: its requests may have stopped, or need less than they reserved.
+        """
+        running = [request for request, _ in batch.decoding] + batch.ending
+        plenty = len(running) * self.blocks.at_most(MOST_AHEAD)
+        if 2 * plenty <= self.blocks.num_free:
+            return lambda num_steps: plenty
+        in_flight = max((r.num_output_placeholders for r in running), default=0)
+        idle = self.blocks.most_tokens_ahead(batch.ending)
+        held = self.blocks.most_tokens_ahead(running)
+
+        def blocks_for(num_steps: int) -> int:
+            return self.blocks.to_go_on(running, max(held, max(in_flight, idle) + num_steps))
+
+        return blocks_for
+
+    def _cut_windows_short(self) -> None:
+        """End the windows in flight if somebody could do better than wait for them."""
+        if not self.in_flight.has_window:
+            return
+        place_got_free = self.has_freed and self.house.num_startable > 0
+        if place_got_free or not self.running:
+            self.door.wake()
 
     def _stock_reason(self) -> str | None:
         if not self.stock_reasons:

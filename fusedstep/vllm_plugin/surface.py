@@ -38,7 +38,8 @@ _CONFIG = {
             get_vocab_size()
         """,
         "ParallelConfig": """
-            data_parallel_index, worker_cls, pipeline_parallel_size, tensor_parallel_size
+            data_parallel_index, distributed_executor_backend, worker_cls
+            pipeline_parallel_size, tensor_parallel_size
             data_parallel_size, decode_context_parallel_size, prefill_context_parallel_size
             enable_dbo, enable_eplb
         """,
@@ -56,7 +57,7 @@ _CONFIG = {
             (**params)
             (seed=_, **params)
             eos_token_id, logprob_token_ids, logprobs, max_tokens, output_kind, stop
-            stop_token_ids, structured_outputs, thinking_token_budget
+            stop_token_ids, structured_outputs, thinking_token_budget, repetition_detection
             temperature, top_p, top_k, repetition_penalty, frequency_penalty, presence_penalty
         """,
         "RequestOutputKind": "FINAL_ONLY",
@@ -67,7 +68,8 @@ _FRONTEND = {
     "vllm": {
         "LLM": """
             (**options)
-            def __init__(model, decode_steps=None, ops=None, loop=None, **vllm_kwargs)
+            def __init__(model, decode_steps=None, ops=None, loop=None,
+                         window_latency_ms=None, **vllm_kwargs)
             collective_rpc(method)
             collective_rpc(method, args=_)
             generate(prompts, sampling_params, use_tqdm=_) -> RequestOutput
@@ -130,29 +132,39 @@ _PLATFORM = {
 }
 
 _ENGINE = {
-    "vllm.v1.engine": {"EngineCoreRequest": ""},
-    "vllm.v1.engine.core": {"EngineCore": "def preprocess_add_request(request)\nscheduler"},
+    "vllm.v1.engine": {"EngineCoreRequest": "request_id"},
+    "vllm.v1.engine.core": {
+        "EngineCore": """
+            def __init__(*args, **kwargs)
+            def preprocess_add_request(request)
+            scheduler, aborts_queue
+        """,
+    },
     "vllm.v1.request": {
         "Request": """
             is_prefill_chunk, max_tokens, next_decode_eligible_step, num_computed_tokens
-            num_output_placeholders, num_output_tokens, num_tokens, request_id, spec_token_ids
+            num_output_placeholders, num_output_tokens, num_prompt_tokens, num_stale_output_tokens
+            num_tokens, request_id, spec_token_ids, status
             sampling_params: sampling_params.SamplingParams
         """,
+        "RequestStatus": "WAITING, PREEMPTED, WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR",
     },
     "vllm.v1.core.sched.async_scheduler": {
         "AsyncScheduler": """
             def __init__(*args, **kwargs)
             def schedule(throttle_prefills=False) -> SchedulerOutput
+            def update_from_output(scheduler_output, model_runner_output)
+            def shutdown()
             def add_request(request)
+            def finish_requests(request_ids, finished_status) -> Request
             def make_spec_decoding_stats(*args, **kwargs)
             def _free_request(request, *args, **kwargs)
             current_step, max_model_len, max_num_active_reqs, max_num_scheduled_tokens
-            num_spec_tokens
+            num_spec_tokens, num_waiting_for_streaming_input, policy
             vllm_config: VllmConfig
-            running: Request
+            running, deferred_waiting: Request
             waiting, kv_holding_waiting: RequestQueue
             kv_cache_manager: KVCacheManager
-            kv_cache_config: KVCacheConfig
         """,
     },
     "vllm.v1.core.sched.output": {
@@ -160,19 +172,46 @@ _ENGINE = {
             num_scheduled_tokens, total_num_scheduled_tokens, scheduled_spec_decode_tokens
             scheduled_new_reqs: NewRequestData
             scheduled_cached_reqs: CachedRequestData
+            preempted_req_ids
             +arrivals_seen, ends_at_stop
         """,
         "NewRequestData": "req_id, prompt_len\nsampling_params: sampling_params.SamplingParams",
         "CachedRequestData": "req_ids, num_computed_tokens",
         "GrammarOutput": "",
     },
-    "vllm.v1.core.sched.request_queue": {"RequestQueue": "peek_request() -> Request"},
-    "vllm.v1.core.kv_cache_manager": {"KVCacheManager": "block_pool: BlockPool"},
+    "vllm.v1.core.sched.request_queue": {
+        "RequestQueue": "peek_request() -> Request",
+        "SchedulingPolicy": "PRIORITY",
+    },
+    "vllm.v1.core.kv_cache_manager": {
+        "KVCacheManager": """
+            watermark_blocks
+            block_pool: BlockPool
+            coordinator: KVCacheCoordinator
+            empty_kv_cache_blocks: KVCacheBlocks
+        """,
+        "KVCacheBlocks": "blocks",
+    },
+    "vllm.v1.core.kv_cache_coordinator": {
+        "KVCacheCoordinator": """
+            single_type_managers: SingleTypeKVCacheManager
+            get_num_blocks_to_allocate(
+                request_id=_, num_tokens=_, new_computed_blocks=_, num_encoder_tokens=_,
+                total_computed_tokens=_, num_local_computed_tokens=_, num_tokens_main_model=_)
+        """,
+    },
+    "vllm.v1.core.single_type_kv_cache_manager": {
+        "SingleTypeKVCacheManager": "block_size, req_to_blocks",
+    },
     "vllm.v1.core.block_pool": {"BlockPool": "get_num_free_blocks()"},
-    "vllm.v1.kv_cache_interface": {
-        "KVCacheConfig": "num_blocks\nkv_cache_groups: KVCacheGroupSpec",
-        "KVCacheGroupSpec": "kv_cache_spec: KVCacheSpec",
-        "KVCacheSpec": "block_size",
+    "vllm.v1.kv_cache_interface": {"KVCacheConfig": "num_blocks"},
+    "vllm.v1.metrics.loggers": {
+        "StatLoggerBase": """
+            def __init__(vllm_config, engine_index=0)
+            def record(*args, **kwargs)
+            def log_engine_initialized()
+            def log()
+        """,
     },
     "vllm.v1.spec_decode.metrics": {"SpecDecodingStats": ""},
     "vllm.v1.outputs": {
@@ -180,7 +219,10 @@ _ENGINE = {
             def get_output()
             def get_kv_connector_output() since 0.33
         """,
-        "ModelRunnerOutput": "(req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_)",
+        "ModelRunnerOutput": """
+            (req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_)
+            sampled_token_ids
+        """,
         "LogprobsLists": """
             (logprob_token_ids, logprobs, sampled_token_ranks, cu_num_generated_tokens)
         """,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
+
+from fusedstep.window.page import shared_file
 
 # A window that carries this as the number of arrivals seen is never cut short.
 ALL = 1 << 62
@@ -20,8 +20,7 @@ class ArrivalCounter:
     """
 
     def __init__(self, name: str) -> None:
-        folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-        self.path = Path(folder, f"fusedstep-{name}")
+        self.path = shared_file(name)
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
             file.truncate(8)
             self._count = np.memmap(file, dtype=np.int64, mode="r+", shape=(1,))

@@ -15,6 +15,8 @@ import openai
 import pytest
 from serving import KV_CACHE, SMALL, Server, wait_for
 
+from fusedstep.explain import explain
+
 MODEL = "SmolLM2-135M-Instruct"
 PROMPT = "Once upon a time, in a village by the sea,"
 CHAT: Any = [{"role": "user", "content": "What is the capital of France?"}]
@@ -193,6 +195,20 @@ def test_request_that_arrives_does_not_wait_for_a_window(client: openai.OpenAI) 
     assert thread.is_alive()
     thread.join()
     assert sorted(first_tokens)[-2] < 32 * seconds["long"] / 500, (first_tokens, seconds)
+
+
+def test_windows_are_counted_where_vllm_shows_its_metrics(
+    server: Server, client: openai.OpenAI
+) -> None:
+    before = explain(server.url)
+    answer = complete(client, max_tokens=129, extra_body={"ignore_eos": True})
+    wait_for("the counts are told", lambda: explain(server.url).tokens > before.tokens, 5)
+    new = explain(server.url).since(before, 1.0)
+    assert answer.usage.completion_tokens == new.tokens == 129
+    assert new.windows >= 2 and new.steps == 128
+    assert sum(new.limits.values()) == new.windows
+    assert sum(new.single_steps.values()) == 1  # the prefill
+    assert 0 < new.host_ms_per_token < 100
 
 
 def test_ctrl_c_ends_a_busy_server(tmp_path: Path, model: str) -> None:

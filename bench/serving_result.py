@@ -1,0 +1,243 @@
+"""What ``vllm bench serve`` measured, parsed; rows per server and load, and their ratios."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from fusedstep.bench.server import Kind
+from fusedstep.errors import FusedStepError
+
+# Events of a stream that were read from the socket at once lie this close together (the tool
+# takes the time after it has parsed each); no two decode steps do, over HTTP.
+TOGETHER_MS = 0.1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure: its median over the repeats, and the extremes."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """The 50th and 99th percentile of a run, each as its spread over the repeats. Milliseconds."""
+
+    p50: Spread
+    p99: Spread
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the tool. Times are (p50, p99) in milliseconds; see ``Row``."""
+
+    ttft_ms: tuple[float, float]
+    tpot_ms: tuple[float, float]
+    itl_ms: tuple[float, float]
+    chunk_ms: tuple[float, float]
+    e2el_ms: tuple[float, float]
+    output_tokens_per_s: float
+    requests_per_s: float
+    tokens_per_chunk: float
+    output_tokens: int
+    failed: int
+
+    @classmethod
+    def parse(cls, result: dict[str, Any]) -> Run:
+        """From the tool's detailed JSON, with percentiles 50 and 99 of ttft, tpot, itl and e2el.
+
+        Chunks are derived: the tool lists the times between the events of each stream, and events
+        that were read from the socket together count as one chunk.
+
+        Raises:
+            FusedStepError: a field is missing: this vLLM writes another JSON.
+        """
+        try:
+            gaps = [
+                chunk_gaps_ms(seconds)
+                for seconds, error in zip(result["itls"], result["errors"], strict=True)
+                if not error
+            ]
+            pooled = [gap for request in gaps for gap in request]
+            times = {
+                name: (float(result[f"p50_{name}_ms"]), float(result[f"p99_{name}_ms"]))
+                for name in ("ttft", "tpot", "itl", "e2el")
+            }
+            return cls(
+                ttft_ms=times["ttft"],
+                tpot_ms=times["tpot"],
+                itl_ms=times["itl"],
+                chunk_ms=(_percentile(pooled, 50), _percentile(pooled, 99)),
+                e2el_ms=times["e2el"],
+                output_tokens_per_s=float(result["output_throughput"]),
+                requests_per_s=float(result["request_throughput"]),
+                tokens_per_chunk=result["total_output_tokens"] / max(len(pooled) + len(gaps), 1),
+                output_tokens=int(result["total_output_tokens"]),
+                failed=int(result["failed"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FusedStepError(
+                f"vllm bench serve wrote a JSON that we do not know ({error!r}): "
+                "this vLLM is not supported by bench serve"
+            ) from None
+
+
+def chunk_gaps_ms(gaps: list[float]) -> list[float]:
+    """Milliseconds between the chunks of one stream, of seconds between its events."""
+    found = []
+    since_chunk = 0.0
+    for gap in gaps:
+        since_chunk += 1e3 * gap
+        if 1e3 * gap > TOGETHER_MS:
+            found.append(since_chunk)
+            since_chunk = 0.0
+    return found
+
+
+def _percentile(values: list[float], percent: float) -> float:
+    """numpy's, as the tool's; 0 of nothing."""
+    return float(np.percentile(values or [0.0], percent))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One server under one load. ``failed`` counts requests of all repeats."""
+
+    engine: Kind
+    rate: float  # requests per second; math.inf: all at once
+    concurrency: float  # requests in flight at most; math.inf: no bound
+    ttft_ms: Quantiles  # from sending a request to its first chunk
+    tpot_ms: Quantiles  # of a request: from its first chunk to its last, per token but the first
+    itl_ms: Quantiles  # vLLM's: between two events of a stream, however many tokens they carry
+    chunk_ms: Quantiles  # the same, events that arrived together being one
+    e2el_ms: Quantiles  # from sending a request to its last chunk
+    output_tokens_per_s: Spread
+    requests_per_s: Spread
+    tokens_per_chunk: Spread
+    output_tokens: tuple[int, ...]  # per repeat
+    failed: int
+
+    @classmethod
+    def of(cls, engine: Kind, rate: float, concurrency: float, runs: list[Run]) -> Row:
+        """The repeats of one server under one load."""
+
+        def spread(name: str) -> Spread:
+            return Spread.of([getattr(run, name) for run in runs])
+
+        def quantiles(name: str) -> Quantiles:
+            p50, p99 = zip(*(getattr(run, name) for run in runs), strict=True)
+            return Quantiles(Spread.of(list(p50)), Spread.of(list(p99)))
+
+        return cls(
+            engine=engine,
+            rate=rate,
+            concurrency=concurrency,
+            ttft_ms=quantiles("ttft_ms"),
+            tpot_ms=quantiles("tpot_ms"),
+            itl_ms=quantiles("itl_ms"),
+            chunk_ms=quantiles("chunk_ms"),
+            e2el_ms=quantiles("e2el_ms"),
+            output_tokens_per_s=spread("output_tokens_per_s"),
+            requests_per_s=spread("requests_per_s"),
+            tokens_per_chunk=spread("tokens_per_chunk"),
+            output_tokens=tuple(run.output_tokens for run in runs),
+            failed=sum(run.failed for run in runs),
+        )
+
+    def figures(self) -> Iterator[tuple[str, str, Spread]]:
+        """Every figure: its name, "p50" or "p99" ("" where it is no quantile), its spread."""
+        for name, value in vars(self).items():
+            if isinstance(value, Quantiles):
+                yield name, "p50", value.p50
+                yield name, "p99", value.p99
+            elif isinstance(value, Spread):
+                yield name, "", value
+
+    def as_dict(self) -> dict[str, Any]:
+        """The medians, and under ``spread`` each one's extremes."""
+        return {
+            "engine": self.engine,
+            **_load(self),
+            **_nested((n, q, value.median) for n, q, value in self.figures()),
+            "output_tokens": self.output_tokens,
+            "failed": self.failed,
+            "spread": _nested((n, q, (value.min, value.max)) for n, q, value in self.figures()),
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    env: dict[str, Any]
+    rows: list[Row]  # per load: stock's, then ours
+    same_work: bool  # requests have a fixed length: both engines must give as many tokens
+
+    def pairs(self) -> Iterator[tuple[Row, Row]]:
+        """Stock's row and ours, per load."""
+        yield from zip(self.rows[::2], self.rows[1::2], strict=True)
+
+    def why_no_ratio(self, stock: Row, ours: Row) -> str | None:
+        """In words; None where the two rows can be compared."""
+        if stock.failed or ours.failed:
+            return f"{stock.failed} and {ours.failed} failed"
+        if self.same_work and stock.output_tokens != ours.output_tokens:
+            return "numbers of tokens differ"
+        return None
+
+    def ratios(self, stock: Row, ours: Row) -> Iterator[tuple[str, str, float | None]]:
+        """Ours / stock of every figure's median; None where they cannot be compared."""
+        comparable = self.why_no_ratio(stock, ours) is None
+        for (name, quantile, a), (_, _, b) in zip(stock.figures(), ours.figures(), strict=True):
+            found = b.median / a.median if comparable and a.median else None
+            yield name, quantile, found
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "env": self.env,
+            "rows": [row.as_dict() for row in self.rows],
+            "ratios": [
+                {
+                    **_load(stock),
+                    **_nested(self.ratios(stock, ours)),
+                    "why_none": self.why_no_ratio(stock, ours),
+                }
+                for stock, ours in self.pairs()
+            ],
+        }
+
+    @property
+    def failed(self) -> int:
+        return sum(row.failed for row in self.rows)
+
+
+def number_or_inf(value: float) -> float | str:
+    """JSON has no infinity; whole numbers are written as such."""
+    if math.isinf(value):
+        return "inf"
+    return int(value) if value == int(value) else value
+
+
+def _load(row: Row) -> dict[str, Any]:
+    return {"rate": number_or_inf(row.rate), "concurrency": number_or_inf(row.concurrency)}
+
+
+def _nested(figures: Iterator[tuple[str, str, Any]]) -> dict[str, Any]:
+    """{"ttft_ms": {"p50": ...}, "output_tokens_per_s": ...}."""
+    nested: dict[str, Any] = {}
+    for name, quantile, value in figures:
+        if quantile:
+            nested.setdefault(name, {})[quantile] = value
+        else:
+            nested[name] = value
+    return nested

@@ -1,0 +1,113 @@
+"""What a running server's windows are, out of its metrics: what limits them right now."""
+
+from __future__ import annotations
+
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fusedstep.errors import ConfigError
+
+PREFIX = "fusedstep:"
+TIMEOUT = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Counts over all engines of a server, since its start or over an interval."""
+
+    seconds: float | None = None  # the interval; None: since the start
+    windows: int = 0
+    steps: int = 0
+    unused_steps: int = 0
+    early_exits: int = 0
+    tokens: int = 0
+    host_seconds: float = 0.0
+    limits: dict[str, int] = field(default_factory=dict)  # windows, by what bound their length
+    single_steps: dict[str, int] = field(default_factory=dict)  # turns of one step, by reason
+    lengths: dict[int, int] = field(default_factory=dict)  # upper bound -> windows up to it
+
+    @property
+    def steps_per_window(self) -> float:
+        return self.steps / max(self.windows, 1)
+
+    @property
+    def host_ms_per_token(self) -> float:
+        return 1e3 * self.host_seconds / max(self.tokens, 1)
+
+    def since(self, before: Windows, seconds: float) -> Windows:
+        """What was new."""
+
+        def new(name: str) -> dict[str, int]:
+            now: dict[str, int] = getattr(self, name)
+            return {k: n - getattr(before, name).get(k, 0) for k, n in now.items()}
+
+        return Windows(
+            seconds=seconds,
+            windows=self.windows - before.windows,
+            steps=self.steps - before.steps,
+            unused_steps=self.unused_steps - before.unused_steps,
+            early_exits=self.early_exits - before.early_exits,
+            tokens=self.tokens - before.tokens,
+            host_seconds=self.host_seconds - before.host_seconds,
+            limits=new("limits"),
+            single_steps=new("single_steps"),
+            lengths={bound: n - before.lengths.get(bound, 0) for bound, n in self.lengths.items()},
+        )
+
+
+def explain(url: str, seconds: float = 0.0) -> Windows:
+    """The windows of the server at ``url``: of the next ``seconds``, or of all its time.
+
+    Raises ConfigError when there is no such server, or it is not ours.
+    """
+    before = read(url)
+    if not seconds:
+        return before
+    began = time.monotonic()
+    time.sleep(seconds)
+    return read(url).since(before, time.monotonic() - began)
+
+
+def read(url: str) -> Windows:
+    """Since the server's start."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    url = url.rstrip("/").removesuffix("/metrics").removesuffix("/v1") + "/metrics"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            text = answer.read().decode()
+    except (urllib.error.URLError, ValueError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise ConfigError(f"no metrics at {url} ({reason})") from None
+    totals: Counter[str] = Counter()
+    by_reason: dict[str, Counter[str]] = {"limits": Counter(), "single_steps": Counter()}
+    lengths: Counter[int] = Counter()
+    is_ours = False
+    for family in text_string_to_metric_families(text):
+        if not family.name.startswith(PREFIX):
+            continue
+        is_ours = True
+        name = family.name.removeprefix(PREFIX)
+        for sample in family.samples:
+            if name in by_reason and sample.name.endswith("_total"):
+                by_reason[name][sample.labels["reason"]] += int(sample.value)
+            elif name == "window_steps" and sample.name.endswith("_bucket"):
+                if sample.labels["le"] != "+Inf":
+                    lengths[int(float(sample.labels["le"]))] += int(sample.value)
+            elif sample.name.endswith("_total"):
+                totals[name] += sample.value
+    if not is_ours:
+        raise ConfigError(f"no windows in {url}: is it stock vLLM, or has nothing been asked yet?")
+    return Windows(
+        **{
+            name: int(totals[name])
+            for name in ("windows", "steps", "unused_steps", "early_exits", "tokens")
+        },
+        host_seconds=float(totals["host_seconds"]),
+        limits=dict(by_reason["limits"]),
+        single_steps=dict(by_reason["single_steps"]),
+        lengths=dict(lengths),
+    )

@@ -1,0 +1,78 @@
+"""KV-cache blocks that running requests hold ahead of their tokens, and what others need meanwhile.
+
+A window that ends early leaves its requests with blocks that they use only later. Stock vLLM has
+those free. So that nobody is thrown out for them, as long as some request holds blocks ahead there
+are free blocks enough for all running requests to go on until those are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.request import Request
+
+
+class Blocks:
+    """Blocks by vLLM's own arithmetic, over all groups of the KV cache."""
+
+    def __init__(self, manager: KVCacheManager, max_model_len: int) -> None:
+        self.manager, self.max_model_len = manager, max_model_len
+        self.groups = manager.coordinator.single_type_managers
+
+    @property
+    def num_free(self) -> int:
+        """Free blocks; cached ones that nobody uses are free too."""
+        free: int = self.manager.block_pool.get_num_free_blocks()
+        return free
+
+    def at_most(self, num_tokens: int) -> int:
+        """Blocks that a request can need for so many tokens more."""
+        return sum(-(-num_tokens // group.block_size) for group in self.groups)
+
+    def needed(self, request: Request, num_tokens: int) -> int:
+        """Blocks that the request lacks until it can hold ``num_tokens`` tokens, or ends."""
+        end = request.num_prompt_tokens + request.max_tokens
+        num_tokens = min(num_tokens, end, self.max_model_len)
+        needed: int = self.manager.coordinator.get_num_blocks_to_allocate(
+            request_id=request.request_id,
+            num_tokens=num_tokens,
+            new_computed_blocks=self.manager.empty_kv_cache_blocks.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=request.num_computed_tokens,
+            num_local_computed_tokens=request.num_computed_tokens,
+            num_tokens_main_model=num_tokens,
+        )
+        return needed
+
+    def most_tokens_ahead(self, requests: Collection[Request]) -> int:
+        """In how many tokens none of them holds a block more than stock's scheduler gives it."""
+        begun = (
+            (len(group.req_to_blocks.get(r.request_id, ())) - 1) * group.block_size - r.num_tokens
+            for r in requests
+            for group in self.groups
+        )
+        return max(0, 1 + max(begun, default=-1))
+
+    def held_ahead(self, requests: Collection[Request]) -> int:
+        """Blocks that they hold and that stock's scheduler would not have given them yet."""
+        return sum(
+            max(0, len(group.req_to_blocks.get(r.request_id, ())) - -(-r.num_tokens // size))
+            for group in self.groups
+            for size in (group.block_size,)
+            for r in requests
+        )
+
+    def to_go_on(self, running: Collection[Request], num_tokens: int) -> int:
+        """Blocks that all of them lack for ``num_tokens`` tokens more; a quick bound if it fits."""
+        bound = len(running) * self.at_most(num_tokens + 1)
+        bound += sum(
+            self.at_most(r.num_tokens - r.num_computed_tokens)
+            for r in running
+            if r.is_prefill_chunk
+        )
+        if 2 * bound <= self.num_free:
+            return bound
+        return sum(self.needed(r, r.num_tokens + num_tokens) for r in running)

@@ -1,0 +1,65 @@
+"""Batches between the scheduler and the device, and the time that their steps take."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fusedstep.policy import Decision, StepTimes
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch that was scheduled and has not come back."""
+
+    output: SchedulerOutput
+    decision: Decision
+    num_steps: int  # that were reserved
+    timed_size: int  # requests of a batch that decodes on the device, else 0
+    since: float  # seconds
+
+
+class InFlight:
+    """The batches that are under way, oldest first: one, or two with the batch queue."""
+
+    def __init__(self) -> None:
+        self.step_times = StepTimes()
+        self._batches: deque[Batch] = deque()
+        self._last_came_back = 0.0
+
+    @property
+    def has_window(self) -> bool:
+        """Is one of more than a step under way?"""
+        return any(batch.num_steps > 1 for batch in self._batches)
+
+    def leaves(
+        self, output: SchedulerOutput, decision: Decision, *, on_device: bool, since: float
+    ) -> None:
+        """``on_device``: it can be a window; else it takes one step, whose time does not count."""
+        scheduled = output.num_scheduled_tokens
+        steps = max(scheduled.values(), default=0) if on_device else 1
+        size = len(scheduled) if on_device else 0
+        self._batches.append(Batch(output, decision, steps, size, since))
+
+    def comes_back(self, output: SchedulerOutput, result: ModelRunnerOutput) -> Batch | None:
+        """Note its time from completion to completion; what was idle before does not count.
+
+        None for a batch that was never told.
+        """
+        places = [n for n, batch in enumerate(self._batches) if batch.output is output]
+        if not places:
+            return None
+        for _ in range(places[0] + 1):
+            batch = self._batches.popleft()
+        now = time.monotonic()
+        since, self._last_came_back = max(batch.since, self._last_came_back), now
+        steps = max(map(len, result.sampled_token_ids), default=0)
+        if batch.timed_size and steps:
+            self.step_times.add(batch.timed_size, steps, 1000 * (now - since))
+        return batch

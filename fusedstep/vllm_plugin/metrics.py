@@ -1,0 +1,112 @@
+"""Windows in vLLM's Prometheus endpoint and in the server's log: a vLLM stat logger.
+
+The engine core writes its counts into shared memory (``counts.py``); they are read when somebody
+asks. With several API servers vLLM's endpoint shows what prometheus_client writes itself, and not
+these; with an engine on another machine there is nothing to read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY
+from prometheus_client.core import (
+    CounterMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin.counts import counts_page
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.fusedstep")
+
+COUNTERS = {
+    "windows": "Turns of the scheduler with more than one decode step",
+    "steps": "Decode steps of windows that gave tokens",
+    "unused_steps": "Steps that were reserved for windows which ended before them",
+    "early_exits": "Windows that ended before their last reserved step",
+    "tokens": "Sampled tokens, all turns",
+    "host_seconds": "Time in the scheduler, all turns",
+}
+
+
+class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
+    """One engine's windows. Silent for an engine whose scheduler is not ours."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self.engine = str(engine_index)
+        self.is_ours = vllm_config.scheduler_config.scheduler_cls == compat.SCHEDULER_CLS
+        self.logged: dict[str, Any] = {}
+        if not self.is_ours:
+            return
+        self.page = counts_page(vllm_config, engine_index)
+        atexit.register(self.page.unlink)  # an engine that was killed cannot
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            REGISTRY.register(self)
+
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's statistics of a step say nothing of windows."""
+
+    def log_engine_initialized(self) -> None:
+        """Nothing: the runner tells what runs."""
+
+    def log(self) -> None:
+        """One line for the last interval, if there were windows in it."""
+        counts = self.page.read() if self.is_ours else None
+        if counts is None:
+            return
+        before, self.logged = self.logged, counts
+        new = {name: counts[name] - before.get(name, 0) for name in COUNTERS}
+        if not new["windows"]:
+            return
+        single = _difference(counts, before, "single_steps")
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in sorted(single.items()) if n)
+        logger.info(
+            "fusedstep: %d windows of %.1f steps, %d ended early, %.3f host ms per token"
+            "; single steps: %s",
+            new["windows"],
+            new["steps"] / new["windows"],
+            new["early_exits"],
+            1e3 * new["host_seconds"] / max(new["tokens"], 1),
+            reasons or "none",
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        """Called at every scrape."""
+        counts = self.page.read()
+        if counts is None:
+            return
+        for name, words in COUNTERS.items():
+            family = CounterMetricFamily(f"fusedstep:{name}", words, labels=["engine"])
+            family.add_metric([self.engine], counts[name])
+            yield family
+        for name, words in (
+            ("single_steps", "Turns of one decode step, by reason"),
+            ("limits", "Windows, by what bound their length"),
+        ):
+            family = CounterMetricFamily(f"fusedstep:{name}", words, labels=["engine", "reason"])
+            for reason, value in counts[name].items():
+                family.add_metric([self.engine, reason], value)
+            yield family
+        histogram = HistogramMetricFamily(
+            "fusedstep:window_steps", "Steps of a window that gave tokens", labels=["engine"]
+        )
+        buckets = [(bound, n) for bound, n in counts["lengths"].items()]
+        histogram.add_metric(
+            [self.engine], [*buckets, ("+Inf", counts["windows"])], sum_value=counts["steps"]
+        )
+        yield histogram
+
+
+def _difference(now: dict[str, Any], before: dict[str, Any], name: str) -> dict[str, int]:
+    return {key: n - before.get(name, {}).get(key, 0) for key, n in now[name].items()}

@@ -1,0 +1,158 @@
+"""A fake model runner and device: known tokens, a KV cache of hashes, batches in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from scheduler.trace import Spec, Trace, device_stop, next_hash, next_token
+from vllm.v1.outputs import ModelRunnerOutput
+
+
+@dataclass
+class Row:
+    """A request on the device."""
+
+    spec: Spec
+    tokens: list[int]
+    num_computed: int
+    prefill_len: int
+    blocks: list[list[int]]  # by KV-cache group
+    stopped: bool = False
+
+
+@dataclass
+class Batch:
+    """What the scheduler handed over, and what has come of it."""
+
+    output: Any  # SchedulerOutput
+    sampled: dict[str, list[int]] = field(default_factory=dict)
+    num_steps: int = 0
+    begun: bool = False
+    done: bool = False
+
+    def result(self) -> ModelRunnerOutput:
+        req_ids = list(self.output.num_scheduled_tokens)
+        return ModelRunnerOutput(
+            req_ids=req_ids,
+            req_id_to_index={req_id: n for n, req_id in enumerate(req_ids)},
+            sampled_token_ids=[self.sampled.get(req_id, []) for req_id in req_ids],
+        )
+
+
+class Device:
+    """Runs batches step by step. ``fused``: decode batches are windows, stops are known here."""
+
+    def __init__(self, trace: Trace, fused: bool, arrivals: Callable[[], int]) -> None:
+        self.trace, self.fused, self.arrivals = trace, fused, arrivals
+        self.specs = {str(n): spec for n, spec in enumerate(trace.specs)}
+        self.rows: dict[str, Row] = {}
+        self.values: dict[tuple[int, int], int] = {}  # (block, offset) -> what the KV cache holds
+        self.random = Random(trace.seed)
+
+    def step(self, batch: Batch) -> bool:
+        """One step; False if the batch had nothing left to do."""
+        if not batch.begun:
+            self._begin(batch)
+        if batch.done:
+            return False
+        batch.num_steps += 1
+        if self._is_window(batch):
+            batch.done = self._window_step(batch)
+        else:
+            self._stock_step(batch)
+            batch.done = True
+        return True
+
+    def _begin(self, batch: Batch) -> None:
+        batch.begun, output = True, batch.output
+        for req_id in output.finished_req_ids | (output.preempted_req_ids or set()):
+            self.rows.pop(req_id, None)
+        for new in output.scheduled_new_reqs:
+            assert new.prefill_token_ids is not None
+            tokens = list(new.prefill_token_ids)
+            blocks = [list(group) for group in new.block_ids]
+            spec = self.specs[new.req_id]
+            self.rows[new.req_id] = Row(spec, tokens, new.num_computed_tokens, len(tokens), blocks)
+        cached = output.scheduled_cached_reqs
+        for req_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            for held, more in zip(self.rows[req_id].blocks, new_blocks or ((), ()), strict=False):
+                held.extend(more)
+        scheduled = output.num_scheduled_tokens
+        if self._is_window(batch):
+            batch.done = all(self.rows[req_id].stopped for req_id in scheduled)
+        else:
+            batch.done = not scheduled
+
+    def _is_window(self, batch: Batch) -> bool:
+        """As the runner decides it: nothing but decoding requests."""
+        cached = batch.output.scheduled_cached_reqs
+        return (
+            self.fused
+            and not batch.output.scheduled_new_reqs
+            and bool(cached.req_ids)
+            and all(
+                computed >= self.rows[req_id].prefill_len
+                for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            )
+        )
+
+    def _window_step(self, batch: Batch) -> bool:
+        """A token of each live row; is the window over after it?"""
+        goes_on = stops = False
+        for req_id, budget in batch.output.num_scheduled_tokens.items():
+            row, sampled = self.rows[req_id], batch.sampled.setdefault(req_id, [])
+            if row.stopped or len(sampled) == budget:
+                continue
+            sampled.append(self._decode(row))
+            stops |= row.stopped
+            goes_on |= not row.stopped and len(sampled) < budget
+        arrived = self.arrivals() > batch.output.arrivals_seen
+        cut = self.random.random() < self.trace.cut
+        return not goes_on or arrived or cut or (stops and batch.output.ends_at_stop)
+
+    def _stock_step(self, batch: Batch) -> None:
+        placeholders = batch.output.scheduled_spec_decode_tokens
+        for req_id, scheduled in batch.output.num_scheduled_tokens.items():
+            row = self.rows[req_id]
+            num_tokens = scheduled - len(placeholders.get(req_id, ()))
+            if row.num_computed >= row.prefill_len:
+                assert num_tokens == 1
+                batch.sampled[req_id] = [] if row.stopped else [self._decode(row)]
+                continue
+            for _ in range(num_tokens - 1):
+                self._compute(row)
+            value = self._compute(row)
+            if row.num_computed == row.prefill_len:
+                batch.sampled[req_id] = [self._sample(row, value)]
+
+    def _decode(self, row: Row) -> int:
+        assert row.num_computed == len(row.tokens) - 1
+        return self._sample(row, self._compute(row))
+
+    def _compute(self, row: Row) -> int:
+        """The value of the next position, from those before it in the KV cache."""
+        position = row.num_computed
+        before = self._read(row, 0, position - 1) if position else 0
+        assert position == 0 or before == self._read(row, -1, position - 1)
+        half = self._read(row, 0, position // 2) if position > 1 else 0
+        value = next_hash(before, half, position, row.tokens[position])
+        size = self.trace.block_size
+        for blocks in row.blocks:
+            self.values[blocks[position // size], position % size] = value
+        row.num_computed += 1
+        return value
+
+    def _read(self, row: Row, group: int, position: int) -> int:
+        size = self.trace.block_size
+        return self.values[row.blocks[group][position // size], position % size]
+
+    def _sample(self, row: Row, value: int) -> int:
+        num_prompt_tokens = len(row.spec.prompt)
+        token = next_token(value, row.spec, len(row.tokens) - num_prompt_tokens)
+        row.tokens.append(token)
+        output = row.tokens[num_prompt_tokens:]
+        row.stopped = self.fused and bool(device_stop(row.spec, self.trace.max_model_len, output))
+        return token

@@ -1,0 +1,178 @@
+"""vLLM's engine loop around a real scheduler and a fake device, in device steps of time."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+from scheduler.device import Batch, Device
+from scheduler.trace import Spec, Trace
+from scheduler.world import make_request, make_scheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from fusedstep.vllm_plugin import in_flight
+from fusedstep.vllm_plugin.scheduler import FusedStepScheduler
+
+
+class Clock:
+    """Stands in for the module ``time``: the device's own time."""
+
+    def __init__(self, step_ms: float) -> None:
+        self.steps, self.step_ms = 0, step_ms
+
+    def monotonic(self) -> float:
+        return self.steps * self.step_ms / 1000
+
+
+@dataclass
+class Answer:
+    """What a client got."""
+
+    tokens: list[int] = field(default_factory=list)
+    reason: str | None = None
+    first_at: int | None = None
+    last_at: int = 0
+    longest_pause: int = 0  # steps between two deliveries
+
+
+class Engine:
+    """EngineCore's busy loop with (asynchronous) or without the batch queue."""
+
+    def __init__(self, trace: Trace, kind: type[Scheduler], decode_steps: str = "1") -> None:
+        self.trace = trace
+        self.clock = Clock(trace.step_ms)
+        self.scheduler: Any = make_scheduler(trace, kind, decode_steps)
+        self.fused = isinstance(self.scheduler, FusedStepScheduler)
+        count = (lambda: self.scheduler.door.counter.count) if self.fused else (lambda: 0)
+        self.device = Device(trace, self.fused, count)
+        self.answers = [Answer() for _ in trace.specs]
+        self.events: list[tuple[int, int, str, str]] = []
+        for n, spec in enumerate(trace.specs):
+            heapq.heappush(self.events, (spec.arrives, n, "add", str(n)))
+            if spec.aborted_after is not None:
+                abort = (spec.arrives + spec.aborted_after, n, "end", str(n))
+                heapq.heappush(self.events, abort)
+        self.input: deque[tuple[str, str]] = deque()
+        self.aborts: deque[str] = deque()
+        self.queue: deque[Batch] = deque()  # oldest first
+        self.turns = self.steps = self.preemptions = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    def run(self) -> None:
+        """To the end of all requests.
+
+        Raises:
+            AssertionError: more turns than can be.
+        """
+        longest = sum(s.max_tokens + len(s.prompt) for s in self.trace.specs)
+        with self._device_time():
+            while self.events or self.input or self.queue or self.scheduler.has_requests():
+                self._take_in()
+                if not self.queue and not self.scheduler.has_requests():
+                    if not self.events:
+                        break
+                    self.clock.steps = max(self.clock.steps, self.events[0][0])
+                    self._arrive()
+                    continue
+                self._turn()
+                self.turns += 1
+                assert self.turns < 50 + 10 * longest, "nothing gets on"
+        self.scheduler.shutdown()
+
+    @contextmanager
+    def _device_time(self) -> Iterator[None]:
+        with (
+            patch.object(in_flight, "time", self.clock),
+            patch("fusedstep.vllm_plugin.scheduler.time", self.clock),
+        ):
+            yield
+
+    def _arrive(self) -> None:
+        """The input thread: what has come by now."""
+        while self.events and self.events[0][0] <= self.clock.steps:
+            _, _, kind, req_id = heapq.heappop(self.events)
+            if kind == "add":
+                if self.fused:
+                    self.scheduler.door.arrives(req_id)
+            else:
+                self.aborts.append(req_id)
+                if self.fused:
+                    self.scheduler.announce_abort([req_id])
+            self.input.append((kind, req_id))
+
+    def _take_in(self) -> None:
+        while self.input:
+            kind, req_id = self.input.popleft()
+            if kind == "add":
+                self.scheduler.add_request(make_request(self.trace, int(req_id)))
+            else:
+                self._abort([req_id])
+
+    def _abort(self, req_ids: list[str]) -> None:
+        for req_id in req_ids:
+            answer = self.answers[int(req_id)]
+            answer.reason = answer.reason or "abort"
+        self.scheduler.finish_requests(req_ids, RequestStatus.FINISHED_ABORTED)
+
+    def _turn(self) -> None:
+        if self.scheduler.has_requests():
+            batch = Batch(self.scheduler.schedule())
+            self.queue.append(batch)
+            self.preemptions += len(batch.output.preempted_req_ids or ())
+            executed = batch.output.total_num_scheduled_tokens > 0
+            depth = 2 if self.trace.asynchronous else 1
+            if len(self.queue) < depth and (executed or self.scheduler.has_requests()):
+                return
+        batch = self.queue.popleft()
+        while not batch.done:
+            self._step(batch)
+        for _ in range(self.trace.lag):
+            if not (self.queue and self._step(self.queue[0])):
+                self.clock.steps += 1
+                self._arrive()
+        self.steps += batch.num_steps
+        if self.aborts:
+            self._abort(list(self.aborts))
+            self.aborts.clear()
+        outputs = self.scheduler.update_from_output(batch.output, batch.result())
+        for output in outputs[0].outputs if outputs else ():
+            self._deliver(output)
+
+    def _step(self, batch: Batch) -> bool:
+        if not self.device.step(batch):
+            return False
+        self.clock.steps += 1
+        self._arrive()
+        return True
+
+    def _deliver(self, output: Any) -> None:
+        answer, spec = self.answers[int(output.request_id)], self._spec(output.request_id)
+        if answer.reason is not None:
+            return
+        now = self.clock.steps
+        if answer.first_at is None:
+            answer.first_at = now
+        else:
+            answer.longest_pause = max(answer.longest_pause, now - answer.last_at)
+        answer.last_at = now
+        answer.tokens += output.new_token_ids
+        if spec.stop_string in answer.tokens:
+            del answer.tokens[answer.tokens.index(spec.stop_string) + 1 :]
+            answer.reason = "stop"
+            if output.finish_reason is None:
+                heapq.heappush(self.events, (now, int(output.request_id), "end", output.request_id))
+                self._arrive()
+        elif output.finish_reason is not None:
+            answer.reason = str(output.finish_reason)
+
+    def _spec(self, req_id: str) -> Spec:
+        return self.trace.specs[int(req_id)]

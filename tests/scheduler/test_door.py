@@ -1,0 +1,146 @@
+"""Announcements between the engine core's threads, and what the scheduler makes of odd guests."""
+
+from __future__ import annotations
+
+import queue
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scheduler.engine import Engine
+from scheduler.trace import Spec, Trace
+from scheduler.world import make_request
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import RequestStatus
+
+from fusedstep.vllm_plugin import arrivals
+from fusedstep.vllm_plugin.arrivals import NONE, Door
+from fusedstep.vllm_plugin.scheduler import FusedStepScheduler
+from fusedstep.window.arrivals import ArrivalCounter
+
+LONG = Spec((1, 2, 3), 0, 390, ignore_eos=True)
+
+
+@pytest.fixture
+def door() -> Door:
+    counter = ArrivalCounter("test-door")
+    counter.unlink()
+    return Door(counter)
+
+
+def test_who_is_on_the_way_leaves_one_step(door: Door) -> None:
+    before = door.counter.count
+    assert door.seen(before) == before
+    door.arrives("a")
+    assert door.counter.count == before + 1 and door.seen(before + 1) == NONE
+    door.leave(["b"])
+    assert door.counter.count == before + 2
+    door.enter(["a"])
+    assert door.seen(before + 1) == NONE
+    door.is_open = False
+    assert door.seen(before + 1) == before + 1
+    door.is_open = True
+    door.enter(["b", "never announced"])
+    assert door.seen(before + 1) == before + 1 and door.counter.exceeds(before)
+
+
+class Core:
+    """Stands in for EngineCore's state."""
+
+    scheduler: Any
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.aborts_queue = scheduler, queue.Queue[Any]()
+
+
+def test_the_input_thread_announces(monkeypatch: pytest.MonkeyPatch, door: Door) -> None:
+    def preprocess(self: Any, request: Any) -> Any:
+        if request.request_id == "broken":
+            raise ValueError(request.request_id)
+        return request, 0
+
+    monkeypatch.setattr(EngineCore, "__init__", Core.__init__)
+    monkeypatch.setattr(EngineCore, "preprocess_add_request", preprocess)
+    arrivals.announce_arrivals()
+    patched = EngineCore.__init__, EngineCore.preprocess_add_request
+    arrivals.announce_arrivals()
+    assert patched == (EngineCore.__init__, EngineCore.preprocess_add_request)
+
+    aborts: list[Any] = []
+    scheduler = SimpleNamespace(door=door, announce_abort=aborts.append)
+    core: Any = EngineCore(scheduler)
+    before = door.counter.count
+    request = SimpleNamespace(request_id="a")
+    assert core.preprocess_add_request(request) == (request, 0)
+    assert door.outside == {"a"} and door.counter.count == before + 1
+    with pytest.raises(ValueError, match="broken"):
+        core.preprocess_add_request(SimpleNamespace(request_id="broken"))
+    door.is_open = False
+    core.preprocess_add_request(SimpleNamespace(request_id="b"))
+    assert door.outside == {"a", "b"} and door.counter.count == before + 1
+    core.aborts_queue.put_nowait(["a"])
+    assert aborts == [["a"]] and core.aborts_queue.get_nowait() == ["a"]
+
+    stock: Any = EngineCore(SimpleNamespace())
+    assert stock.preprocess_add_request(request) == (request, 0)
+    stock.aborts_queue.put_nowait(["a"])
+    assert stock.aborts_queue.get_nowait() == ["a"]
+
+
+def running(trace: Trace) -> Engine:
+    """An engine whose first request decodes."""
+    engine = Engine(trace, FusedStepScheduler, "auto")
+    engine._arrive()
+    with engine._device_time():
+        for _ in range(4):
+            engine._take_in()
+            engine._turn()
+    return engine
+
+
+def test_a_grammar_that_is_compiled_does_not_stop_the_others() -> None:
+    engine = running(Trace((LONG, Spec((1,), 1000, 3)), max_model_len=400, step_ms=5.0))
+    scheduler = engine.scheduler
+    request = make_request(engine.trace, 1)
+    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    request.structured_output_request = SimpleNamespace(grammar=None, is_grammar_ready=False)
+    scheduler.add_request(request)
+    reasons = []
+    with engine._device_time():
+        for _ in range(4):
+            engine._turn()
+            reasons.append(scheduler.last_decision)
+    assert reasons[-1].num_steps == 10 and not reasons[-1].ends_at_stop
+    assert reasons[-1].reason == "a waiting request may get ready"
+    assert scheduler.door.is_open
+
+
+def test_stock_steps_for_what_the_device_cannot_do() -> None:
+    engine = running(Trace((LONG, Spec((1,), 1000, 3)), max_model_len=400))
+    request = make_request(engine.trace, 1)
+    request.sampling_params.logprobs = -1
+    engine.scheduler.add_request(request)
+    decisions = set()
+    with engine._device_time():
+        for _ in range(12):
+            engine._turn()
+            decisions.add(engine.scheduler.last_decision.reason)
+            if "1" not in engine.scheduler.requests:
+                break
+    assert "logprobs of all tokens" in decisions and not engine.scheduler.stock_reasons
+
+
+@pytest.mark.parametrize("ids", ["0", ["0"], iter(["0"])], ids=["str", "list", "iterator"])
+def test_aborts_in_every_form(ids: Any) -> None:
+    engine = running(Trace((LONG,), max_model_len=400))
+    scheduler = engine.scheduler
+    scheduler.announce_abort("0")
+    assert scheduler.door.outside == {"0"}
+    (gone,) = scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+    assert gone.request_id == "0" and not scheduler.door.outside and not scheduler.requests
+
+
+def test_all_are_aborted_at_once() -> None:
+    scheduler = running(Trace((LONG,), max_model_len=400)).scheduler
+    assert len(scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)) == 1
+    assert not scheduler.running

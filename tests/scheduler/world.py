@@ -1,0 +1,130 @@
+"""Schedulers and requests as the engine core makes them, of a model that has no weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from scheduler.trace import EOS, Trace
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from fusedstep.vllm_plugin import compat
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "max_position_embeddings": 4096,
+}
+STOCK: dict[bool, type[Scheduler]] = {True: AsyncScheduler, False: Scheduler}
+
+
+@cache
+def _model_config() -> ModelConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(MODEL))
+        return ModelConfig(model=folder, skip_tokenizer_init=True, dtype="float32")
+
+
+@cache
+def _base_config() -> VllmConfig:
+    init_none_hash(sha256)
+    return VllmConfig(model_config=_model_config(), device_config=DeviceConfig("cpu"))
+
+
+def _vllm_config(trace: Trace, decode_steps: str) -> VllmConfig:
+    config = _copy(_base_config())
+    config.model_config = _copy(_model_config())
+    config.model_config.max_model_len = trace.max_model_len
+    config.scheduler_config = SchedulerConfig(
+        max_num_seqs=trace.max_num_seqs,
+        max_num_batched_tokens=trace.max_num_batched_tokens,
+        max_model_len=trace.max_model_len,
+        is_encoder_decoder=False,
+        policy="priority" if trace.by_priority else "fcfs",
+        async_scheduling=trace.asynchronous,
+    )
+    config.cache_config = CacheConfig(
+        block_size=trace.block_size, enable_prefix_caching=trace.prefix_caching
+    )
+    config.cache_config.num_gpu_blocks = trace.num_blocks
+    config.parallel_config = _copy(config.parallel_config)
+    config.parallel_config.worker_cls = compat.WORKER_CLS
+    config.additional_config = {
+        "fusedstep": {"decode_steps": decode_steps, "window_latency_ms": trace.latency_ms}
+    }
+    return config
+
+
+def _copy(config: Any) -> Any:
+    copied = object.__new__(type(config))
+    copied.__dict__.update(config.__dict__)
+    return copied
+
+
+def make_scheduler(trace: Trace, kind: type[Scheduler], decode_steps: str = "1") -> Scheduler:
+    """A scheduler with a KV cache of its own, as the engine core makes it."""
+    size = trace.block_size
+    shape = {"block_size": size, "num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
+    groups = [KVCacheGroupSpec(["full"], FullAttentionSpec(**shape))]
+    if trace.sliding_window:
+        window = SlidingWindowSpec(**shape, sliding_window=2 * size + 1)
+        groups.append(KVCacheGroupSpec(["sliding"], window))
+    kv_cache_config = KVCacheConfig(trace.num_blocks, [], groups)
+    config = _vllm_config(trace, decode_steps)
+    with patch.dict(os.environ, VLLM_USE_V2_MODEL_RUNNER="1"):
+        return kind(
+            vllm_config=config,
+            kv_cache_config=kv_cache_config,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=size,
+            hash_block_size=size,
+        )
+
+
+def make_request(trace: Trace, number: int) -> Request:
+    spec = trace.specs[number]
+    params = SamplingParams(
+        max_tokens=spec.max_tokens,
+        min_tokens=spec.min_tokens,
+        ignore_eos=spec.ignore_eos,
+        stop_token_ids=list(spec.stop_token_ids),
+        output_kind=RequestOutputKind.DELTA if spec.streams else RequestOutputKind.FINAL_ONLY,
+    )
+    params.update_from_generation_config({}, None if spec.ignore_eos else EOS)
+    if spec.stop_string is not None:
+        params.stop = ["a string"]
+    hasher = get_request_block_hasher(trace.block_size, sha256) if trace.prefix_caching else None
+    return Request(
+        request_id=str(number),
+        prompt_token_ids=list(spec.prompt),
+        sampling_params=params,
+        pooling_params=None,
+        arrival_time=float(spec.arrives),
+        priority=spec.priority,
+        block_hasher=hasher,
+    )

@@ -1,0 +1,198 @@
+"""From the scheduler's counts over shared memory and Prometheus to the table of `explain`."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from prometheus_client import CollectorRegistry, generate_latest
+
+from fusedstep.cli.main import group
+from fusedstep.errors import ConfigError
+from fusedstep.explain import explain, read
+from fusedstep.vllm_plugin import compat, metrics
+from fusedstep.vllm_plugin.counts import WindowCounts
+from fusedstep.window.page import SIZE, Page
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    page = Page(f"test-{tmp_path.name}")
+    yield page
+    page.unlink()
+
+
+def counted(page: Page | None = None) -> WindowCounts:
+    counts = WindowCounts(page)
+    counts.came_back("longest window", 64, [64, 64])
+    counts.came_back("longest window", 64, [10, 0, 10])
+    counts.came_back("a request streams", 8, [8])
+    counts.came_back("structured output", 1, [1])
+    counts.came_back("a prefill is in flight", 1, [0])
+    counts.host_seconds = 0.5
+    counts.publish(now=True)
+    return counts
+
+
+def config(scheduler_cls: str = compat.SCHEDULER_CLS) -> Any:
+    return SimpleNamespace(
+        instance_id="x",
+        parallel_config=SimpleNamespace(data_parallel_index=0),
+        scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls),
+    )
+
+
+@pytest.fixture
+def stat_logger(monkeypatch: pytest.MonkeyPatch, page: Page) -> metrics.WindowStatLogger:
+    monkeypatch.setattr(metrics, "counts_page", lambda *_: page)
+    monkeypatch.setattr(metrics, "REGISTRY", CollectorRegistry())
+    return metrics.WindowStatLogger(config())
+
+
+@pytest.fixture
+def url(stat_logger: metrics.WindowStatLogger) -> Iterator[str]:
+    """A server whose metrics these are."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = generate_latest(metrics.REGISTRY) + b"# HELP vllm:x x\nvllm:x 1.0\n"
+            self.send_response(200 if self.path == "/metrics" else 404)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_page_is_read_whole(page: Page) -> None:
+    reader = Page(page.path.name.removeprefix("fusedstep-"))
+    assert reader.read() is None
+    for value in ({"a": "x" * 1000}, {"a": 1}, [1, 2.5, None]):
+        page.write(value)
+        assert reader.read() == value
+    with pytest.raises(ValueError, match="do not fit"):
+        page.write("x" * SIZE)
+    assert reader.read() == [1, 2.5, None]
+    page._header[0] += 1  # the writer dies while it writes
+    assert reader.read() is None
+
+
+def test_reader_and_writer_at_once(page: Page) -> None:
+    """Whatever is read was written as a whole."""
+    stop = threading.Event()
+
+    def write() -> None:
+        n = 0
+        while not stop.is_set():
+            n += 1
+            page.write([n] * (n % 500 + 1))
+            stop.wait(1e-4)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        seen = [page.read() for _ in range(5000)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all(len(set(numbers)) == 1 for numbers in seen if numbers is not None)
+    assert len({numbers[0] for numbers in seen if numbers is not None}) > 10
+
+
+def test_counts(page: Page) -> None:
+    counted(page)
+    assert page.read() == {
+        "windows": 3,
+        "steps": 82,
+        "unused_steps": 54,
+        "early_exits": 1,
+        "tokens": 157,
+        "host_seconds": 0.5,
+        "single_steps": {"structured output": 1},
+        "limits": {"longest window": 2, "a request streams": 1},
+        "lengths": {"1": 0, "2": 0, "4": 0, "8": 1, "16": 2, "32": 2, "64": 3},
+    }
+
+
+def test_prometheus(stat_logger: metrics.WindowStatLogger, page: Page) -> None:
+    assert generate_latest(metrics.REGISTRY) == b""  # nothing has happened
+    counted(page)
+    text = generate_latest(metrics.REGISTRY).decode()
+    for line in (
+        'fusedstep:windows_total{engine="0"} 3.0',
+        'fusedstep:single_steps_total{engine="0",reason="structured output"} 1.0',
+        'fusedstep:window_steps_bucket{engine="0",le="16"} 2.0',
+        'fusedstep:window_steps_bucket{engine="0",le="+Inf"} 3.0',
+        'fusedstep:window_steps_sum{engine="0"} 82.0',
+    ):
+        assert line in text, text
+
+
+def test_log_line_tells_what_is_new(
+    stat_logger: metrics.WindowStatLogger, page: Page, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="vllm.fusedstep")
+    metrics.logger.addHandler(caplog.handler)
+    try:
+        stat_logger.log()
+        counts = counted(page)
+        stat_logger.log()
+        stat_logger.log()
+        counts.came_back("fixed", 4, [4])
+        counts.publish(now=True)
+        stat_logger.log()
+    finally:
+        metrics.logger.removeHandler(caplog.handler)
+    lines = list(dict.fromkeys(record.getMessage() for record in caplog.records))
+    assert lines == [
+        "fusedstep: 3 windows of 27.3 steps, 1 ended early, 3.185 host ms per token"
+        "; single steps: 1 x structured output",
+        "fusedstep: 1 windows of 4.0 steps, 0 ended early, 0.000 host ms per token"
+        "; single steps: none",
+    ]
+
+
+def test_stock_scheduler_has_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "REGISTRY", None)  # must not be touched
+    metrics.WindowStatLogger(config(scheduler_cls="auto")).log()
+
+
+def test_explain(url: str, page: Page) -> None:
+    counted(page)
+    windows = explain(url)
+    assert (windows.windows, windows.steps, windows.tokens) == (3, 82, 157)
+    assert windows.limits == {"longest window": 2, "a request streams": 1}
+    assert windows.single_steps == {"structured output": 1}
+    assert windows.lengths[16] == 2
+    assert windows.host_ms_per_token == pytest.approx(500 / 157)
+    assert windows.since(read(f"{url}/v1/"), 2.0).windows == 0
+
+
+def test_command(url: str, page: Page, tmp_path: Path) -> None:
+    counted(page)
+    result = CliRunner().invoke(group, ["explain", "--url", url])
+    assert result.exit_code == 0, result.output
+    for words in ("longest window", "structured output", "50%", "3 windows of 27.3 steps"):
+        assert words in result.output
+    result = CliRunner().invoke(group, ["explain", "--url", url, "--json", "-"])
+    assert json.loads(result.stdout)["early_exits"] == 1
+
+
+def test_no_windows_to_explain(url: str) -> None:
+    with pytest.raises(ConfigError, match="is it stock vLLM"):
+        explain(url)
+    with pytest.raises(ConfigError, match=r"no metrics at http://127.0.0.1:1/metrics"):
+        explain("http://127.0.0.1:1")
