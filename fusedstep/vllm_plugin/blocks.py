@@ -48,13 +48,21 @@ class Blocks:
         return needed
 
     def most_tokens_ahead(self, requests: Collection[Request]) -> int:
-        """In how many tokens none of them holds a block more than stock's scheduler gives it."""
-        begun = (
-            (len(group.req_to_blocks.get(r.request_id, ())) - 1) * group.block_size - r.num_tokens
-            for r in requests
-            for group in self.groups
-        )
-        return max(0, 1 + max(begun, default=-1))
+        """In how many tokens none of them holds a block more than stock's scheduler gives it.
+
+        Blocks that the coming turn gives for the step after a window in flight count: the window
+        may end early.
+        """
+        begun = -1
+        for request in requests:
+            last = 0
+            if request.num_output_placeholders > 1:
+                last = request.num_computed_tokens
+            for group in self.groups:
+                held = len(group.req_to_blocks.get(request.request_id, ())) - 1
+                size = group.block_size
+                begun = max(begun, max(held, last // size) * size - request.num_tokens)
+        return 1 + begun
 
     def held_ahead(self, requests: Collection[Request]) -> int:
         """Blocks that they hold and that stock's scheduler would not have given them yet."""

@@ -8,7 +8,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from fusedstep.vllm_plugin import arguments, compat, startup, wiring
 from fusedstep.vllm_plugin.register import SWITCH
 
 CLIENT_SECONDS = 2
+# What vLLM's server returns to be awaited when no signal has ended it: its engine has died.
+ENDED_BY_ITSELF = "dummy_shutdown"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def serve(
         ConfigError: anything that keeps the server from starting, in one line.
         UnsupportedError: this vLLM version is not supported.
         KeyboardInterrupt: it was interrupted before it was up.
+        SystemExit: 1, its engine has died, which stock vLLM's exit code does not tell.
     """
     compat.check_vllm_version()
     if stock:
@@ -112,16 +114,23 @@ def _run(args: Namespace) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.api_server import entry
 
-    setup_server = entry.setup_server
+    setup_server, stock_serve_http = entry.setup_server, entry.serve_http
+    ended: list[str] = []
 
     def set_up(*args: Any, **kwargs: Any) -> Any:
         startup.end_on_signals()
         return setup_server(*args, **kwargs)
 
-    entry.setup_server = set_up
-    entry.serve_http = partial(entry.serve_http, timeout_graceful_shutdown=CLIENT_SECONDS)
+    async def serve_http(*args: Any, **kwargs: Any) -> Any:
+        last = await stock_serve_http(*args, timeout_graceful_shutdown=CLIENT_SECONDS, **kwargs)
+        ended.append(last.__name__)
+        return last
+
+    entry.setup_server, entry.serve_http = set_up, serve_http
     startup.end_quietly()
     ServeSubcommand.cmd(args)
+    if ENDED_BY_ITSELF in ended:
+        raise SystemExit("fusedstep: the engine has died; its error is above")
 
 
 def _banner(args: Namespace, stock: bool) -> Banner:

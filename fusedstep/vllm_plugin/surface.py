@@ -105,7 +105,7 @@ _FRONTEND = {
     "vllm.entrypoints.serve.utils.api_utils": {"cli_env_setup": "() until 0.33"},
     "vllm.entrypoints.launchers.api_server.entry": {
         "setup_server": "(*args, **kwargs)",
-        "serve_http": "(*args, timeout_graceful_shutdown=_)",
+        "serve_http": "(*args, timeout_graceful_shutdown=_, **kwargs)",
     },
     "vllm.entrypoints.cli.serve": {"ServeSubcommand": "cmd(args)"},
     "vllm.logger": {"configure_logging_from_args": "(args)"},
@@ -257,4 +257,5 @@ SAYS = {
     "vllm.v1.executor.multiproc_executor": ("WorkerProc failed to start",),
     "vllm.v1.engine.exceptions": ("class EngineDeadError",),
     "vllm.plugins": ("vllm.platform_plugins",),
+    "vllm.entrypoints.launchers.launcher": ("dummy_shutdown",),
 }

@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)
     total, start, seed = Comparison(), time.monotonic(), given.seed
     while total.requests < given.requests:
         random = Random(seed)
