@@ -50,14 +50,14 @@ class Blocks:
     def most_tokens_ahead(self, requests: Collection[Request]) -> int:
         """In how many tokens none of them holds a block more than stock's scheduler gives it.
 
-        Blocks that the coming turn gives for the step after a window in flight count: the window
-        may end early.
+        Blocks count that the coming turn gives for its window, or for a step after a window in
+        flight: these may end early.
         """
         begun = -1
         for request in requests:
-            last = 0
-            if request.num_output_placeholders > 1:
-                last = request.num_computed_tokens
+            last, reserved = 0, len(request.spec_token_ids)
+            if reserved or request.num_output_placeholders > 1:
+                last = request.num_computed_tokens + reserved
             for group in self.groups:
                 held = len(group.req_to_blocks.get(request.request_id, ())) - 1
                 size = group.block_size

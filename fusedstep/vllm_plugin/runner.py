@@ -158,7 +158,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return None
         if reason:
             self.stats.stock(reason)
-        return super().execute_model(one_token_each(scheduler_output), *args, **kwargs)
+        if self.vllm_config.speculative_config is None:  # else placeholders are vLLM's drafts
+            scheduler_output = one_token_each(scheduler_output)
+        return super().execute_model(scheduler_output, *args, **kwargs)
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:

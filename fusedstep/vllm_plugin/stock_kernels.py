@@ -4,7 +4,7 @@ Outside a window (prefills, batches that fall back) the runner is the stock one 
 kernels; without a GPU they would run in Triton's interpreter, 1 to 100 ms each. ``register`` puts
 numba code in their place through vLLM's own dispatcher. A stand-in takes its kernel's arguments in
 their order, but not the launch grid: the number of programs follows from the tensors' shapes.
-Context parallelism, draft logits and float64 noise are not covered: they trip an assertion.
+Context parallelism and float64 noise are not covered: they trip an assertion.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def _stand_ins() -> dict[str, StandIn]:
         "sample.logprob._ranks_kernel": ranks,
         "sample.logprob._fill_logprob_token_ids_kernel": fill_logprob_token_ids,
         "structured_outputs._apply_grammar_bitmask_kernel": apply_grammar_bitmask,
+        "spec_decode.ngram.speculator._ngram_scan_kernel": ngram_scan,
+        "spec_decode.ngram.speculator._ngram_finalize_kernel": ngram_finalize,
     }
     return {_PREFIX + name: stand_in for name, stand_in in names.items()}
 
@@ -119,6 +121,40 @@ def apply_grammar_bitmask(
         logits_idx = int(cu_num_logits[request]) + position
         if logits_idx < int(cu_num_logits[request + 1]):
             logits[logits_idx].masked_fill_(torch.from_numpy(row == 0), -torch.inf)
+
+
+def ngram_scan(*args: Any, **_constants: Any) -> None:
+    """``_ngram_scan_kernel``: of the longest suffix that came before, its last place before.
+
+    It is the score ``n * (max_model_len + 1) + position + 1``, here in the first column.
+    """
+    token_ids, _, idx_mapping, total_lens, num_sampled, scores, _, max_model_len = _arrays(
+        *args[:8]
+    )
+    min_n, max_n = args[8:10]
+    scores[: len(idx_mapping)] = 0
+    for i, req in enumerate(idx_mapping):
+        tokens = token_ids[req, : total_lens[req]]
+        if num_sampled[i] <= 0:
+            continue
+        for n in range(min(max_n, len(tokens) - 1), min_n - 1, -1):
+            before = np.lib.stride_tricks.sliding_window_view(tokens[:-1], n)
+            places = np.flatnonzero((before == tokens[-n:]).all(axis=1))
+            if len(places):
+                scores[i, 0] = n * (max_model_len + 1) + places[-1] + 1
+                break
+
+
+def ngram_finalize(*args: Any, **_constants: Any) -> None:
+    """``_ngram_finalize_kernel``: the tokens that came after that place; the last one elsewhere."""
+    token_ids, _, idx_mapping, total_lens, num_sampled, last_sampled = _arrays(*args[:6])
+    scores, _, drafts, max_model_len, _, num_drafts = _arrays(*args[6:12])
+    for i, req in enumerate(idx_mapping):
+        drafts[i] = last_sampled[req]
+        if num_sampled[i] > 0 and scores[i].max() > 0:
+            n, place = divmod(int(scores[i].max()) - 1, max_model_len + 1)
+            after = token_ids[req, place + n : total_lens[req]][:num_drafts]
+            drafts[i, : len(after)] = after
 
 
 def apply_write(
@@ -177,13 +213,18 @@ def gumbel_sample(
     USE_FP64: bool,
     **_constants: Any,
 ) -> None:
-    """``_gumbel_sample_kernel``, float32 noise, no cache of draft logits.
+    """``_gumbel_sample_kernel``, float32 noise.
 
     Of a row's block maxima only the winner's is filled in, the others are -inf: the caller takes
     their argmax and nothing else.
     """
     local_argmax, local_max, logits_cache, logits = args[0], args[2], args[4], args[10]
-    assert logits_cache is None and not USE_FP64, "speculative sampling and fp64 noise need a GPU"
+    assert not USE_FP64, "fp64 noise needs a GPU"
+    if logits_cache is not None:  # a draft model's: what its tokens are held against
+        columns, source, requests = args[7], args[8], args[12].long()
+        known = requests >= 0
+        columns = columns.expand(len(requests)).long()
+        logits_cache[requests[known], columns[known], : source.shape[1]] = source[known]
     idx_mapping, seeds, positions, temperatures, vocab_size = _arrays(*args[12:17])
     flat, row_stride = flat_logits(logits), logits.stride(0)
     row, bounds = np.empty(vocab_size, np.float32), np.empty(native_sample.BLOCK, np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from fusedstep.bench.engine import Engine, Kind
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.register import attention_backend
 
 # The interpreter takes milliseconds for what a GPU does in microseconds: a small model.
 SMALL = {"num_hidden_layers": 2, "vocab_size": 1024}
@@ -83,3 +85,31 @@ def test_the_name_is_known_in_every_process() -> None:
         "attention type encoder_decoder not supported",
         "DCP not supported",
     ]
+
+
+def test_a_cpu_takes_vllms_cpu_attention_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless the kernels are to be interpreted."""
+    import torch
+    import vllm.config
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from fusedstep.vllm_plugin.platform import FusedStepCpuPlatform, logger
+
+    config = SimpleNamespace(
+        device_config=SimpleNamespace(device_type="cpu"),
+        additional_config={"fusedstep": {"ops": "native"}},
+    )
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(logger, "propagate", True)
+    selector = AttentionSelectorConfig(64, torch.float32, "auto", 16)
+    asked = attention_backend("FUSEDSTEP")
+    for backend, words in ((asked, "CPU_ATTN on this CPU"), (None, "")):
+        caplog.clear()
+        with caplog.at_level("WARNING", logger.name):
+            path = FusedStepCpuPlatform.get_attn_backend_cls(backend, selector)
+        assert path.endswith("CPUAttentionBackend")
+        assert words in caplog.text and bool(words) == bool(caplog.text)
+    config.additional_config["fusedstep"]["ops"] = "triton"
+    assert FusedStepCpuPlatform.get_attn_backend_cls(asked, selector) == asked.get_path()

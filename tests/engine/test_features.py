@@ -1,0 +1,362 @@
+"""Every feature of vLLM under fusedstep: the answers of stock vLLM, in windows or with a reason.
+
+The model is tiny and random, but with a real tokenizer. Two processes, stock vLLM as it comes and
+fusedstep, run one engine after the other, each with the options of a test.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import features_child
+import pytest
+from engine_child import EngineChild
+from features_child import Ask, FeatureChild
+
+CONFIG: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,  # of 32: vLLM's CPU attention knows no less
+    "num_key_value_heads": 1,
+    "vocab_size": 49152,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # so wide that a wrong key shows
+    "tie_word_embeddings": False,  # tied, a random model repeats itself
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+OPTIONS: dict[str, Any] = {
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 128,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 1 << 24,
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+TWO_PLACES: dict[str, Any] = {
+    "max_num_seqs": 2,
+    "scheduling_policy": "priority",
+    "kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"},
+}
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time in a village",
+    "def add(a, b):",
+    "1, 2, 3, 1, 2, 3, 1, 2,",
+    "A list of animals:",
+)
+LONG = {"max_tokens": 40, "ignore_eos": True}
+PLAIN = [Ask(prompt, LONG, at=n) for n, prompt in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, model: str) -> str:
+    """Random weights, and the tokenizer of the bundled model."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG)).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(model, file), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def stock() -> Iterator[EngineChild]:
+    child = FeatureChild("off")
+    yield child
+    child.close()
+
+
+@pytest.fixture(scope="module")
+def fused() -> Iterator[EngineChild]:
+    """Triton is interpreted from the start: speculative decoding needs more than our kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        child = FeatureChild("on")
+        child.call(features_child.ready)
+    yield child
+    child.close()
+
+
+@pytest.fixture
+def compare(stock: EngineChild, fused: EngineChild, tiny: str) -> Any:
+    """Ask both; answers must be the same. Returns fusedstep's result, with stock's in it."""
+
+    def compare(asks: list[Ask], *, reset_at: int | None = None, **options: Any) -> Any:
+        args = tiny, OPTIONS | options, asks, reset_at
+        want = stock.call(features_child.ask, *args)
+        have = fused.call(features_child.ask, *args)
+        assert len(have["answers"]) == len(want["answers"]) == len(asks)
+        for one, ours, theirs in zip(asks, have["answers"], want["answers"], strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                for key in ("token_ids", "text", "finish_reason", "stop_reason"):
+                    assert a[key] == b[key], (one, key)
+        assert have["stored"] == want["stored"]
+        have["stock"] = want
+        return have
+
+    return compare
+
+
+@pytest.fixture
+def both(stock: EngineChild, fused: EngineChild, tiny: str) -> Any:
+    """Calls a function of ``features_child`` in both; (fusedstep's, stock's)."""
+
+    def both(function: Any, options: dict[str, Any], *args: Any) -> tuple[Any, Any]:
+        want = stock.call(function, tiny, OPTIONS | options, *args)
+        return fused.call(function, tiny, OPTIONS | options, *args), want
+
+    return both
+
+
+def assert_windows(counts: dict[str, Any], *reasons: str) -> None:
+    """Most steps were in windows; stock steps were prefills, or had these reasons."""
+    assert counts["steps"] > 2 * counts["windows"] > 0, counts
+    assert set(counts["stock_steps"]) == {"prefill", *reasons}, counts
+
+
+def assert_stock(counts: dict[str, Any], reason: str) -> None:
+    """No windows, for this reason."""
+    assert counts["windows"] == 0, counts
+    assert set(counts["stock_steps"]) == {reason}, counts
+
+
+STRUCTURED: dict[str, Any] = {
+    "json": {
+        "json": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-z]{3,6}$"},
+                "old": {"type": "boolean"},
+            },
+            "required": ["name", "old"],
+            "additionalProperties": False,
+        }
+    },
+    "regex": {"regex": r"\d{3}-[a-c]{5}"},
+    "choice": {"choice": ["Rome is old", "Oslo is cold"]},
+    "grammar": {"grammar": 'root ::= "yes " root | "no"'},
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_structured_output(compare: Any, kind: str) -> None:
+    """The text obeys; while it is made, its neighbours take stock steps, then windows again."""
+    special = {"max_tokens": 40, "structured_outputs": STRUCTURED[kind]}
+    result = compare([*PLAIN[:2], Ask("An answer:", special, at=1)])
+    text = result["answers"][2][0]["text"]
+    if kind == "json":
+        assert set(json.loads(text)) == {"name", "old"}
+    elif kind == "regex":
+        assert re.fullmatch(STRUCTURED[kind]["regex"], text)
+    elif kind == "choice":
+        assert text in STRUCTURED[kind]["choice"]
+    else:
+        assert re.fullmatch(r"(yes )*(no)?", text)
+    assert_windows(result["counts"], "structured output")
+
+
+def test_tool_call(both: Any) -> None:
+    """A named tool, as vLLM's API server asks for it: the tool in the prompt, its JSON schema as
+    structured output. (Its parsers, which read the text, are not ours.)"""
+    parameters: dict[str, Any] = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"enum": [1, 2, 3]}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    messages = [{"role": "user", "content": "What is the weather in Rome?"}]
+    fields = {"max_tokens": 60, "structured_outputs": {"json": parameters}}
+    have, want = both(features_child.chat, {}, messages, tools, fields)
+    assert have["text"] == want["text"]
+    assert set(json.loads(have["text"])) == {"city", "days"}
+    assert have["counts"]["stock_steps"]["structured output"] > 0
+
+
+@pytest.mark.parametrize("together", (False, True), ids=("one by one", "queued"))
+def test_streamed_input(both: Any, together: bool) -> None:
+    """A resumable request: pieces of input, each with its answer, beside a plain request."""
+    pieces = [[5, 9, 200, 7], [77, 12, 40, 41, 42], list(range(300, 340))]
+    have, want = both(features_child.stream, {}, pieces, 21, together)
+    assert len(have["tokens"]) == 3 * 21
+    assert have["tokens"] == want["tokens"]
+    assert have["plain"] == want["plain"]
+    assert_windows(have["counts"])
+
+
+def test_running_requests_lose_their_cache(compare: Any) -> None:
+    """reset_prefix_cache(reset_running_requests=True) with windows in flight."""
+    result = compare(PLAIN[:3], reset_at=4)
+    assert_windows(result["counts"])
+
+
+def test_beam_search(both: Any) -> None:
+    """vLLM asks for one token per beam and step: nothing to put in a window."""
+    have, want = both(features_child.beam_search, {}, PROMPTS[:2], 3, 8)
+    for ours, theirs in zip(have["beams"], want["beams"], strict=True):
+        assert [tokens for tokens, _ in ours] == [tokens for tokens, _ in theirs]
+        assert [s for _, s in ours] == pytest.approx([s for _, s in theirs], abs=1e-3)
+    assert_stock(have["counts"], "prefill")
+
+
+def test_paused_and_resumed_in_processes_of_its_own(
+    stock: EngineChild, fused: EngineChild, tiny: str
+) -> None:
+    """AsyncLLM with two data-parallel engines, each with a worker under the mp executor.
+
+    Every token is the one that a stock engine gives without pauses or company.
+    """
+    length = 150
+    asks = [Ask(prompt, LONG | {"max_tokens": length}) for prompt in PROMPTS[:3]]
+    want = stock.call(features_child.ask, tiny, OPTIONS, asks)["answers"]
+    expected = [answer[0]["token_ids"] for answer in want]
+    options = {"data_parallel_size": 2, "distributed_executor_backend": "mp"}
+    have = fused.call(features_child.serve, tiny, OPTIONS | options, list(PROMPTS), length)
+    for mode in ("keep", "wait", "abort"):
+        seen = have[mode]
+        assert seen["was_paused"] and not seen["is_paused"]
+        assert seen["during"] == seen["still"], mode
+        assert seen["during"][2] == 0, mode
+        assert seen["tokens"][2] == expected[2], mode
+        if mode == "abort":
+            assert seen["reasons"] == ["abort", "abort", "length"]
+            assert all(0 < n < length for n in seen["still"][:2])
+            for tokens, full in zip(seen["tokens"][:2], expected, strict=False):
+                assert tokens == full[: len(tokens)]
+        else:
+            assert seen["reasons"] == ["length"] * 3
+            assert seen["tokens"] == expected, mode
+            assert (seen["still"][:2] == [length, length]) == (mode == "wait"), seen["still"]
+    assert have["ranks"] == expected * 2
+    assert_windows(have["counts"])
+
+
+@pytest.mark.parametrize("method", ("ngram", "draft_model"))
+def test_speculative_decoding(
+    stock: EngineChild, fused: EngineChild, tiny: str, method: str
+) -> None:
+    """The tokens of stock without speculation, in fewer steps. The draft model is the model itself;
+    of two tokens to choose from, n-grams come again."""
+    config: dict[str, Any] = {"method": method, "num_speculative_tokens": 3}
+    if method == "ngram":
+        config |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+        fields: dict[str, Any] = {"allowed_token_ids": [32, 33]}
+    else:
+        config |= {"model": tiny}
+        fields = {}
+    fields |= {"max_tokens": 24, "ignore_eos": True}
+    sampled = fields | {"temperature": 0.8, "top_k": 1, "seed": 7}  # no greedy row, no chance
+    prompts = PROMPTS[2:4]
+    want = stock.call(features_child.ask, tiny, OPTIONS, [Ask(p, fields) for p in prompts])
+    asks = [Ask(prompts[0], fields), Ask(prompts[1], sampled)]
+    have = fused.call(features_child.ask, tiny, OPTIONS | {"speculative_config": config}, asks)
+    tokens, expected = ([a[0]["token_ids"] for a in r["answers"]] for r in (have, want))
+    assert tokens == expected
+    assert_stock(have["counts"], "speculative decoding")
+    assert have["counts"]["stock_steps"]["speculative decoding"] < 20, "no draft was accepted"
+
+
+def test_priority(compare: Any) -> None:
+    """Two places: who is admitted first is up to the priority, as in stock vLLM."""
+    asks = [
+        Ask(prompt, LONG | {"max_tokens": length}, priority=priority)
+        for prompt, length, priority in zip(
+            PROMPTS, (45, 60, 30, 20, 40), (3, 3, 2, 0, 1), strict=True
+        )
+    ]
+    result = compare(asks, **TWO_PLACES)
+    assert result["ended"] == result["stock"]["ended"] == [3, 4, 2, 0, 1]
+    assert_windows(result["counts"])
+
+
+def test_kv_events(compare: Any) -> None:
+    """The same blocks are announced as stored; reserved and unused places are not."""
+    result = compare(PLAIN, **TWO_PLACES)
+    assert len(result["stored"]) >= len(PLAIN)
+    assert_windows(result["counts"])
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two LoRA adapters of random weights, as wide as the model."""
+    import torch
+    from safetensors.torch import save_file
+
+    folders = []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        folder = tmp_path_factory.mktemp(f"lora-{number}") / f"adapter-{number}"
+        folder.mkdir()
+        tensors = {}
+        for layer in range(2):
+            for name, width in (("q_proj", 64), ("v_proj", 32)):
+                place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+                tensors[f"{place}.lora_A.weight"] = torch.randn(8, 64)
+                tensors[f"{place}.lora_B.weight"] = torch.randn(width, 8)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "r": 8,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj", "v_proj"],
+            "bias": "none",
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        folders.append(str(folder))
+    return folders
+
+
+def test_lora(compare: Any, adapters: list[str]) -> None:
+    """Two adapters in a batch, then none (vLLM's CPU kernels give a request without an adapter
+    another's, where both are in a batch)."""
+    asks = [Ask(PROMPTS[0], LONG, lora=folder) for folder in adapters]
+    asks.append(Ask(PROMPTS[0], LONG, at=100))
+    result = compare(asks, enable_lora=True, max_loras=2, max_lora_rank=8)
+    tokens = [answer[0]["token_ids"] for answer in result["answers"]]
+    assert tokens[0] != tokens[1] != tokens[2] != tokens[0]
+    assert_stock(result["counts"], "LoRA")
+
+
+def test_custom_logits_processor(stock: EngineChild, fused: EngineChild, tiny: str) -> None:
+    """vLLM's two runners have an interface each; fusedstep's is Model Runner V2's."""
+    odd = LONG | {"extra_args": {"odd": True}}
+    asks = [Ask(PROMPTS[0], LONG), Ask(PROMPTS[0], odd), Ask(PROMPTS[1], odd)]
+    have, want = (
+        child.call(
+            features_child.ask,
+            tiny,
+            OPTIONS | {"logits_processors": [f"logits_processors:{name}"]},
+            asks,
+        )
+        for child, name in ((fused, "OddV2"), (stock, "OddV1"))
+    )
+    tokens, expected = ([a[0]["token_ids"] for a in r["answers"]] for r in (have, want))
+    assert tokens == expected
+    assert all(token % 2 for answer in tokens[1:] for token in answer)
+    assert any(token % 2 == 0 for token in tokens[0])
+    assert_stock(have["counts"], "custom logits processors")
+
+
+def test_pooling(both: Any) -> None:
+    options = {"runner": "pooling", "convert": "embed"}
+    have, want = both(features_child.embed, options, list(PROMPTS))
+    for ours, theirs in zip(have["vectors"], want["vectors"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert len({tuple(vector) for vector in have["vectors"]}) == len(PROMPTS)
+    assert_stock(have["counts"], "pooling model")
+
+
+def test_sleep_mode_is_refused_as_stock_refuses_it(both: Any) -> None:
+    have, want = both(features_child.refusal, {"enable_sleep_mode": True})
+    assert have == want != ""

@@ -1,0 +1,361 @@
+"""Inside the child process of ``engine_child``: many engines, one after the other.
+
+vLLM's import takes longer than a tiny model's engine. Both children, stock and fusedstep, run the
+same functions, so that a test compares two answers to one call.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+from unittest.mock import patch
+
+import engine_child
+from engine_child import EngineChild, completion, scheduler
+
+OPEN: tuple[str, dict[str, Any], Any] = ("", {}, None)  # model, options, LLM
+
+
+class FeatureChild(EngineChild):
+    """A child that has no engine yet. ``switch`` is FUSEDSTEP's value."""
+
+    def __init__(self, switch: str) -> None:
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), start, (switch,))
+
+
+def start(switch: str) -> None:
+    os.environ |= {
+        "FUSEDSTEP": switch,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def ready() -> None:
+    """Answers when the child has started."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request; ``at`` is the engine step before which it comes."""
+
+    prompt: Any
+    fields: dict[str, Any]
+    at: int = 0
+    priority: int = 0
+    lora: str | None = None
+
+
+def use(model: str, options: dict[str, Any]) -> Any:
+    """The LLM with these options; the one before, if another, is shut down."""
+    global OPEN
+    given = options
+    if OPEN[:2] == (model, options):
+        return OPEN[2]
+    OPEN = ("", {}, None)
+    if engine_child.ENGINE is not None:
+        engine_child.ENGINE.engine_core.shutdown()
+        engine_child.ENGINE = None
+    gc.collect()
+    if os.environ["FUSEDSTEP"] == "on":
+        from fusedstep import LLM
+    else:
+        from vllm import LLM
+    if "kv_events_config" in options:
+        from vllm.config import KVEventsConfig
+
+        options = options | {"kv_events_config": KVEventsConfig(**options["kv_events_config"])}
+    llm = LLM(model, enforce_eager=True, dtype="float32", **options)
+    engine_child.ENGINE = llm.llm_engine
+    OPEN = model, given, llm
+    return llm
+
+
+def ask(
+    model: str, options: dict[str, Any], asks: list[Ask], reset_at: int | None = None
+) -> dict[str, Any]:
+    """All requests to their end: completions, the order in which they ended, counts.
+
+    Before step ``reset_at`` all running requests lose their KV cache.
+    """
+    use(model, options)
+    engine_child.reset_prefix_cache()
+    before = counts()
+    events = watch_kv_events()
+    engine = engine_child.ENGINE
+    waiting = dict(enumerate(asks))
+    answers: dict[int, Any] = {}
+    ended: list[int] = []
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        if step == reset_at:
+            engine.reset_prefix_cache(reset_running_requests=True)
+        for number in [n for n, one in waiting.items() if one.at <= step]:
+            one = waiting.pop(number)
+            engine.add_request(
+                str(number),
+                one.prompt,
+                sampling_params(one.fields),
+                priority=one.priority,
+                lora_request=lora_request(one.lora),
+            )
+        for output in engine.step():
+            number = int(output.request_id)
+            answers[number] = [completion(c) for c in output.outputs]
+            if output.finished:
+                ended.append(number)
+        step += 1
+        assert step < 2000, (sorted(waiting), ended)
+    return {
+        "answers": [answers[n] for n in range(len(asks))],
+        "ended": ended,
+        "stored": stored_blocks(events),
+        "counts": since(before),
+    }
+
+
+def stream(
+    model: str, options: dict[str, Any], pieces: list[list[int]], max_tokens: int, together: bool
+) -> dict[str, Any]:
+    """One request whose input comes in pieces, beside a plain one.
+
+    A piece comes when the answer to the piece before has ended; with ``together`` all come while
+    the first is answered. Returns the tokens of each piece's answer.
+    """
+    from vllm.sampling_params import RequestOutputKind
+
+    use(model, options)
+    engine_child.reset_prefix_cache()
+    before = counts()
+    engine = engine_child.ENGINE
+    fields = {
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "output_kind": RequestOutputKind.DELTA,
+    }
+
+    def request(token_ids: list[int], resumable: bool) -> Any:
+        made = engine.input_processor.process_inputs(
+            internal,
+            {"prompt_token_ids": token_ids},
+            sampling_params(fields),
+            engine.get_supported_tasks(),
+            resumable=resumable,
+        )
+        made.external_req_id = "streamed"
+        return made
+
+    def send(token_ids: list[int] | None) -> None:
+        made = request(token_ids or [0], token_ids is not None)
+        engine.output_processor.add_request(made, None, None, 0)
+        engine.engine_core.add_request(deepcopy(made))  # as if sent to another process
+
+    internal = "streamed-0"
+    engine.add_request("plain", "Once upon a time", sampling_params(fields | {"max_tokens": 150}))
+    left: list[list[int] | None] = [*pieces, None]
+    send(left.pop(0))
+    tokens: list[int] = []
+    plain: list[int] = []
+    for _ in range(2000):
+        if not engine.has_unfinished_requests():
+            break
+        for output in engine.step():
+            taken = output.outputs[0].token_ids
+            (tokens if output.request_id == "streamed" else plain).extend(taken)
+        while left and (
+            (together and tokens) or len(tokens) == (len(pieces) - len(left) + 1) * max_tokens
+        ):
+            send(left.pop(0))
+    assert not left and not engine.has_unfinished_requests(), (len(tokens), len(plain), left)
+    return {"tokens": tokens, "plain": plain, "counts": since(before)}
+
+
+def beam_search(
+    model: str, options: dict[str, Any], prompts: list[str], width: int, max_tokens: int
+) -> dict[str, Any]:
+    """Per prompt the tokens and the score of every beam."""
+    from vllm.sampling_params import BeamSearchParams
+
+    llm = use(model, options)
+    before = counts()
+    params = BeamSearchParams(beam_width=width, max_tokens=max_tokens, ignore_eos=True)
+    outputs = llm.beam_search([{"prompt": prompt} for prompt in prompts], params)
+    return {
+        "beams": [[(beam.tokens, beam.cum_logprob) for beam in o.sequences] for o in outputs],
+        "counts": since(before),
+    }
+
+
+def chat(
+    model: str, options: dict[str, Any], messages: Any, tools: Any, fields: dict[str, Any]
+) -> dict[str, Any]:
+    """The text that answers a conversation."""
+    llm = use(model, options)
+    before = counts()
+    [output] = llm.chat(messages, sampling_params(fields), tools=tools, use_tqdm=False)
+    return {"text": output.outputs[0].text, "counts": since(before)}
+
+
+def embed(model: str, options: dict[str, Any], prompts: list[str]) -> dict[str, Any]:
+    llm = use(model, options)
+    before = counts()
+    outputs = llm.embed(prompts, use_tqdm=False)
+    return {"vectors": [o.outputs.embedding for o in outputs], "counts": since(before)}
+
+
+def refusal(model: str, options: dict[str, Any]) -> str:
+    """What vLLM says to options that it does not take; "" if it takes them."""
+    try:
+        use(model, options)
+    except Exception as error:
+        engine_child.ENGINE = None
+        return str(error)
+    return ""
+
+
+def sampling_params(fields: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    fields = {"output_kind": RequestOutputKind.FINAL_ONLY, "temperature": 0.0} | fields
+    if "structured_outputs" in fields:
+        fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
+    return SamplingParams(**fields)
+
+
+def lora_request(folder: str | None) -> Any:
+    """The adapter in this folder; its number is the last digit of the name."""
+    if folder is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(folder, int(folder[-1]), folder)
+
+
+def watch_kv_events() -> list[Any]:
+    """What this engine publishes from now on, if it does."""
+    events: list[Any] = []
+    if scheduler().kv_events_config is not None:
+        scheduler().kv_event_publisher.publish = lambda batch: events.extend(batch.events)
+    return events
+
+
+def stored_blocks(events: list[Any]) -> list[tuple[int, ...]]:
+    """The tokens of all blocks stored, one entry each."""
+    blocks = []
+    for event in events:
+        if type(event).__name__ == "BlockStored":
+            size, token_ids = event.block_size, event.token_ids
+            blocks += [tuple(token_ids[i : i + size]) for i in range(0, len(token_ids), size)]
+    return sorted(blocks)
+
+
+def counts() -> dict[str, Any]:
+    """The windows of fusedstep; nothing in stock's process."""
+    if os.environ["FUSEDSTEP"] != "on":
+        return {}
+    return engine_child.window_stats()
+
+
+def since(before: dict[str, Any]) -> dict[str, Any]:
+    after = counts()
+    if not after:
+        return {}
+    stock = {
+        reason: number - before["stock_steps"].get(reason, 0)
+        for reason, number in after["stock_steps"].items()
+    }
+    return {
+        "windows": after["windows"] - before["windows"],
+        "steps": after["steps"] - before["steps"],
+        "stock_steps": {reason: number for reason, number in stock.items() if number},
+    }
+
+
+def serve(model: str, options: dict[str, Any], prompts: list[str], length: int) -> dict[str, Any]:
+    """An AsyncLLM, its engine and workers in processes of their own, that is paused and resumed."""
+    import asyncio
+
+    from vllm import AsyncEngineArgs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    if engine_child.ENGINE is not None:
+        engine_child.ENGINE.engine_core.shutdown()
+        engine_child.ENGINE = None
+    options = {"model": model, "enforce_eager": True, "dtype": "float32", **options}
+    if os.environ["FUSEDSTEP"] == "on":
+        from fusedstep.options import Options
+        from fusedstep.vllm_plugin import wiring
+
+        options = wiring.engine_options(Options.parse({}), options)
+    fields = {
+        "max_tokens": length,
+        "ignore_eos": True,
+        "output_kind": RequestOutputKind.DELTA,
+    }
+    seen: dict[str, Any] = {}
+
+    async def talk() -> None:
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options))
+        try:
+            for mode in ("keep", "wait", "abort"):
+                seen[mode] = await paused(engine, mode)
+            ranks = range(options.get("data_parallel_size", 1))
+            seen["ranks"] = await asyncio.gather(
+                *(whole(engine, f"rank-{r}-{n}", prompts[n], r) for r in ranks for n in (0, 1, 2))
+            )
+            seen["counts"] = (await engine.collective_rpc("window_stats"))[0]
+        finally:
+            engine.shutdown()
+
+    async def whole(engine: Any, name: str, prompt: str, rank: int | None = None) -> list[int]:
+        tokens: list[int] = []
+        await take(engine, name, prompt, tokens, rank)
+        return tokens
+
+    async def take(
+        engine: Any, name: str, prompt: str, tokens: list[int], rank: int | None = None
+    ) -> str | None:
+        reason = None
+        params = sampling_params(fields)
+        async for output in engine.generate(prompt, params, name, data_parallel_rank=rank):
+            tokens.extend(output.outputs[0].token_ids)
+            reason = output.outputs[0].finish_reason
+        return reason
+
+    async def paused(engine: Any, mode: str) -> dict[str, Any]:
+        """Pause when some tokens of two requests are there; a third comes during the pause."""
+        tokens: list[list[int]] = [[], [], []]
+        tasks = [
+            asyncio.create_task(take(engine, f"{mode}-{n}", prompts[n], tokens[n])) for n in (0, 1)
+        ]
+        while min(len(tokens[0]), len(tokens[1])) < 5:
+            await asyncio.sleep(0.002)
+        await engine.pause_generation(mode=mode, clear_cache=mode != "keep")
+        was_paused = await engine.is_paused()
+        late = asyncio.create_task(take(engine, f"{mode}-2", prompts[2], tokens[2]))
+        await asyncio.sleep(0.2)
+        during = [len(taken) for taken in tokens]
+        await asyncio.sleep(0.3)
+        still = [len(taken) for taken in tokens]
+        await engine.resume_generation()
+        reasons = await asyncio.gather(*tasks, late)
+        return {
+            "was_paused": was_paused,
+            "is_paused": await engine.is_paused(),
+            "during": during,
+            "still": still,
+            "tokens": tokens,
+            "reasons": reasons,
+        }
+
+    with patch.dict(os.environ, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}):
+        asyncio.run(talk())
+    return seen
