@@ -83,7 +83,7 @@ def window_options(command: Command) -> Command:
     @click.option(
         "--window-latency-ms",
         metavar="MS",
-        help="Longest pause of a stream that a window may cause. "
+        help="How much longer a window may keep a stream waiting than a stock step does. "
         f"Default: FUSEDSTEP_WINDOW_LATENCY_MS, else {WINDOW_LATENCY_MS:g}.",
     )
     @functools.wraps(command)

@@ -24,7 +24,7 @@ class Options:
     decode_steps: DecodeSteps
     ops: str = "auto"  # one of OPS: the implementation of the step operations
     loop: str = "auto"  # one of LOOPS: the form of the loop
-    window_latency_ms: float = WINDOW_LATENCY_MS  # longest pause of a stream that a window causes
+    window_latency_ms: float = WINDOW_LATENCY_MS  # how much longer a stream may wait than in stock
 
     @classmethod
     def parse(cls, given: Mapping[str, object]) -> Options:

@@ -11,6 +11,8 @@ from fusedstep.errors import ConfigError
 MAX_STEPS = 64
 # While somebody waits for a window's end and the time of a step is not known.
 MAX_STEPS_UNTIMED = 8
+# A slow step's time over the average; somebody who waits should in 99 of 100 windows be in time.
+SLOW_STEP = 1.2
 # Stop strings are seen by the host only, so a window may overrun one by its length.
 MAX_STEPS_HOST_STOPS = 8
 
@@ -58,7 +60,7 @@ class Turn:
     stock_reason: str | None = None  # why the device cannot decode this batch
     streams: bool = False
     host_stops: bool = False  # only the host sees where a request stops: stop strings
-    latency_ms: float = 50.0  # how long somebody may wait for a window's end
+    latency_ms: float = 50.0  # how much longer than for a stock step somebody may wait
     step_ms: float | None = None  # time of a step, None before any was measured
     step_measured: bool = True  # at this batch size, not only at another
     token_budget: int = 1 << 30  # tokens that windows may reserve
@@ -111,7 +113,10 @@ def decide(config: DecodeSteps, turn: Turn) -> Decision:
 
 
 def _waiting_limits(turn: Turn) -> list[tuple[int, str]]:
-    """Limits for the sake of those who wait until the window is over."""
+    """Limits for the sake of those who wait until the window is over.
+
+    A stock step makes them wait, too: num_steps slow steps may take ``latency_ms`` more than one.
+    """
     reasons = (
         (turn.streams, "a request streams"),
         (turn.joins_anytime, "a waiting request may get ready"),
@@ -119,7 +124,7 @@ def _waiting_limits(turn: Turn) -> list[tuple[int, str]]:
     )
     num_steps = MAX_STEPS
     if turn.step_ms is not None and turn.step_ms * MAX_STEPS > turn.latency_ms:
-        num_steps = int(turn.latency_ms / turn.step_ms)
+        num_steps = int((turn.latency_ms + turn.step_ms) / (SLOW_STEP * turn.step_ms))
     if turn.step_ms is None or not turn.step_measured:
         num_steps = min(num_steps, MAX_STEPS_UNTIMED)
     return [(num_steps, words) for applies, words in reasons if applies]

@@ -18,6 +18,7 @@ from scheduler.trace import Spec, Trace, expected, make_trace
 from scheduler.watched import Watched
 from scheduler.world import STOCK
 
+from fusedstep.policy import SLOW_STEP
 from fusedstep.vllm_plugin.scheduler import FusedStepScheduler
 
 SETTINGS = settings(
@@ -120,8 +121,9 @@ def test_streams_pause_no_longer_than_told(step_ms: float, asynchronous: bool) -
     trace = replace(LONG, specs=specs, step_ms=step_ms, asynchronous=asynchronous)
     engine = answers(trace)
     untimed = 8 if step_ms > 6 else 1
-    assert engine.answers[1].longest_pause <= max(untimed, trace.latency_ms / step_ms)
-    assert engine.turns <= 20 + 300 / max(1, min(64, trace.latency_ms // step_ms))
+    assert engine.answers[1].longest_pause <= max(untimed, 1 + trace.latency_ms / step_ms)
+    longest = (trace.latency_ms / step_ms + 1) / SLOW_STEP
+    assert engine.turns <= 20 + 300 / max(1, min(64, int(longest)))
 
 
 def test_an_abort_ends_windows_only_if_it_helps() -> None:
