@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
-# A window that has seen so many arrivals ends after its first step.
-NONE = -1
-
 
 def arrival_counter(vllm_config: VllmConfig) -> arrivals.ArrivalCounter:
     """The one of this engine: its scheduler and its workers open the same."""
@@ -65,7 +62,7 @@ class Door:
     def seen(self, count: int) -> int:
         """What a window has seen that was scheduled when the counter was at ``count``."""
         with self._lock:
-            return NONE if self.is_open and self.outside else count
+            return arrivals.NONE if self.is_open and self.outside else count
 
 
 def announce_arrivals() -> None:

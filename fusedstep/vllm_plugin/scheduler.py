@@ -109,6 +109,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     ) -> Any:
         with self.counts.on_host():
             batch = self.in_flight.comes_back(scheduler_output, model_runner_output)
+            if batch and batch.num_steps > 1 and not any(model_runner_output.sampled_token_ids):
+                self._take_back(scheduler_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._cut_windows_short()
         self.counts.came_back(
@@ -259,6 +261,15 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         place_got_free = self.has_freed and self.house.num_startable > 0
         if place_got_free or not self.running:
             self.door.wake()
+
+    def _take_back(self, scheduler_output: SchedulerOutput) -> None:
+        """A window gave way before its first step: vLLM takes drafts back only beside a token."""
+        for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests.get(req_id)
+            if request is None or request.is_finished() or request.num_stale_output_tokens:
+                continue
+            request.num_computed_tokens -= num_tokens
+            request.num_output_placeholders -= num_tokens
 
     def _stock_reason(self) -> str | None:
         if not self.stock_reasons:

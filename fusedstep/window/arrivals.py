@@ -10,6 +10,8 @@ from fusedstep.window.page import shared_file
 
 # A window that carries this as the number of arrivals seen is never cut short.
 ALL = 1 << 62
+# With this it ends after its first step.
+NONE = -1
 
 
 class ArrivalCounter:

@@ -77,14 +77,14 @@ def run_window(
 ) -> None:
     """Run one window: enqueue up to ``slot.num_steps`` steps.
 
-    It ends when no row is active, or after the step in which ``cut_short`` begins to say so: a
-    window with a live row always has its first step. Where the host runs ahead of the device,
-    ``pace`` says by how much, and with it how many steps too many there may be; those give nothing.
+    It ends when no row is active, or after the step in which ``cut_short`` begins to say so; one
+    that has not begun by then gives way if it may. Where the host runs ahead of the device, ``pace``
+    says by how much, and with it how many steps too many there may be; those give nothing.
     """
     rows = slot.rows
     pace.begin()
     ops.prepare(rows, slot.num_rows)
-    if not pace.goes_on(rows):
+    if not pace.goes_on(rows) or (slot.may_give_way and cut_short()):
         return
     with _steps(model, ops, slot, graphs) as steps:
         while True:

@@ -68,6 +68,11 @@ class WindowSlot:
     arrivals_seen: int = arrivals.ALL
     steps_run: int = 0  # enqueued, written by the loop
 
+    @property
+    def may_give_way(self) -> bool:
+        """May it end before its first step? A turn of one step may not: somebody must get on."""
+        return self.num_steps > 1 and self.arrivals_seen != arrivals.NONE
+
     def stage(
         self,
         idx_mapping: np.ndarray,  # [num_reqs] int64, batch_idx -> req_state_idx

@@ -10,6 +10,8 @@ from typing import Any
 from scheduler.trace import Spec, Trace, device_stop, next_hash, next_token
 from vllm.v1.outputs import ModelRunnerOutput
 
+from fusedstep.window.arrivals import NONE
+
 
 @dataclass
 class Row:
@@ -82,7 +84,9 @@ class Device:
                 held.extend(more)
         scheduled = output.num_scheduled_tokens
         if self._is_window(batch):
-            batch.done = all(self.rows[req_id].stopped for req_id in scheduled)
+            budgets = [n for req_id, n in scheduled.items() if not self.rows[req_id].stopped]
+            longest = max(budgets, default=0)
+            batch.done = not longest or (longest > 1 and self._gives_way(output.arrivals_seen))
         else:
             batch.done = not scheduled
 
@@ -112,6 +116,10 @@ class Device:
         arrived = self.arrivals() > batch.output.arrivals_seen
         cut = self.random.random() < self.trace.cut
         return not goes_on or arrived or cut or (stops and batch.output.ends_at_stop)
+
+    def _gives_way(self, seen: int) -> bool:
+        """Has somebody come who was not there when the window was scheduled? Some devices miss it."""
+        return NONE < seen < self.arrivals() and self.random.random() < self.trace.gives_way
 
     def _stock_step(self, batch: Batch) -> None:
         placeholders = batch.output.scheduled_spec_decode_tokens

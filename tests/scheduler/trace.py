@@ -47,6 +47,7 @@ class Trace:
     step_ms: float = 1.0
     lag: int = 0  # steps that the host needs for a turn; the device goes on with what is queued
     cut: float = 0.0  # probability that a window ends after any of its steps
+    gives_way: float = 1.0  # that it ends before its first, if a request has come
     seed: int = field(default=0, compare=False)  # of the two above
 
 
@@ -129,6 +130,7 @@ def make_trace(random: Random, num_requests: int) -> Trace:
         step_ms=random.choice((0.3, 1.0, 7.0)),
         lag=random.choice((0, 0, 1, 3)),
         cut=random.choice((0.0, 0.0, 0.05, 0.3)),
+        gives_way=random.choice((0.0, 0.5, 1.0, 1.0)),
         seed=random.randint(0, 1 << 30),
     )
 

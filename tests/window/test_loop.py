@@ -7,7 +7,7 @@ import torch
 from window.engine import MAX_TOKENS, PROMPTS, Engine, emitted
 
 from fusedstep.ops.dispatch import load
-from fusedstep.window.arrivals import ALL, ArrivalCounter
+from fusedstep.window.arrivals import ALL, NONE, ArrivalCounter
 from fusedstep.window.pace import AheadPace
 
 CPU = torch.device("cpu")
@@ -58,7 +58,9 @@ def test_an_arrival_ends_the_window_after_its_step(engine, tmp_path):
     engine.model.forward = forward
     budget = [16] * len(PROMPTS)
     assert engine.window(budget, lambda: counter.exceeds(0)) == 3
-    assert engine.window(budget, lambda: counter.exceeds(0)) == 1  # queued: never none
+    assert engine.window(budget, lambda: counter.exceeds(0), arrivals_seen=0) == 0  # gives way
+    assert engine.window(budget, lambda: counter.exceeds(NONE), arrivals_seen=NONE) == 1
+    assert engine.window([1, 1, 1], lambda: counter.exceeds(0), arrivals_seen=0) == 1
     assert engine.window(budget, lambda: counter.exceeds(1)) == 16  # the scheduler has seen it
     for _ in range(5):
         engine.window(budget, lambda: counter.exceeds(ALL))
