@@ -78,8 +78,8 @@ def run_window(
     """Run one window: enqueue up to ``slot.num_steps`` steps.
 
     It ends when no row is active, or after the step in which ``cut_short`` begins to say so; one
-    that has not begun by then gives way if it may. Where the host runs ahead of the device, ``pace``
-    says by how much, and with it how many steps too many there may be; those give nothing.
+    that has not begun by then gives way if it may. Where the host runs ahead of the device,
+    ``pace`` says by how much, and with it how many steps too many there may be; those give nothing.
     """
     rows = slot.rows
     pace.begin()

@@ -118,7 +118,7 @@ class Device:
         return not goes_on or arrived or cut or (stops and batch.output.ends_at_stop)
 
     def _gives_way(self, seen: int) -> bool:
-        """Has somebody come who was not there when the window was scheduled? Some devices miss it."""
+        """Has somebody come since the window was scheduled? Some devices miss it."""
         return NONE < seen < self.arrivals() and self.random.random() < self.trace.gives_way
 
     def _stock_step(self, batch: Batch) -> None:
