@@ -265,7 +265,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     def _take_back(self, scheduler_output: SchedulerOutput) -> None:
         """A window gave way before its first step: vLLM takes drafts back only beside a token."""
         for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
-            request = self.requests.get(req_id)
+            request: Request | None = self.requests.get(req_id)
             if request is None or request.is_finished() or request.num_stale_output_tokens:
                 continue
             request.num_computed_tokens -= num_tokens

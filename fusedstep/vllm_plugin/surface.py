@@ -142,6 +142,7 @@ _ENGINE = {
     },
     "vllm.v1.request": {
         "Request": """
+            is_finished()
             is_prefill_chunk, max_tokens, next_decode_eligible_step, num_computed_tokens
             num_output_placeholders, num_output_tokens, num_prompt_tokens, num_stale_output_tokens
             num_tokens, request_id, spec_token_ids, status
@@ -160,7 +161,7 @@ _ENGINE = {
             def make_spec_decoding_stats(*args, **kwargs)
             def _free_request(request, *args, **kwargs)
             current_step, max_model_len, max_num_active_reqs, max_num_scheduled_tokens
-            num_spec_tokens, num_waiting_for_streaming_input, policy
+            num_spec_tokens, num_waiting_for_streaming_input, policy, requests
             vllm_config: VllmConfig
             running, deferred_waiting: Request
             waiting, kv_holding_waiting: RequestQueue
