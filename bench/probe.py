@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fusedstep.bench import gpu_trace
+from fusedstep.bench import trace as gpu_trace
 
 LOGITS_STD = 3.0  # of random weights: about a language model's
 

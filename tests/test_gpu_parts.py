@@ -14,7 +14,8 @@ import pytest
 import torch
 from gpu_engine import PLAN, VOCAB, Clock
 
-from fusedstep.bench import gpu_measure, gpu_models, gpu_trace, loop_cost
+from fusedstep.bench import gpu_measure, gpu_models, loop_cost
+from fusedstep.bench import trace as gpu_trace
 from fusedstep.bench.gpu_budget import Budget
 from fusedstep.bench.gpu_measure import OURS, STOCK
 from fusedstep.bench.probe import WorkerProbe
