@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from fusedstep.bench import gpu_report
-from fusedstep.bench.gpu_measure import OURS, STOCK, Plan
+from fusedstep.bench.gpu_check import report as gpu_report
+from fusedstep.bench.gpu_check.measure import OURS, STOCK, Plan
 from fusedstep.errors import ConfigError, FusedStepError
 
 VOCAB = 1024

@@ -14,8 +14,13 @@ import pytest
 import torch
 from gpu_engine import FACTS, PLAN, VOCAB, Clock, FakeEngine
 
-from fusedstep.bench import gpu_check, gpu_equality, gpu_measure, gpu_models, gpu_report, gpu_run
-from fusedstep.bench.gpu_measure import OURS, Pair, Plan
+from fusedstep.bench.gpu_check import __main__ as gpu_check
+from fusedstep.bench.gpu_check import equality as gpu_equality
+from fusedstep.bench.gpu_check import measure as gpu_measure
+from fusedstep.bench.gpu_check import models as gpu_models
+from fusedstep.bench.gpu_check import report as gpu_report
+from fusedstep.bench.gpu_check import run as gpu_run
+from fusedstep.bench.gpu_check.measure import OURS, Pair, Plan
 from fusedstep.errors import FusedStepError
 from fusedstep.options import Options
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gpu_engine import VOCAB, output
 
-from fusedstep.bench import gpu_equality
+from fusedstep.bench.gpu_check import equality as gpu_equality
 from fusedstep.ops.reference import gumbel_noise
 
 

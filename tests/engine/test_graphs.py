@@ -14,7 +14,7 @@ import engine_child
 import pytest
 from engine_child import EngineChild
 
-from fusedstep.bench import gpu_models
+from fusedstep.bench.gpu_check import models as gpu_models
 
 REQUESTS: list[tuple[Any, dict[str, Any]]] = [
     ({"prompt_token_ids": prompt}, {"detokenize": False, "ignore_eos": True, **fields})

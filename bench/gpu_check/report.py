@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusedstep.bench.gpu_equality import Difference, as_json
-from fusedstep.bench.gpu_measure import Row, Side
+from fusedstep.bench.gpu_check.equality import Difference, as_json
+from fusedstep.bench.gpu_check.measure import Row, Side
 
 MAX_DIFFERENCES = 50  # listed per form; all are counted
 # Ratio to stock, to be reached at every temperature: model, batch size, ratio.

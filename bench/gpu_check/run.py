@@ -18,12 +18,20 @@ from typing import Any, TypeVar
 
 import torch
 
-from fusedstep.bench import gpu_models
 from fusedstep.bench.environment import machine
-from fusedstep.bench.gpu_budget import Budget
-from fusedstep.bench.gpu_equality import Batch, Outputs, differences, equality_batches
-from fusedstep.bench.gpu_measure import OURS, STOCK, Pair, Plan, Row, measure_point, trace_point
-from fusedstep.bench.gpu_report import FormReport, Report
+from fusedstep.bench.gpu_check import models as gpu_models
+from fusedstep.bench.gpu_check.budget import Budget
+from fusedstep.bench.gpu_check.equality import Batch, Outputs, differences, equality_batches
+from fusedstep.bench.gpu_check.measure import (
+    OURS,
+    STOCK,
+    Pair,
+    Plan,
+    Row,
+    measure_point,
+    trace_point,
+)
+from fusedstep.bench.gpu_check.report import FormReport, Report
 from fusedstep.errors import ConfigError, FusedStepError
 
 # A part that takes so long hangs: its engines are killed, and the rest goes on without the form.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusedstep.bench.engine import Engine, Kind
-from fusedstep.bench.gpu_equality import (
+from fusedstep.bench.gpu_check.equality import (
     SAMPLED,
     Batch,
     Difference,
@@ -20,7 +20,7 @@ from fusedstep.bench.gpu_equality import (
     differences,
     make_batch,
 )
-from fusedstep.bench.gpu_models import SEED, Model
+from fusedstep.bench.gpu_check.models import SEED, Model
 from fusedstep.bench.spread import Spread
 from fusedstep.errors import FusedStepError
 from fusedstep.options import Options

@@ -15,10 +15,10 @@ from typing import NoReturn
 import click
 import torch
 
-from fusedstep.bench.gpu_measure import MAX_BATCH_SIZE, Plan
-from fusedstep.bench.gpu_models import SHAPES, TINY
-from fusedstep.bench.gpu_report import Report, print_report
-from fusedstep.bench.gpu_run import Check
+from fusedstep.bench.gpu_check.measure import MAX_BATCH_SIZE, Plan
+from fusedstep.bench.gpu_check.models import SHAPES, TINY
+from fusedstep.bench.gpu_check.report import Report, print_report
+from fusedstep.bench.gpu_check.run import Check
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, ConfigError, FusedStepError
 from fusedstep.options import LOOPS
 from fusedstep.vllm_plugin import wiring

@@ -1,0 +1,1 @@
+"""All of fusedstep on a GPU, equality and speed, in one call."""
