@@ -16,8 +16,8 @@ from fusedstep.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from fusedstep.bench import attention as attention_library
-    from fusedstep.bench import kernels as kernels_library
+    from fusedstep.bench.kernels import attention as attention_library
+    from fusedstep.bench.kernels import step as kernels_library
     from fusedstep.bench.latency import Result
     from fusedstep.bench.spread import Spread
     from fusedstep.options import Options
@@ -172,7 +172,7 @@ def kernels(
     """
     import torch
 
-    from fusedstep.bench import kernels as library
+    from fusedstep.bench.kernels import step as library
 
     if only == "attention":
         _attention(
@@ -247,7 +247,7 @@ def _attention(
 ) -> None:
     import torch
 
-    from fusedstep.bench import attention as library
+    from fusedstep.bench.kernels import attention as library
 
     plan = library.Plan(
         device, library.pick_cases(cases), batch_sizes, contexts, getattr(torch, dtype), repeats

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from fusedstep.bench import attention, kernels
+from fusedstep.bench.kernels import attention
+from fusedstep.bench.kernels import step as kernels
 from fusedstep.bench.spread import Spread, Timer
 from fusedstep.cli.bench import _print_attention, _print_kernels
 from fusedstep.cli.main import group

@@ -14,12 +14,12 @@ import pytest
 import torch
 from gpu_engine import PLAN, VOCAB, Clock
 
-from fusedstep.bench import loop_cost
 from fusedstep.bench import trace as gpu_trace
 from fusedstep.bench.gpu_check import measure as gpu_measure
 from fusedstep.bench.gpu_check import models as gpu_models
 from fusedstep.bench.gpu_check.budget import Budget
 from fusedstep.bench.gpu_check.measure import OURS, STOCK
+from fusedstep.bench.kernels import loop_cost
 from fusedstep.bench.probe import WorkerProbe
 from fusedstep.bench.spread import Spread
 

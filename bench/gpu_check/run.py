@@ -36,7 +36,7 @@ from fusedstep.errors import ConfigError, FusedStepError
 
 # A part that takes so long hangs: its engines are killed, and the rest goes on without the form.
 HANGS = 180.0
-LOOP_COST = (sys.executable, "-m", "fusedstep.bench.loop_cost")
+LOOP_COST = (sys.executable, "-m", "fusedstep.bench.kernels.loop_cost")
 T = TypeVar("T")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fusedstep.bench.kernels import CASES
+from fusedstep.bench.kernels.step import CASES
 from fusedstep.vllm_plugin import wiring
 
 # Prints {case/dtype/turn: {name: number of different elements}}, and what is_tie says.

@@ -20,7 +20,7 @@ OURS = "fusedstep"
 # Types of variables that are annotated with Any, or not at all: module, variable.
 HINTS = {
     ("fusedstep.vllm_plugin.arrivals", "self"): "EngineCore",
-    ("fusedstep.vllm_plugin.stock_step", "output"): "gpu.sample.output.SamplerOutput",
+    ("fusedstep.bench.kernels.stock_step", "output"): "gpu.sample.output.SamplerOutput",
     ("fusedstep.bench.probe", "model_runner"): "GPUModelRunner",
     ("fusedstep.bench.engine", "output"): "RequestOutput",
 }

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fusedstep.bench.environment import machine
+from fusedstep.bench.kernels.step_state import CONTEXT_LEN, FusedStep, build_state
 from fusedstep.bench.spread import (
     Spread,
     Timer,
@@ -26,7 +27,6 @@ from fusedstep.bench.spread import (
     keep_freed_memory,
     memory_bandwidth,
 )
-from fusedstep.bench.step_state import CONTEXT_LEN, FusedStep, build_state
 from fusedstep.errors import ConfigError, UnsupportedError
 from fusedstep.ops import dispatch
 from fusedstep.ops.types import BatchNeeds
@@ -203,7 +203,7 @@ def _stock_vllm() -> ModuleType:
     os.environ.pop(SWITCH, None)
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
-    from fusedstep.vllm_plugin import stock_step
+    from fusedstep.bench.kernels import stock_step
 
     return stock_step
 
@@ -270,7 +270,7 @@ class Agreement:
         ref: torch.Tensor,  # [num_reqs] stock's
         differs: torch.Tensor,  # [num_reqs] bool
     ) -> None:
-        from fusedstep.vllm_plugin.stock_step import is_tie
+        from fusedstep.bench.kernels.stock_step import is_tie
 
         self.num_compared += len(out)
         for row in differs.nonzero()[:, 0].tolist():

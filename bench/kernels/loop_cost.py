@@ -1,6 +1,6 @@
 """What one decode step costs in each form of the loop, beside its own work: without vLLM.
 
-A model of two small matrices stands in for a real one. ``python -m fusedstep.bench.loop_cost``
+A model of two small matrices stands in for a real one. ``python -m fusedstep.bench.kernels.loop_cost``
 prints a JSON object; it needs CUDA.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fusedstep.bench.kernels.step_state import build_state
 from fusedstep.bench.spread import Spread
-from fusedstep.bench.step_state import build_state
 from fusedstep.ops import dispatch
 from fusedstep.ops.types import StepInputs
 from fusedstep.window.arrivals import ArrivalCounter

@@ -1,0 +1,1 @@
+"""The fused step, attention and the loop against stock vLLM's own, kernel by kernel."""
