@@ -1,7 +1,7 @@
 """What one decode step costs in each form of the loop, beside its own work: without vLLM.
 
-A model of two small matrices stands in for a real one. ``python -m fusedstep.bench.kernels.loop_cost``
-prints a JSON object; it needs CUDA.
+A model of two small matrices stands in for a real one. It needs CUDA, and prints a JSON object:
+``python -m fusedstep.bench.kernels.loop_cost``.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from fusedstep.bench import soak, soak_load
-from fusedstep.bench.soak_load import Answer, Load, Wrong, check
-from fusedstep.bench.soak_requests import CHAT, COMPLETIONS, SCHEMA, Request, random_request
+from fusedstep.bench.soak import __main__ as soak
+from fusedstep.bench.soak import load as soak_load
+from fusedstep.bench.soak.load import Answer, Load, Wrong, check
+from fusedstep.bench.soak.requests import CHAT, COMPLETIONS, SCHEMA, Request, random_request
 
 SCRIPT = Path(soak.__file__)
 PASSED = soak.Report(

@@ -1,6 +1,6 @@
 """Minutes of mixed load with clients that hang up and requests that are wrong; then a look around.
 
-    python bench/soak.py --minutes 10 --json FILE [--stock] [--kill-worker] [MODEL] [vLLM options]
+    python -m fusedstep.bench.soak --minutes 10 --json FILE [--stock] [--kill-worker] [MODEL] [...]
 
 The load (``soak_load``): completions and chats, streamed or not, of random lengths, with several
 choices, logprobs, stop strings, JSON schemas, penalties; some clients hang up, some requests are
@@ -47,7 +47,7 @@ import psutil
 
 from fusedstep.bench.environment import machine
 from fusedstep.bench.server import Kind, Server, end_with_cleanup
-from fusedstep.bench.soak_load import Load, Wrong, hang_up_or_error
+from fusedstep.bench.soak.load import Load, Wrong, hang_up_or_error
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, ConfigError, FusedStepError
 from fusedstep.options import Options
 

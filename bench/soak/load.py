@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from fusedstep.bench.soak_requests import (
+from fusedstep.bench.soak.requests import (
     COMPLETIONS,
     FIXED,
     SCHEMA,

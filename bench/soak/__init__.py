@@ -1,0 +1,1 @@
+"""Minutes of mixed load on a server: nothing lost, nothing left over."""
