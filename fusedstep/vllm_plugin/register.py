@@ -48,11 +48,11 @@ def platform() -> str | None:
 
     if cpu_platform_plugin() is None:
         return None
-    from fusedstep.vllm_plugin import triton_cpu
+    from fusedstep.vllm_plugin.cpu import triton_stand_in as triton_cpu
 
     triton_cpu.install()
     name = "FusedStepCpuPlatform" if mode == "on" else "OracleCpuPlatform"
-    return f"fusedstep.vllm_plugin.platform.{name}"
+    return f"fusedstep.vllm_plugin.cpu.platform.{name}"
 
 
 def attention_backend(name: str) -> Any:

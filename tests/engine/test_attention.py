@@ -95,7 +95,7 @@ def test_a_cpu_takes_vllms_cpu_attention_and_says_so(
     import vllm.config
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    from fusedstep.vllm_plugin.platform import FusedStepCpuPlatform, logger
+    from fusedstep.vllm_plugin.cpu.platform import FusedStepCpuPlatform, logger
 
     config = SimpleNamespace(
         device_config=SimpleNamespace(device_type="cpu"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fusedstep.vllm_plugin import triton_cpu
+from fusedstep.vllm_plugin.cpu import triton_stand_in as triton_cpu
 
 
 def as_argument(value: Any) -> Any:

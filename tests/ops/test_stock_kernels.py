@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fusedstep.ops import reference
-from fusedstep.vllm_plugin import stock_kernels
+from fusedstep.vllm_plugin.cpu import stock_kernels
 
 Case = tuple[str, tuple[int, ...], list[Any], dict[str, Any]]
 V = 3000
@@ -391,7 +391,7 @@ def test_every_stock_kernel_exists() -> None:
     code = """
 from fusedstep.vllm_plugin import stock_kernels, triton_cpu
 triton_cpu.install()
-from fusedstep.vllm_plugin.platform import OracleCpuPlatform
+from fusedstep.vllm_plugin.cpu.platform import OracleCpuPlatform
 OracleCpuPlatform.register_triton_kernel_overrides()
 from vllm.triton_utils import dispatcher
 before = dict(dispatcher._registry)
@@ -406,7 +406,7 @@ assert set(stock_kernels._stand_ins()) <= set(before)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grammar_bitmask(dtype):
     """Against the definition: the interpreter cannot run this kernel (its mask has no dtype)."""
-    from fusedstep.vllm_plugin.stock_kernels import apply_grammar_bitmask
+    from fusedstep.vllm_plugin.cpu.stock_kernels import apply_grammar_bitmask
 
     generator = torch.Generator().manual_seed(5)
     vocab_size, cu_num_logits = 77, torch.tensor([0, 1, 3, 4], dtype=torch.int32)

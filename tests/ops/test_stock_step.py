@@ -24,7 +24,7 @@ import torch
 from fusedstep.bench import kernels
 logging.getLogger("vllm").setLevel("ERROR")
 from fusedstep.vllm_plugin import stock_step
-from fusedstep.vllm_plugin.platform import OracleCpuPlatform
+from fusedstep.vllm_plugin.cpu.platform import OracleCpuPlatform
 OracleCpuPlatform.register_triton_kernel_overrides()
 
 VOCAB, BATCH, STEPS, CPU = 1000, 3, 40, torch.device("cpu")

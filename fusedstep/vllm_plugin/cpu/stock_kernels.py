@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fusedstep.ops import native_sample, native_stock
+from fusedstep.ops import native_sample
 from fusedstep.ops.native import flat_logits
+from fusedstep.vllm_plugin.cpu import native_kernels as native_stock
 
 StandIn = Callable[..., None]
 

@@ -28,7 +28,7 @@ class OracleCpuPlatform(CpuPlatform):  # type: ignore[misc]
         from vllm.triton_utils import dispatcher
         from vllm.v1.sample.ops import topk_topp_sampler
 
-        from fusedstep.vllm_plugin import stock_kernels
+        from fusedstep.vllm_plugin.cpu import stock_kernels
 
         dispatcher.vars = _namespace
         vllm.triton_utils.HAS_TRITON = False  # vLLM's CPU kernels are for "no Triton"
