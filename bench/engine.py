@@ -19,7 +19,8 @@ from typing import Any, Literal, Self
 
 from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options
-from fusedstep.vllm_plugin import arguments, compat, startup, wiring
+from fusedstep.vllm_plugin import compat, startup
+from fusedstep.vllm_plugin.launch import arguments, wiring
 from fusedstep.vllm_plugin.register import SWITCH
 
 # stock: vLLM as it comes.  oracle: stock Model Runner V2 (on the CPU: with native kernels), the

@@ -26,7 +26,7 @@ import psutil
 
 from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options
-from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.launch import wiring
 
 Kind = Literal["stock", "fusedstep"]
 KINDS: tuple[Kind, ...] = ("stock", "fusedstep")

@@ -101,7 +101,7 @@ def split_model(vllm_args: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     if not vllm_args:
         return str(demo_model()), ()
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from fusedstep.vllm_plugin import arguments
+    from fusedstep.vllm_plugin.launch import arguments
 
     args = arguments.parse(arguments.engine_parser(), vllm_args)
     others = list(vllm_args)

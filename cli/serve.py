@@ -11,7 +11,7 @@ from fusedstep.cli.options import VllmCommand, window_options
 
 if TYPE_CHECKING:
     from fusedstep.options import Options
-    from fusedstep.vllm_plugin.server import Banner
+    from fusedstep.vllm_plugin.launch.server import Banner
 
 
 @click.command(cls=VllmCommand)
@@ -23,7 +23,7 @@ def serve(options: Options, stock: bool, vllm_args: tuple[str, ...]) -> None:
     Every other option goes to `vllm serve` untouched; --help=all lists them. Without MODEL the
     bundled SmolLM2-135M-Instruct is served.
     """
-    from fusedstep.vllm_plugin import server
+    from fusedstep.vllm_plugin.launch import server
 
     server.serve(options, stock, vllm_args, announce=_print)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusedstep.options import Options
-from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.launch import wiring
 
 wiring.switch_on(Options.parse({}))
 

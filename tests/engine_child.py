@@ -38,7 +38,7 @@ def start(switch: str, model: str, options: dict[str, Any]) -> None:
     }
     if switch == "on":
         from fusedstep.options import Options
-        from fusedstep.vllm_plugin import wiring
+        from fusedstep.vllm_plugin.launch import wiring
 
         wiring.switch_on(Options.parse({"ops": options.get("ops")}))  # before torch's Triton
         from fusedstep import LLM

@@ -292,7 +292,7 @@ def serve(model: str, options: dict[str, Any], prompts: list[str], length: int) 
     options = {"model": model, "enforce_eager": True, "dtype": "float32", **options}
     if os.environ["FUSEDSTEP"] == "on":
         from fusedstep.options import Options
-        from fusedstep.vllm_plugin import wiring
+        from fusedstep.vllm_plugin.launch import wiring
 
         options = wiring.engine_options(Options.parse({}), options)
     fields = {

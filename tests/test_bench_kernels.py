@@ -20,7 +20,7 @@ from fusedstep.cli.bench import _print_attention, _print_kernels
 from fusedstep.cli.main import group
 from fusedstep.ops.attention import AttentionLayer
 from fusedstep.ops.reference_attention import reference_attention
-from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.launch import wiring
 
 CPU = torch.device("cpu")
 CASES = [case.name for case in kernels.CASES]

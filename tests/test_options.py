@@ -16,7 +16,7 @@ from fusedstep.cli.options import window_options
 from fusedstep.errors import ConfigError
 from fusedstep.options import LOOPS, OPS, Options
 from fusedstep.policy import DecodeSteps
-from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.launch import wiring
 
 AUTO = {"decode_steps": "auto", "ops": "auto", "loop": "auto", "window_latency_ms": "50"}
 

@@ -21,7 +21,7 @@ from fusedstep.bench.gpu_check.report import Report, print_report
 from fusedstep.bench.gpu_check.run import Check
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, ConfigError, FusedStepError
 from fusedstep.options import LOOPS
-from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.launch import wiring
 
 FORMS = LOOPS[1:]  # without auto
 TEMPERATURES = (0.0, 1.0)

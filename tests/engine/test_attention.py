@@ -12,7 +12,7 @@ import pytest
 
 from fusedstep.bench.engine import Engine, Kind
 from fusedstep.options import Options
-from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.launch import wiring
 from fusedstep.vllm_plugin.register import attention_backend
 
 # The interpreter takes milliseconds for what a GPU does in microseconds: a small model.

@@ -17,7 +17,8 @@ from fusedstep.bench import verify
 from fusedstep.cli.main import group
 from fusedstep.errors import ConfigError
 from fusedstep.options import Options
-from fusedstep.vllm_plugin import compat, server, wiring
+from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin.launch import server, wiring
 
 Run = Callable[..., tuple[int, str, str]]
 

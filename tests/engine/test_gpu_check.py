@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.launch import wiring
 
 
 @pytest.mark.skipif(not wiring.is_cpu_build(), reason="vLLM's CUDA build has no CPU platform")

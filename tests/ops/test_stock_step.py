@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fusedstep.bench.kernels.step import CASES
-from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.launch import wiring
 
 # Prints {case/dtype/turn: {name: number of different elements}}, and what is_tie says.
 CHILD = """

@@ -14,7 +14,8 @@ from typing import Any
 from fusedstep import demo
 from fusedstep.errors import ConfigError
 from fusedstep.options import Options
-from fusedstep.vllm_plugin import arguments, compat, startup, wiring
+from fusedstep.vllm_plugin import compat, startup
+from fusedstep.vllm_plugin.launch import arguments, wiring
 from fusedstep.vllm_plugin.register import SWITCH
 
 CLIENT_SECONDS = 2
