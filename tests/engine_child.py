@@ -160,7 +160,7 @@ def record_on_tapes(form: str) -> dict[str, Any]:
     from vllm.model_executor.layers.attention import attention
     from window.tape import TapeRecorder
 
-    from fusedstep.vllm_plugin import forms
+    from fusedstep.vllm_plugin.runner import recording as forms
 
     class Manager:
         """vLLM's, for windows: its own decode graph is the model itself."""
@@ -186,7 +186,9 @@ def record_on_tapes(form: str) -> dict[str, Any]:
         patch.object(forms, "CudaRecorder", lambda *_: recorder),
         patch.object(forms, "graph_capture", lambda device: nullcontext()),
         patch.object(forms, "_free_bytes", lambda: 0),
-        patch("fusedstep.vllm_plugin.runner.choose", lambda *_: forms.Form(form, "on tapes")),
+        patch(
+            "fusedstep.vllm_plugin.runner.runner.choose", lambda *_: forms.Form(form, "on tapes")
+        ),
     ):
         us.cudagraph_manager = Manager()
         us.cudagraph_manager.stock = stock

@@ -10,8 +10,8 @@ import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
 
-from fusedstep.vllm_plugin import forms
-from fusedstep.vllm_plugin.forms import Form, GraphStore, choose
+from fusedstep.vllm_plugin.runner import recording as forms
+from fusedstep.vllm_plugin.runner.recording import Form, GraphStore, choose
 from fusedstep.window.proof import WrongTokensError
 
 SIZES = (1, 2, 4, 8)

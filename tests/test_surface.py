@@ -99,7 +99,7 @@ def test_without_an_index_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_a_new_use_is_seen(source: str, found: str) -> None:
     if source.startswith(" "):
         source = (
-            "from fusedstep.vllm_plugin.runner import FusedStepRunner\n"
+            "from fusedstep.vllm_plugin.runner.runner import FusedStepRunner\n"
             "from fusedstep.vllm_plugin.scheduler import FusedStepScheduler\n"
             f"def function(runner: FusedStepRunner, s: FusedStepScheduler) -> None:\n{source}"
         )

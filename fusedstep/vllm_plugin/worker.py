@@ -28,7 +28,7 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
             return
         from vllm.v1.worker.cpu import model_runner as cpu_module
 
-        from fusedstep.vllm_plugin.runner import FusedStepRunner
+        from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
 
         stock = cpu_module.CPUModelRunner
         cpu_module.CPUModelRunner = FusedStepRunner
@@ -41,7 +41,7 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
         """The hook of vLLM's GPU worker."""
         if not self.use_v2_model_runner:
             return super()._make_model_runner()
-        from fusedstep.vllm_plugin.runner import FusedStepRunner
+        from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
 
         return FusedStepRunner(self.vllm_config, self.device)
 

@@ -12,13 +12,13 @@ from tqdm import tqdm
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import graph_capture, is_global_first_rank
 
-from fusedstep.vllm_plugin.model import attention_groups, in_place
+from fusedstep.vllm_plugin.runner.decode_model import attention_groups, in_place
 from fusedstep.window.graphs import WindowGraphs
 from fusedstep.window.proof import Proof
 from fusedstep.window.recorder import CudaRecorder, no_while_reason
 
 if TYPE_CHECKING:
-    from fusedstep.vllm_plugin.runner import FusedStepRunner
+    from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
 
 logger = logging.getLogger("vllm.fusedstep")
 

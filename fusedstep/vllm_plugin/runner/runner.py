@@ -20,9 +20,9 @@ from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
 from fusedstep.vllm_plugin import compat
 from fusedstep.vllm_plugin.arrivals import arrival_counter
-from fusedstep.vllm_plugin.forms import GraphStore, choose
-from fusedstep.vllm_plugin.model import VllmDecodeModel
-from fusedstep.vllm_plugin.tables import DeviceTables, PrefillSampler
+from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
+from fusedstep.vllm_plugin.runner.recording import GraphStore, choose
+from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
 from fusedstep.window import arrivals, output
 from fusedstep.window.graphs import variant
 from fusedstep.window.loop import run_window

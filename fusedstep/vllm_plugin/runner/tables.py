@@ -19,7 +19,7 @@ from fusedstep.window.state import allocate_rows
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
 
-    from fusedstep.vllm_plugin.runner import FusedStepRunner
+    from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
 
 
 class StaticTensors:

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 if TYPE_CHECKING:
     from vllm.v1.worker.utils import AttentionGroup
 
-    from fusedstep.vllm_plugin.runner import FusedStepRunner
+    from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
 
 
 def attention_groups(runner: FusedStepRunner) -> list[AttentionGroup]:
