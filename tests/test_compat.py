@@ -74,7 +74,7 @@ def test_structured_output_takes_stock_steps():
     ],
 )
 def test_the_scheduler_refuses_a_foreign_worker(worker_cls, refused):
-    from fusedstep.vllm_plugin.scheduler import refuse_foreign_worker
+    from fusedstep.vllm_plugin.scheduler.scheduler import refuse_foreign_worker
 
     config = SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=worker_cls))
     if not refused:

@@ -18,7 +18,7 @@ from fusedstep.cli.main import group
 from fusedstep.errors import ConfigError
 from fusedstep.explain import explain, read
 from fusedstep.vllm_plugin import compat, metrics
-from fusedstep.vllm_plugin.counts import WindowCounts
+from fusedstep.vllm_plugin.scheduler.counts import WindowCounts
 from fusedstep.window.page import SIZE, Page
 
 

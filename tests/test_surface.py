@@ -100,7 +100,7 @@ def test_a_new_use_is_seen(source: str, found: str) -> None:
     if source.startswith(" "):
         source = (
             "from fusedstep.vllm_plugin.runner.runner import FusedStepRunner\n"
-            "from fusedstep.vllm_plugin.scheduler import FusedStepScheduler\n"
+            "from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler\n"
             f"def function(runner: FusedStepRunner, s: FusedStepScheduler) -> None:\n{source}"
         )
     problems = check.unlisted(scan(SOURCES | {"fusedstep.new": source}))

@@ -30,7 +30,7 @@ def register() -> None:
         attention_backend(BACKEND)
     if os.environ.get(SWITCH) != "on":
         return
-    from fusedstep.vllm_plugin.arrivals import announce_arrivals
+    from fusedstep.vllm_plugin.scheduler.door import announce_arrivals
 
     announce_arrivals()
 

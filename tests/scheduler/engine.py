@@ -16,8 +16,8 @@ from scheduler.world import make_request, make_scheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from fusedstep.vllm_plugin import in_flight
-from fusedstep.vllm_plugin.scheduler import FusedStepScheduler
+from fusedstep.vllm_plugin.scheduler import in_flight
+from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
 
 
 class Clock:
@@ -92,7 +92,7 @@ class Engine:
     def _device_time(self) -> Iterator[None]:
         with (
             patch.object(in_flight, "time", self.clock),
-            patch("fusedstep.vllm_plugin.scheduler.time", self.clock),
+            patch("fusedstep.vllm_plugin.scheduler.scheduler.time", self.clock),
         ):
             yield
 

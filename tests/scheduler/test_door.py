@@ -13,9 +13,9 @@ from scheduler.world import make_request
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
-from fusedstep.vllm_plugin import arrivals
-from fusedstep.vllm_plugin.arrivals import Door
-from fusedstep.vllm_plugin.scheduler import FusedStepScheduler
+from fusedstep.vllm_plugin.scheduler import door as arrivals
+from fusedstep.vllm_plugin.scheduler.door import Door
+from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
 from fusedstep.window.arrivals import NONE, ArrivalCounter
 
 LONG = Spec((1, 2, 3), 0, 390, ignore_eos=True)

@@ -19,7 +19,7 @@ from scheduler.watched import Watched
 from scheduler.world import STOCK
 
 from fusedstep.policy import SLOW_STEP
-from fusedstep.vllm_plugin.scheduler import FusedStepScheduler
+from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
 
 SETTINGS = settings(
     max_examples=300,

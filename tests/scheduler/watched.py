@@ -6,8 +6,8 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from fusedstep.vllm_plugin import in_flight
-from fusedstep.vllm_plugin.scheduler import FusedStepScheduler
+from fusedstep.vllm_plugin.scheduler import in_flight
+from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
 
 
 class Watched(FusedStepScheduler):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from fusedstep.vllm_plugin.surface import SURFACE
 OURS = "fusedstep"
 # Types of variables that are annotated with Any, or not at all: module, variable.
 HINTS = {
-    ("fusedstep.vllm_plugin.arrivals", "self"): "EngineCore",
+    ("fusedstep.vllm_plugin.scheduler.door", "self"): "EngineCore",
     ("fusedstep.bench.kernels.stock_step", "output"): "gpu.sample.output.SamplerOutput",
     ("fusedstep.bench.probe", "model_runner"): "GPUModelRunner",
     ("fusedstep.bench.engine", "output"): "RequestOutput",

@@ -19,10 +19,10 @@ from fusedstep.ops import dispatch, native
 from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
 from fusedstep.vllm_plugin import compat
-from fusedstep.vllm_plugin.arrivals import arrival_counter
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.recording import GraphStore, choose
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
+from fusedstep.vllm_plugin.scheduler.door import arrival_counter
 from fusedstep.window import arrivals, output
 from fusedstep.window.graphs import variant
 from fusedstep.window.loop import run_window

@@ -21,11 +21,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from fusedstep.errors import ConfigError
 from fusedstep.policy import MAX_STEPS, Decision, Turn, decide
 from fusedstep.vllm_plugin import compat
-from fusedstep.vllm_plugin.arrivals import Door, arrival_counter
-from fusedstep.vllm_plugin.blocks import Blocks
-from fusedstep.vllm_plugin.counts import WindowCounts, counts_page
-from fusedstep.vllm_plugin.house import House
-from fusedstep.vllm_plugin.in_flight import InFlight
+from fusedstep.vllm_plugin.scheduler.admission import House
+from fusedstep.vllm_plugin.scheduler.blocks import Blocks
+from fusedstep.vllm_plugin.scheduler.counts import WindowCounts, counts_page
+from fusedstep.vllm_plugin.scheduler.door import Door, arrival_counter
+from fusedstep.vllm_plugin.scheduler.in_flight import InFlight
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
