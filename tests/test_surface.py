@@ -15,7 +15,7 @@ from test_layers import MODULES
 from fusedstep.vllm_plugin import compat
 
 WHEEL = "0.33.0"  # the newest CUDA wheel; too large to install for a test
-LIST = "fusedstep.vllm_plugin.surface"  # itself no use
+LIST = "surface.vllm_names"  # itself no use
 SOURCES = {
     module: path.read_text(encoding="utf-8")
     for module, path in MODULES.items()
@@ -56,11 +56,11 @@ def test_the_newest_supported_vllm_is_looked_at() -> None:
 
 
 def test_every_use_is_listed(uses: Uses) -> None:
-    fail("fusedstep/vllm_plugin/surface.py lacks", check.unlisted(uses))
+    fail("tests/surface/vllm_names.py lacks", check.unlisted(uses))
 
 
 def test_every_line_is_used(uses: Uses) -> None:
-    fail("fusedstep/vllm_plugin/surface.py has too much", check.unused(uses))
+    fail("tests/surface/vllm_names.py has too much", check.unused(uses))
 
 
 def test_vllm_has_what_is_listed(sources: wheel.Sources, uses: Uses) -> None:

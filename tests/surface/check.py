@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from surface.listed import LISTED, Entry, Item, Ref, Type, resolve
 from surface.tree import FUNCTIONS, Definition, Tree
 from surface.uses import OwnClass, Uses, shape
-
-from fusedstep.vllm_plugin.surface import ENVIRONMENT, SAYS, SURFACE
+from surface.vllm_names import ENVIRONMENT, SAYS, SURFACE
 
 OUR_LOGGER = "vllm.fusedstep"
 UNKNOWN = "nothing that can be called, as far as its source shows"

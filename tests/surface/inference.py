@@ -12,9 +12,8 @@ from dataclasses import replace
 from surface.listed import LISTED, UNKNOWN, Ref, Type, resolve, type_of
 from surface.tree import Signature
 from surface.uses import OwnClass, Uses, call_shape
+from surface.vllm_names import SURFACE
 from test_layers import MODULES
-
-from fusedstep.vllm_plugin.surface import SURFACE
 
 OURS = "fusedstep"
 # Types of variables that are annotated with Any, or not at all: module, variable.

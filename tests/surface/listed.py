@@ -1,4 +1,4 @@
-"""``fusedstep/vllm_plugin/surface.py``, parsed: its docstring defines the language."""
+"""``tests/surface/vllm_names.py``, parsed: its docstring defines the language."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surface.tree import Signature
-
-from fusedstep.vllm_plugin.surface import SURFACE
+from surface.vllm_names import SURFACE
 
 
 @dataclass(frozen=True)

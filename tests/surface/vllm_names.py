@@ -16,8 +16,8 @@ a name has lines:
 
 from __future__ import annotations
 
-from fusedstep.vllm_plugin.surface_attention import ATTENTION
-from fusedstep.vllm_plugin.surface_runner import GPU, KERNELS, RUNNER, SAMPLING
+from surface.vllm_attention_names import ATTENTION
+from surface.vllm_runner_names import GPU, KERNELS, RUNNER, SAMPLING
 
 _CONFIG = {
     "vllm.config": {
