@@ -15,7 +15,7 @@ import torch
 
 from fusedstep.errors import TensorError
 from fusedstep.kernels.attention import attend_kernel
-from fusedstep.ops.triton_step import Launch
+from fusedstep.ops.launch import Launch
 
 MAX_QUERY_LEN = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from fusedstep.ops.check import (
     check_state,
     check_token_ids,
 )
+from fusedstep.ops.launch import Launch
 from fusedstep.ops.types import (
     BatchNeeds,
     RequestState,
@@ -102,31 +103,6 @@ class _Scratch(NamedTuple):
     sorted: torch.Tensor  # [R, CANDIDATES] int32
     sorted_values: torch.Tensor  # [R, CANDIDATES] float32
     adjusted: torch.Tensor  # [R, V] float32, rows with bias, penalties or bad words
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch; ``args`` and ``constexprs`` are by the kernel's parameter names."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: dict[str, Any]
-    constexprs: dict[str, Any]
-    num_warps: int
-    # Unless it is told how many registers a thread may have, NVIDIA's assembler spills a few bytes
-    # to reach an occupancy of its own choice.
-    max_registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Compiler options on this machine's kind of GPU."""
-        options = {"num_warps": self.num_warps}
-        if self.max_registers is not None and torch.version.hip is None:
-            options["maxnreg"] = self.max_registers
-        return options
-
-    def __call__(self) -> None:
-        self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
 
 
 class TritonStep:

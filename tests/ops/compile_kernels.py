@@ -28,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from fusedstep.ops.attention import DecodeAttention, DeviceLimits
-from fusedstep.ops.triton_step import Launch, TritonStep
+from fusedstep.ops.launch import Launch
+from fusedstep.ops.triton_step import TritonStep
 from fusedstep.ops.types import BatchNeeds
 
 TARGETS = {

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedstep.ops.triton_step import Launch
+from fusedstep.ops.launch import Launch
 from fusedstep.policy import MAX_STEPS
 from fusedstep.window.arrivals import ArrivalCounter
 

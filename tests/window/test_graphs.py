@@ -105,7 +105,7 @@ def test_nothing_waits_for_the_device(engine, recorder, form, device, monkeypatc
         torch.cuda.set_sync_debug_mode("error")
     else:  # the steps themselves are the device's business
         monkeypatch.setattr(
-            "fusedstep.ops.triton_step.Launch.__call__", lambda launch: replayed.append(launch)
+            "fusedstep.ops.launch.Launch.__call__", lambda launch: replayed.append(launch)
         )
         for graph in (*graphs._single.values(), *graphs._many.values()):
             monkeypatch.setattr(graph, "replay", lambda: replayed.append("steps"))

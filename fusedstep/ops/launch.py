@@ -1,0 +1,33 @@
+"""One launch of a Triton kernel, as data: it can be called, compiled or put on a tape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch; ``args`` and ``constexprs`` are by the kernel's parameter names."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constexprs: dict[str, Any]
+    num_warps: int
+    # Unless it is told how many registers a thread may have, NVIDIA's assembler spills a few bytes
+    # to reach an occupancy of its own choice.
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Compiler options on this machine's kind of GPU."""
+        options = {"num_warps": self.num_warps}
+        if self.max_registers is not None and torch.version.hip is None:
+            options["maxnreg"] = self.max_registers
+        return options
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](**self.args, **self.constexprs, **self.options)
