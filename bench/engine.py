@@ -20,8 +20,8 @@ from typing import Any, Literal, Self
 from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
+from fusedstep.vllm_plugin.compat import SWITCH
 from fusedstep.vllm_plugin.launch import arguments, wiring
-from fusedstep.vllm_plugin.register import SWITCH
 
 # stock: vLLM as it comes.  oracle: stock Model Runner V2 (on the CPU: with native kernels), the
 # one whose random numbers ours are.  fusedstep: ours.

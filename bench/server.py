@@ -184,7 +184,7 @@ def check(options: Options, vllm_args: tuple[str, ...]) -> None:
 
 def environment() -> dict[str, str]:
     """Of servers and clients: neither switches the plugin on from outside."""
-    from fusedstep.vllm_plugin.register import SWITCH
+    from fusedstep.vllm_plugin.compat import SWITCH
 
     found = {name: value for name, value in os.environ.items() if name != SWITCH}
     return {"VLLM_NO_USAGE_STATS": "1"} | found

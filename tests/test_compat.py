@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from fusedstep.errors import ConfigError, UnsupportedError
-from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin import compat, reasons
 
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.33.4", "0.33.0+cpu"])
@@ -53,7 +53,7 @@ def test_options_of_an_engine(monkeypatch):
 def test_request_reasons(fields, reason):
     from vllm import SamplingParams
 
-    assert compat.request_reason(SamplingParams(**fields)) == reason
+    assert reasons.request_reason(SamplingParams(**fields)) == reason
 
 
 def test_structured_output_takes_stock_steps():
@@ -61,8 +61,8 @@ def test_structured_output_takes_stock_steps():
     from vllm.sampling_params import StructuredOutputsParams
 
     params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a", "b"]))
-    assert compat.request_reason(params) == "structured output"
-    assert compat.request_reason(None) == "pooling request"
+    assert reasons.request_reason(params) == "structured output"
+    assert reasons.request_reason(None) == "pooling request"
 
 
 @pytest.mark.parametrize(

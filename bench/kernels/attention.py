@@ -20,7 +20,7 @@ from fusedstep.bench.environment import machine
 from fusedstep.bench.spread import Spread, Timer, memory_bandwidth
 from fusedstep.errors import ConfigError, UnsupportedError
 from fusedstep.ops import dispatch
-from fusedstep.vllm_plugin.register import SWITCH
+from fusedstep.vllm_plugin.compat import SWITCH
 
 CACHE_BYTES = 128 << 20  # of all layers: more than twice an H100's L2 cache of 50 MB
 MAX_LAYERS = 256

@@ -30,7 +30,7 @@ from fusedstep.bench.spread import (
 from fusedstep.errors import ConfigError, UnsupportedError
 from fusedstep.ops import dispatch
 from fusedstep.ops.types import BatchNeeds
-from fusedstep.vllm_plugin.register import SWITCH
+from fusedstep.vllm_plugin.compat import SWITCH
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -17,7 +17,7 @@ from fusedstep.ops.types import (
     StopState,
     WindowRows,
 )
-from fusedstep.vllm_plugin.compat import MAX_STOP_TOKEN_IDS
+from fusedstep.vllm_plugin.reasons import MAX_STOP_TOKEN_IDS
 from fusedstep.window.state import allocate_rows
 
 PROMPT_LEN, CONTEXT_LEN = 512, 1024  # tokens of every request before the first step

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from fusedstep.ops.attention import DTYPES, MAX_QUERY_LEN, AttentionLayer, DecodeAttention
-from fusedstep.vllm_plugin.register import BACKEND
+from fusedstep.vllm_plugin.compat import BACKEND
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

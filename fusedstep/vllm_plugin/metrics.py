@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from fusedstep.vllm_plugin import compat
-from fusedstep.vllm_plugin.scheduler.counts import counts_page
+from fusedstep.vllm_plugin.shared import counts_page
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

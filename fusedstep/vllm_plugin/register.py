@@ -11,11 +11,8 @@ import logging
 import os
 from typing import Any
 
-# Set by ``fusedstep serve`` and ``fusedstep.LLM``; inherited by every engine and worker process.
-#   on: fusedstep's platform on the CPU;  oracle: stock Model Runner V2 made to run on the CPU.
-SWITCH = "FUSEDSTEP"
-BACKEND = "FUSEDSTEP"  # for --attention-backend, of `vllm serve` too; also registered as CUSTOM
-BACKEND_CLS = "fusedstep.vllm_plugin.attention.FusedStepAttentionBackend"
+from fusedstep.vllm_plugin.compat import BACKEND, BACKEND_CLS, SWITCH
+
 REGISTRY = "vllm.v1.attention.backends.registry"
 
 

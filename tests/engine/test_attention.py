@@ -25,7 +25,7 @@ ARGS = (
 PROMPTS = [{"prompt_token_ids": list(range(9, 9 + length))} for length in (1, 40, 5, 33, 3)]
 IN_A_NEW_PROCESS = """
 import pickle, sys
-from fusedstep.vllm_plugin import register
+from fusedstep.vllm_plugin import compat, register
 if len(sys.argv) == 1:
     register.register()
     register.register()
@@ -35,7 +35,7 @@ else:
     found, other = pickle.load(sys.stdin.buffer)
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     assert found is AttentionBackendEnum["FUSEDSTEP"], found
-    assert found.get_path() == AttentionBackendEnum.CUSTOM.get_path() == register.BACKEND_CLS
+    assert found.get_path() == AttentionBackendEnum.CUSTOM.get_path() == compat.BACKEND_CLS
     assert "fusedstep.vllm_plugin.attention" not in sys.modules
     backend = found.get_class()
     words = backend.validate_configuration(

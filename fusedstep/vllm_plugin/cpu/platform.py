@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms.cpu import CpuPlatform
 
 from fusedstep.vllm_plugin import compat
-from fusedstep.vllm_plugin.register import BACKEND, BACKEND_CLS
+from fusedstep.vllm_plugin.compat import BACKEND, BACKEND_CLS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -15,8 +15,8 @@ from fusedstep import demo
 from fusedstep.errors import ConfigError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
+from fusedstep.vllm_plugin.compat import SWITCH
 from fusedstep.vllm_plugin.launch import arguments, wiring
-from fusedstep.vllm_plugin.register import SWITCH
 
 CLIENT_SECONDS = 2
 # What vLLM's server returns to be awaited when no signal has ended it: its engine has died.

@@ -14,7 +14,7 @@ from fusedstep import demo
 from fusedstep.errors import ConfigError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat
-from fusedstep.vllm_plugin.register import SWITCH
+from fusedstep.vllm_plugin.compat import SWITCH
 
 GIB = 1 << 30
 DEFAULT_CPU_KV_CACHE_BYTES = 2 * GIB

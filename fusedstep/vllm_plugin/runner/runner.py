@@ -18,11 +18,11 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from fusedstep.ops import dispatch, native
 from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
-from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin import compat, reasons
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.recording import GraphStore, choose
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
-from fusedstep.vllm_plugin.scheduler.door import arrival_counter
+from fusedstep.vllm_plugin.shared import arrival_counter
 from fusedstep.window import arrivals, output
 from fusedstep.window.graphs import variant
 from fusedstep.window.loop import run_window
@@ -77,7 +77,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.engine_reason = compat.engine_reason(vllm_config)
+        self.engine_reason = reasons.engine_reason(vllm_config)
         self.ops_choice = dispatch.resolve(device, compat.options(vllm_config).ops)
         logger.info("fusedstep: step operations %s: %s", *self.ops_choice)
         self.stats = WindowStats(self.ops_choice.name)

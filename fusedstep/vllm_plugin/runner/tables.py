@@ -12,7 +12,7 @@ import torch
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StepInputs, StopState
-from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin import reasons
 from fusedstep.window.loop import StepOps
 from fusedstep.window.state import allocate_rows
 
@@ -118,7 +118,7 @@ class DeviceTables:
         self.max_len = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
         self.num_stop_token_ids = UvaBackedTensor(max_num_reqs, dtype=torch.int32)
         self.stop_token_ids = UvaBackedTensor(
-            (max_num_reqs, compat.MAX_STOP_TOKEN_IDS + 1), dtype=torch.int32
+            (max_num_reqs, reasons.MAX_STOP_TOKEN_IDS + 1), dtype=torch.int32
         )
         self.stop = StopState(
             max_len=static.of(self.max_len),
@@ -151,7 +151,7 @@ class DeviceTables:
         """A request enters its row: its stop rule, and whether the device can decode it."""
         row = self.req_states.req_id_to_index[new_request.req_id]
         params = new_request.sampling_params
-        reason = compat.request_reason(params)
+        reason = reasons.request_reason(params)
         self.needs_stock[row] = reason is not None
         self.reasons.pop(row, None)
         self.requests.stopped[row] = False

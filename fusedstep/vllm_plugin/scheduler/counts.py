@@ -12,16 +12,11 @@ from typing import TYPE_CHECKING, Any
 from fusedstep.window.page import Page
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    pass
 
 WRITE_EVERY = 0.25  # seconds
 # Upper bounds of the histogram of steps per window.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-
-
-def counts_page(vllm_config: VllmConfig, engine_index: int) -> Page:
-    """The page of this engine: its scheduler and its server open the same."""
-    return Page(f"{vllm_config.instance_id}-{engine_index}-counts")
 
 
 @dataclass

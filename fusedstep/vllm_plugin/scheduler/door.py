@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fusedstep.window import arrivals
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
-
-
-def arrival_counter(vllm_config: VllmConfig) -> arrivals.ArrivalCounter:
-    """The one of this engine: its scheduler and its workers open the same."""
-    rank = vllm_config.parallel_config.data_parallel_index
-    return arrivals.ArrivalCounter(f"{vllm_config.instance_id}-{rank}")
 
 
 class Door:

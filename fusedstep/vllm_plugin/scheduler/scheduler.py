@@ -20,12 +20,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from fusedstep.errors import ConfigError
 from fusedstep.policy import MAX_STEPS, Decision, Turn, decide
-from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin import compat, reasons
 from fusedstep.vllm_plugin.scheduler.admission import House
 from fusedstep.vllm_plugin.scheduler.blocks import Blocks
-from fusedstep.vllm_plugin.scheduler.counts import WindowCounts, counts_page
-from fusedstep.vllm_plugin.scheduler.door import Door, arrival_counter
+from fusedstep.vllm_plugin.scheduler.counts import WindowCounts
+from fusedstep.vllm_plugin.scheduler.door import Door
 from fusedstep.vllm_plugin.scheduler.in_flight import InFlight
+from fusedstep.vllm_plugin.shared import arrival_counter, counts_page
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,7 +59,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.decode_steps, self.latency_ms = options.decode_steps, options.window_latency_ms
         if self.decode_steps.fixed != 1:
             refuse_foreign_worker(self.vllm_config)
-        self.engine_reason = compat.engine_reason(self.vllm_config)
+        self.engine_reason = reasons.engine_reason(self.vllm_config)
         self.stock_reasons: dict[str, str] = {}  # request_id -> why its batch takes stock steps
         self.last_decision = Decision(1, "nothing scheduled yet")
         self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
@@ -131,7 +132,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         super().add_request(request)
         self.door.enter([request.request_id])
         self.house.comes(request)
-        reason = compat.request_reason(request.sampling_params)
+        reason = reasons.request_reason(request.sampling_params)
         if reason is not None:
             self.stock_reasons[request.request_id] = reason
 
