@@ -11,7 +11,7 @@ from fusedstep.options import Options
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SUPPORTED = ((0, 32), (0, 34))  # at least, below; what we use of them: surface.py
+SUPPORTED = ((0, 32), (0, 34))  # at least, below; what we use of them: tests/surface
 WORKER_CLS = "fusedstep.vllm_plugin.worker.FusedStepWorker"
 SCHEDULER_CLS = "fusedstep.vllm_plugin.scheduler.FusedStepScheduler"
 # Set by ``fusedstep serve`` and ``fusedstep.LLM``; inherited by every engine and worker process.

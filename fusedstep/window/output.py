@@ -102,17 +102,3 @@ class WindowTokens:
     def num_steps(self) -> int:
         """Steps of the window that gave a token."""
         return int(self.num_sampled.max(initial=0))
-
-
-class Fetched:
-    """A finished window on its way to the host; ``tokens`` waits for it."""
-
-    def __init__(self, slot: WindowSlot, stream: torch.cuda.Stream | None = None) -> None:
-        """``stream``: of the copies where there is a GPU; they begin when the window has ended."""
-        slot.output.keep(slot, stream)
-        self._output = slot.output
-        self._shape = slot.num_reqs, slot.steps_run, slot.num_logprobs
-
-    def tokens(self) -> WindowTokens:
-        """The window's result, before its slot is staged again."""
-        return self._output.read(*self._shape)

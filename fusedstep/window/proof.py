@@ -12,8 +12,8 @@ from fusedstep.errors import FusedStepError
 from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StopState
 from fusedstep.window.graphs import UNROLLED_STEPS, VARIANTS, WindowGraphs
 from fusedstep.window.loop import HOST_PACE, Graphs, run_window
-from fusedstep.window.output import Fetched
 from fusedstep.window.pace import Pace
+from fusedstep.window.state import Fetched
 
 CONTEXT = 5  # tokens that each request has computed
 STEPS = UNROLLED_STEPS + 2  # so that the unrolled form shows both of its graphs

@@ -9,7 +9,7 @@ import torch
 
 from fusedstep.ops.types import WINDOW_ENDS, BatchNeeds, WindowRows
 from fusedstep.window import arrivals
-from fusedstep.window.output import WindowOutput
+from fusedstep.window.output import WindowOutput, WindowTokens
 
 
 class Staging:
@@ -157,3 +157,17 @@ def allocate_rows(max_num_reqs: int, max_steps: int, device: torch.device) -> Wi
         stop_weight=torch.ones(1, dtype=torch.int32, device=device),
         num_active=zeros(1, dtype=torch.int32),
     )
+
+
+class Fetched:
+    """A finished window on its way to the host; ``tokens`` waits for it."""
+
+    def __init__(self, slot: WindowSlot, stream: torch.cuda.Stream | None = None) -> None:
+        """``stream``: of the copies where there is a GPU; they begin when the window has ended."""
+        slot.output.keep(slot, stream)
+        self._output = slot.output
+        self._shape = slot.num_reqs, slot.steps_run, slot.num_logprobs
+
+    def tokens(self) -> WindowTokens:
+        """The window's result, before its slot is staged again."""
+        return self._output.read(*self._shape)

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StepInputs, StopState
-from fusedstep.window import output
 from fusedstep.window.arrivals import ALL
 from fusedstep.window.graphs import WindowGraphs
 from fusedstep.window.loop import HOST_PACE, run_window
-from fusedstep.window.state import WindowState
+from fusedstep.window.state import Fetched, WindowState
 
 VOCAB, BLOCK, MAX_LEN, ROWS = 97, 4, 64, 5
 EOS = 11
@@ -146,7 +145,7 @@ class Engine:
         )
         run_window(self.model, self.ops, slot, cut_short, pace, graphs)
         stream = torch.cuda.Stream() if slot.rows.active.is_cuda else None
-        result = output.Fetched(slot, stream).tokens()
+        result = Fetched(slot, stream).tokens()
         for row, new in zip(rows, result.token_ids, strict=True):
             self.outputs[row] += new
         if logprobs:

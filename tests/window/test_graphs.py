@@ -125,8 +125,8 @@ def _one_window(engine, slot, graphs, device):
     import numpy as np
 
     from fusedstep.window.loop import run_window
-    from fusedstep.window.output import Fetched
     from fusedstep.window.pace import AheadPace, HostPace
+    from fusedstep.window.state import Fetched
 
     pace = AheadPace() if device == "cuda" else HostPace()
     stream = torch.cuda.Stream() if device == "cuda" else None

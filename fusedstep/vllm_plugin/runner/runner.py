@@ -23,11 +23,11 @@ from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.recording import GraphStore, choose
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
 from fusedstep.vllm_plugin.shared import arrival_counter
-from fusedstep.window import arrivals, output
+from fusedstep.window import arrivals
 from fusedstep.window.graphs import variant
 from fusedstep.window.loop import run_window
 from fusedstep.window.pace import AheadPace, HostPace, Pace
-from fusedstep.window.state import WindowSlot, WindowState
+from fusedstep.window.state import Fetched, WindowSlot, WindowState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -303,7 +303,7 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         copy_stream: torch.cuda.Stream | None,
     ) -> None:
         self.req_ids = list(scheduler_output.num_scheduled_tokens)
-        self.fetched = output.Fetched(slot, copy_stream)
+        self.fetched = Fetched(slot, copy_stream)
         self.live, self.stats = live, stats
 
     def get_output(self) -> ModelRunnerOutput:
