@@ -34,7 +34,7 @@ RANKS = {
     "fusedstep.cli": 7,
 }
 SURFACE = 5
-VLLM_ANYWHERE = ("fusedstep.vllm_plugin", "fusedstep.llm")
+VLLM_ANYWHERE = ("fusedstep.vllm_plugin", "fusedstep.llm", "fusedstep.bench.kernels.stock_step")
 VLLM_IN_FUNCTIONS = ("fusedstep.bench", "fusedstep.cli")
 
 
@@ -119,6 +119,22 @@ def test_vllm_stays_in_its_place(module: str) -> None:
         f"line {found.line}: {found.target}"
         for found in _imports(module)
         if _within(found.target, ("vllm",)) and not (late_is_fine and found.late)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("room", "other"), [("runner", "scheduler"), ("scheduler", "runner")], ids=lambda name: name
+)
+def test_worker_and_engine_core_meet_in_shared_modules_only(room: str, other: str) -> None:
+    """One folder per process: a line of the worker's never runs in the engine core."""
+    plugin = "fusedstep.vllm_plugin"
+    wrong = [
+        f"{module} line {found.line}: {found.target}"
+        for module in MODULES
+        if _within(module, (f"{plugin}.{room}",))
+        for found in _imports(module)
+        if _within(found.target, (f"{plugin}.{other}",))
     ]
     assert not wrong
 

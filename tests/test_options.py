@@ -188,7 +188,7 @@ CHILD = """
 import json, os, sys
 from fusedstep.errors import ConfigError
 from fusedstep.options import Options
-from fusedstep.vllm_plugin import wiring
+from fusedstep.vllm_plugin.launch import wiring
 wiring.is_cpu_build = lambda: True
 if "early" in sys.argv:
     wiring.switch_on(Options.parse({"ops": "triton"}))

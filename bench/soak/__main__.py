@@ -2,7 +2,7 @@
 
     python -m fusedstep.bench.soak --minutes 10 --json FILE [--stock] [--kill-worker] [MODEL] [...]
 
-The load (``soak_load``): completions and chats, streamed or not, of random lengths, with several
+The load (``load.py``): completions and chats, streamed or not, of random lengths, with several
 choices, logprobs, stop strings, JSON schemas, penalties; some clients hang up, some requests are
 broken. Eight fixed requests, greedy or seeded, are asked again and again: each must give the text
 it gave alone. That holds in float32, which is the default here; the other defaults are a small KV

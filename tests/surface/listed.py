@@ -114,7 +114,7 @@ def resolve(type_name: str) -> Type:
         for module, name in LISTED
         if f".{module}.{name}".endswith(f".{type_name}")
     ]
-    assert len(found) == 1, f"surface.py: {type_name} is {len(found)} listed names"
+    assert len(found) == 1, f"vllm_names.py: {type_name} is {len(found)} listed names"
     return frozenset(found)
 
 

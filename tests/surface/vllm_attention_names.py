@@ -1,4 +1,4 @@
-"""The part of ``surface.py``'s list that the attention backend needs."""
+"""The part of ``vllm_names.py``'s list that the attention backend needs."""
 
 from __future__ import annotations
 

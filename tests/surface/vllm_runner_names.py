@@ -1,4 +1,4 @@
-"""The part of ``surface.py``'s list that is vLLM's workers, Model Runner V2 and its kernels."""
+"""The part of ``vllm_names.py``'s list that is vLLM's workers, Model Runner V2 and its kernels."""
 
 from __future__ import annotations
 
