@@ -389,7 +389,7 @@ def test_temperature() -> None:
 def test_every_stock_kernel_exists() -> None:
     """The platform registers a stand-in for each kernel; a second call changes nothing."""
     code = """
-from fusedstep.vllm_plugin import stock_kernels, triton_cpu
+from fusedstep.vllm_plugin.cpu import stock_kernels, triton_stand_in as triton_cpu
 triton_cpu.install()
 from fusedstep.vllm_plugin.cpu.platform import OracleCpuPlatform
 OracleCpuPlatform.register_triton_kernel_overrides()

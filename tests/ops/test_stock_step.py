@@ -21,9 +21,9 @@ from fusedstep.vllm_plugin.launch import wiring
 CHILD = """
 import dataclasses, json, logging, os
 import torch
-from fusedstep.bench import kernels
+from fusedstep.bench.kernels import step as kernels
 logging.getLogger("vllm").setLevel("ERROR")
-from fusedstep.vllm_plugin import stock_step
+from fusedstep.bench.kernels import stock_step
 from fusedstep.vllm_plugin.cpu.platform import OracleCpuPlatform
 OracleCpuPlatform.register_triton_kernel_overrides()
 
