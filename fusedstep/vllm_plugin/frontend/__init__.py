@@ -1,0 +1,1 @@
+"""What runs in the process that has the clients: the API server, or the one of an LLM."""
