@@ -1,7 +1,7 @@
 """The types of our expressions, as far as they lead to vLLM; notes every use on the way.
 
-Roots are imports, annotations and base classes; from there the types that ``vllm_names.py`` lists for
-attributes and results lead on. A container has the type of its elements.
+Roots are imports, annotations and base classes; from there the types that ``vllm_names.py`` lists
+for attributes and results lead on. A container has the type of its elements.
 """
 
 from __future__ import annotations

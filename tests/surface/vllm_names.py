@@ -1,8 +1,8 @@
 """Everything of vLLM that fusedstep imports, extends, replaces, calls, reads or writes.
 
 ``tests/test_surface.py`` holds this list complete against our sources, and each supported vLLM
-against the list. What belongs to Model Runner V2 is in ``vllm_runner_names.py``. A module has names,
-a name has lines:
+against the list. What belongs to Model Runner V2 is in ``vllm_runner_names.py``. A module has
+names, a name has lines:
 
 * ``max_num_reqs, device`` are attributes, ``waiting: RequestQueue`` one of a listed class or a
   container of it. Without a name before the colon the name itself is such an instance.
