@@ -11,7 +11,7 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 
 from fusedstep.vllm_plugin.runner import recording as forms
-from fusedstep.vllm_plugin.runner.recording import Form, GraphStore, choose
+from fusedstep.vllm_plugin.runner.recording import Form, GraphStore, LoopParts, choose
 from fusedstep.window.proof import WrongTokensError
 
 SIZES = (1, 2, 4, 8)
@@ -45,15 +45,16 @@ def runner(
         cudagraph_manager=Manager(),
         max_num_reqs=10,
         attn_groups=[[group] for group in groups],
-        decode_model=SimpleNamespace(stage=None),
-        tables=SimpleNamespace(inputs=SimpleNamespace(block_sizes=(16,))),
         kv_cache_config=SimpleNamespace(num_blocks=100),
-        copy_stream=None,
-        pace=None,
-        ops=None,
-        windows=None,
-        arrivals=None,
     )
+
+
+def graph_store(form: Form, **options: Any) -> GraphStore:
+    model: Any = SimpleNamespace(stage=None)
+    tables: Any = SimpleNamespace(inputs=SimpleNamespace(block_sizes=(16,)))
+    unused: Any = None
+    parts = LoopParts(model, unused, unused, tables, unused, unused, None)
+    return GraphStore(runner(**options), parts, form)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +123,7 @@ def test_no_while_node_no_while_form(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_sizes_are_recorded_the_largest_first(machine: SimpleNamespace) -> None:
-    store = GraphStore(runner(), Form("replay", ""))
+    store = graph_store(Form("replay", ""))
     assert store.record(profile_only=False) == sum(SIZES) * STEP_BYTES
     assert machine.recorded == [("replay", size) for size in sorted(SIZES, reverse=True)]
     assert store.graphs is not None and store.graphs.form == "replay"
@@ -131,7 +132,7 @@ def test_all_sizes_are_recorded_the_largest_first(machine: SimpleNamespace) -> N
 
 def test_memory_is_estimated_from_the_largest_and_nothing_kept(machine: SimpleNamespace) -> None:
     """8 + 4 rows are recorded, two more sizes are taken to need as much as the last one."""
-    store = GraphStore(runner(), Form("while", ""))
+    store = graph_store(Form("while", ""))
     assert store.record(profile_only=True) == (8 + 4 + 2 * 4) * STEP_BYTES
     assert machine.recorded == [("while", 8), ("while", 4)]
     assert store.graphs is None and not machine.proved
@@ -139,7 +140,7 @@ def test_memory_is_estimated_from_the_largest_and_nothing_kept(machine: SimpleNa
 
 def test_wrong_tokens_make_way(machine: SimpleNamespace) -> None:
     machine.wrong.add("while")
-    store = GraphStore(runner(), Form("while", "works here"))
+    store = graph_store(Form("while", "works here"))
     store.record(profile_only=False)
     assert store.form == Form("replay", "while: its tokens are not those of the eager loop")
     assert store.graphs is not None and store.graphs.form == "replay"
@@ -157,7 +158,7 @@ def test_a_form_that_fails_makes_way(
     machine: SimpleNamespace, broken: set[str], asked: str, form: str, reason: str
 ) -> None:
     machine.broken |= broken
-    store = GraphStore(runner(), Form(asked, "works here"))
+    store = graph_store(Form(asked, "works here"))
     store.record(profile_only=False)
     assert store.form == Form(form, reason)
     assert (store.graphs is None) == (form == "eager")
@@ -165,6 +166,6 @@ def test_a_form_that_fails_makes_way(
 
 
 def test_a_backend_that_plans_on_the_host_has_no_graphs_of_ours(machine: SimpleNamespace) -> None:
-    store = GraphStore(runner(in_place=(True, False)), Form("replay", ""))
+    store = graph_store(Form("replay", ""), in_place=(True, False))
     assert store.record(profile_only=False) == 0
     assert store.graphs is None and machine.recorded == []

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,13 @@ def _within(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
+def _module(name: str) -> str:
+    """The module of ours that an imported name is or is of; empty for others'."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
 def _rank(name: str) -> int:
     return next((rank for prefix, rank in RANKS.items() if _within(name, (prefix,))), SURFACE)
 
@@ -137,6 +145,17 @@ def test_worker_and_engine_core_meet_in_shared_modules_only(room: str, other: st
         if _within(found.target, (f"{plugin}.{other}",))
     ]
     assert not wrong
+
+
+def test_no_import_circle() -> None:
+    """Imports for types and inside functions included."""
+    graph = {
+        module: {_module(found.target) for found in _imports(module)} - {module, ""}
+        for module in MODULES
+    }
+    with pytest.raises(CycleError, match="nodes are in a cycle"):
+        TopologicalSorter({**graph, "fusedstep.errors": {"fusedstep.cli.main"}}).prepare()
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("fusedstep.k")])

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from fusedstep.window.state import WindowSlot
+from fusedstep.ops.types import WindowRows
 
 
-class WindowOutput:
-    """One slot's result: on the device out of the next window's way, and for the host.
+class WindowBuffers:
+    """Two copies of a window's result: on the device, so that the next window may reuse its rows,
+    and in pinned memory for the host.
 
     The logprobs' buffers grow to the largest asked for; column 0 is the sampled token. Where device
     memory is host memory the host reads the device's side.
@@ -45,16 +44,22 @@ class WindowOutput:
         self._host[name] = torch.zeros(shape, dtype=dtype, pin_memory=True) if pinned else buffer
         return buffer
 
-    def keep(self, slot: WindowSlot, stream: torch.cuda.Stream | None) -> None:
+    def keep(
+        self,
+        rows: WindowRows,
+        steps: int,  # that were enqueued
+        stream: torch.cuda.Stream | None,
+        *,
+        logprobs: bool,  # asked for: they lie in these buffers already
+    ) -> None:
         """The window's work is enqueued: keep its result, and bring it to the host on ``stream``.
 
         Whole leading parts are copied: they are contiguous, so that no copy waits.
         """
         names = ["num_sampled", "out_tokens"]
-        steps = slot.steps_run
-        self.num_sampled.copy_(slot.rows.num_sampled)
-        self.out_tokens[:steps].copy_(slot.rows.out_tokens[:steps])
-        if slot.num_logprobs >= 0:
+        self.num_sampled.copy_(rows.num_sampled)
+        self.out_tokens[:steps].copy_(rows.out_tokens[:steps])
+        if logprobs:
             names += ["token_ids", "logprobs", "ranks"]
         if stream is None:
             return
@@ -62,8 +67,8 @@ class WindowOutput:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for name in names:
-                rows = len(self.num_sampled) if name == "num_sampled" else steps
-                self._host[name][:rows].copy_(getattr(self, name)[:rows], non_blocking=True)
+                size = len(self.num_sampled) if name == "num_sampled" else steps
+                self._host[name][:size].copy_(getattr(self, name)[:size], non_blocking=True)
             self._ready.record()
 
     def read(self, num_reqs: int, steps: int, num_logprobs: int) -> WindowTokens:

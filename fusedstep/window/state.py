@@ -9,7 +9,7 @@ import torch
 
 from fusedstep.ops.types import WINDOW_ENDS, BatchNeeds, WindowRows
 from fusedstep.window import arrivals
-from fusedstep.window.output import WindowOutput, WindowTokens
+from fusedstep.window.output import WindowBuffers, WindowTokens
 
 
 class Staging:
@@ -58,7 +58,7 @@ class WindowSlot:
 
     rows: WindowRows
     seen: torch.Tensor  # [1] int64, arrivals that the window's scheduler had seen
-    output: WindowOutput
+    output: WindowBuffers
     staging: Staging
     num_reqs: int = 0
     num_rows: int = 0  # with padding rows
@@ -126,7 +126,7 @@ class WindowState:
             return WindowSlot(
                 rows,
                 seen,
-                WindowOutput(max_steps, max_num_reqs, device),
+                WindowBuffers(max_steps, max_num_reqs, device),
                 Staging(max_num_reqs, device),
             )
 
@@ -164,7 +164,7 @@ class Fetched:
 
     def __init__(self, slot: WindowSlot, stream: torch.cuda.Stream | None = None) -> None:
         """``stream``: of the copies where there is a GPU; they begin when the window has ended."""
-        slot.output.keep(slot, stream)
+        slot.output.keep(slot.rows, slot.steps_run, stream, logprobs=slot.num_logprobs >= 0)
         self._output = slot.output
         self._shape = slot.num_reqs, slot.steps_run, slot.num_logprobs
 

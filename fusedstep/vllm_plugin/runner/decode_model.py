@@ -15,12 +15,11 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.utils import AttentionGroup
 
-    from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
 
-
-def attention_groups(runner: FusedStepRunner) -> list[AttentionGroup]:
+def attention_groups(runner: GPUModelRunner) -> list[AttentionGroup]:
     """Layers that share a backend and a KV-cache group."""
     return [group for groups in runner.attn_groups for group in groups]
 
@@ -39,7 +38,7 @@ class VllmDecodeModel:
     batch, that is the forward of a step that is not recorded itself.
     """
 
-    def __init__(self, runner: FusedStepRunner, *, use_graphs: bool) -> None:
+    def __init__(self, runner: GPUModelRunner, *, use_graphs: bool) -> None:
         self.runner = runner
         self.model = runner.model
         self.buffers = runner.input_buffers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,13 +13,22 @@ from tqdm import tqdm
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import graph_capture, is_global_first_rank
 
-from fusedstep.vllm_plugin.runner.decode_model import attention_groups, in_place
+from fusedstep.vllm_plugin.runner.decode_model import (
+    VllmDecodeModel,
+    attention_groups,
+    in_place,
+)
+from fusedstep.vllm_plugin.runner.tables import DeviceTables
+from fusedstep.window.arrivals import ArrivalCounter
 from fusedstep.window.graphs import WindowGraphs
+from fusedstep.window.loop import StepOps
+from fusedstep.window.pace import Pace
 from fusedstep.window.proof import Proof
 from fusedstep.window.recorder import CudaRecorder, no_while_reason
+from fusedstep.window.state import WindowState
 
 if TYPE_CHECKING:
-    from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 logger = logging.getLogger("vllm.fusedstep")
 
@@ -36,7 +46,20 @@ class Form(NamedTuple):
     reason: str
 
 
-def choose(runner: FusedStepRunner, loop: str) -> Form:
+@dataclass(frozen=True)
+class LoopParts:
+    """The parts of the loop that graphs are recorded from, and proved with."""
+
+    model: VllmDecodeModel
+    ops: StepOps
+    windows: WindowState
+    tables: DeviceTables
+    arrivals: ArrivalCounter
+    pace: Pace
+    copy_stream: torch.cuda.Stream | None  # of the results; None on a CPU
+
+
+def choose(runner: GPUModelRunner, loop: str) -> Form:
     """The best form at or below ``loop`` (one of ``options.LOOPS``) that can be tried here."""
     if runner.device.type == "cpu":
         return Form("eager", "the device is a cpu")
@@ -48,7 +71,7 @@ def choose(runner: FusedStepRunner, loop: str) -> Form:
     return Form(wanted, "; ".join(reasons) or "works here")
 
 
-def _obstacle(runner: FusedStepRunner, form: str) -> str | None:
+def _obstacle(runner: GPUModelRunner, form: str) -> str | None:
     """Why ``form`` cannot even be tried."""
     if form == "eager":
         return None
@@ -68,8 +91,8 @@ def _obstacle(runner: FusedStepRunner, form: str) -> str | None:
 class GraphStore:
     """The graphs of an engine's windows, recorded when vLLM records its own."""
 
-    def __init__(self, runner: FusedStepRunner, form: Form) -> None:
-        self.runner = runner
+    def __init__(self, runner: GPUModelRunner, parts: LoopParts, form: Form) -> None:
+        self.runner, self.parts = runner, parts
         self.form = form
         self.graphs: WindowGraphs | None = None
 
@@ -111,15 +134,15 @@ class GraphStore:
 
     def _record(self, num_sizes: int | None) -> tuple[WindowGraphs | None, int]:
         """The graphs of the largest ``num_sizes`` batches, and the bytes that all would take."""
-        runner = self.runner
+        runner, parts = self.runner, self.parts
         sizes = self._batch_sizes()
         if not all(map(in_place, attention_groups(runner))):
             return None, 0  # planned before every step: vLLM's own graph is the forward then
-        graphs = WindowGraphs(self.form.name, runner.decode_model, runner.ops, runner.windows)
+        graphs = WindowGraphs(self.form.name, parts.model, parts.ops, parts.windows)
         recorded = sizes[:num_sizes]
         taken: list[int] = []
         with graph_capture(device=runner.device):
-            recorder = CudaRecorder(runner.device, runner.arrivals)
+            recorder = CudaRecorder(runner.device, parts.arrivals)
             for num_rows in self._shown(recorded):
                 free = _free_bytes()
                 graphs.record(recorder, num_rows)
@@ -132,17 +155,17 @@ class GraphStore:
 
         Raises WrongTokensError. Overwrites KV blocks.
         """
-        runner, graphs = self.runner, self.graphs
+        parts, graphs = self.parts, self.graphs
         if graphs is None:
             return
         proof = Proof(
-            runner.tables,
+            parts.tables,
             graphs,
-            runner.tables.inputs.block_sizes,
-            runner.kv_cache_config.num_blocks - 1,  # block 0 is nobody's
-            runner.decode_model.stage,
-            runner.copy_stream,
-            runner.pace,
+            parts.tables.inputs.block_sizes,
+            self.runner.kv_cache_config.num_blocks - 1,  # block 0 is vLLM's null block
+            parts.model.stage,
+            parts.copy_stream,
+            parts.pace,
         )
         for num_rows in {self._batch_sizes()[-1], self._batch_sizes()[0]}:
             proof.check(num_rows)

@@ -20,7 +20,7 @@ from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
 from fusedstep.vllm_plugin import compat, reasons
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
-from fusedstep.vllm_plugin.runner.recording import GraphStore, choose
+from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
 from fusedstep.vllm_plugin.shared import arrival_counter
 from fusedstep.window import arrivals
@@ -125,7 +125,16 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def _choose_form(self, loop: str) -> None:
         form = choose(self, loop)
         self.decode_model = VllmDecodeModel(self, use_graphs=form.name != "eager")
-        self.graph_store = GraphStore(self, form)
+        parts = LoopParts(
+            self.decode_model,
+            self.ops,
+            self.windows,
+            self.tables,
+            self.arrivals,
+            self.pace,
+            self.copy_stream,
+        )
+        self.graph_store = GraphStore(self, parts, form)
         self._note_form()
 
     def _note_form(self) -> None:

@@ -18,8 +18,7 @@ from fusedstep.window.state import allocate_rows
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
-
-    from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 
 class StaticTensors:
@@ -73,7 +72,7 @@ class DeviceTables:
     the stopped flags, and which requests need stock steps.
     """
 
-    def __init__(self, runner: FusedStepRunner) -> None:
+    def __init__(self, runner: GPUModelRunner) -> None:
         self.req_states = state = runner.req_states
         self.sampler = sampler = runner.sampler
         self.max_model_len = runner.max_model_len
