@@ -1,7 +1,8 @@
-"""What changes logits before the temperature: bias, penalties, bad words, in vLLM's order.
+"""Adjusts logits before the temperature: bias, penalties, bad words, in vLLM's order.
 
-A program adjusts its own block of a row. Lists of token ids are scattered through a float32 copy
-of the block in memory, so that a row that has no list does not pay for one.
+A program adjusts its own block of a row. Lists of token ids are scattered into a float32 copy of
+the block in memory, which a row without a list does not need. The thread that handles a list entry
+is not the one that holds the token's logit: hence the barriers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ LIST_BLOCK = tl.constexpr(128)
 
 @triton.jit
 def must_adjust(req, position, sampling):
-    """Has this request bias, penalties or bad words at ``position``?"""
+    """True if this request has bias, penalties or bad words at ``position``."""
     return (
         _has_bias(req, position, sampling)
         | _has_penalties(req, sampling)
@@ -60,26 +61,26 @@ def adjust(
     VOCAB_SIZE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The adjusted block, which is also left in ``adjusted_row``."""
+    """Return the adjusted block, and store it in ``adjusted_row``."""
     token_ids = first_token + tl.arange(0, BLOCK_V)
     in_vocab = token_ids < VOCAB_SIZE
     if _has_bias(req, position, sampling):
         keep = tl.load(sampling.num_allowed_token_ids + req) == 0
         tl.store(adjusted_row + token_ids, tl.where(keep, logits, float("-inf")), mask=in_vocab)
-        tl.debug_barrier()
+        tl.debug_barrier()  # the copy is complete before list entries change it
         _apply_bias(
             logits_row, adjusted_row, first_token, req, position, sampling, strides, BLOCK_V
         )
-        tl.debug_barrier()
+        tl.debug_barrier()  # all list entries are applied before the block is read back
         logits = tl.load(adjusted_row + token_ids, mask=in_vocab, other=float("-inf"))
     if _has_penalties(req, sampling):
         logits = _apply_penalties(logits, token_ids, in_vocab, req, requests, sampling, strides)
-    tl.debug_barrier()
+    tl.debug_barrier()  # the block is read back before another thread may overwrite it
     tl.store(adjusted_row + token_ids, logits, mask=in_vocab)
     if tl.load(sampling.num_bad_words + req) > 0:
-        tl.debug_barrier()
+        tl.debug_barrier()  # the block is stored before list entries change it
         _forbid_bad_words(adjusted_row, first_token, req, requests, sampling, strides, BLOCK_V)
-        tl.debug_barrier()
+        tl.debug_barrier()  # all list entries are applied before the block is read back
         logits = tl.load(adjusted_row + token_ids, mask=in_vocab, other=float("-inf"))
     return logits
 
@@ -95,35 +96,35 @@ def _apply_bias(
     strides,
     BLOCK_V: tl.constexpr,
 ):
-    """Allowed token ids, logit bias, and no stop token before min_lens (``logit_bias.py``)."""
+    """Allowed token ids, logit bias, no stop token before min_lens, as in ``logit_bias.py``."""
     num_allowed = tl.load(sampling.num_allowed_token_ids + req)
     for start in range(0, num_allowed, LIST_BLOCK):
-        place = start + tl.arange(0, LIST_BLOCK)
+        column = start + tl.arange(0, LIST_BLOCK)
         ids = tl.load(
-            sampling.allowed_token_ids + req * strides.allowed_token_ids + place,
-            mask=place < num_allowed,
+            sampling.allowed_token_ids + req * strides.allowed_token_ids + column,
+            mask=column < num_allowed,
             other=-1,
         )
         ours = (ids >= first_token) & (ids < first_token + BLOCK_V)
         tl.store(adjusted_row + ids, tl.load(logits_row + ids, mask=ours).to(tl.float32), mask=ours)
-    tl.debug_barrier()
+    tl.debug_barrier()  # the bias is added to what the allowed ids have stored
     num_bias = tl.load(sampling.num_logit_bias + req)
     for start in range(0, num_bias, LIST_BLOCK):
-        place = start + tl.arange(0, LIST_BLOCK)
-        listed = place < num_bias
+        column = start + tl.arange(0, LIST_BLOCK)
+        listed = column < num_bias
         row = req * strides.logit_bias
-        ids = tl.load(sampling.logit_bias_token_ids + row + place, mask=listed, other=-1)
-        bias = tl.load(sampling.logit_bias + row + place, mask=listed, other=0.0)
+        ids = tl.load(sampling.logit_bias_token_ids + row + column, mask=listed, other=-1)
+        bias = tl.load(sampling.logit_bias + row + column, mask=listed, other=0.0)
         ours = (ids >= first_token) & (ids < first_token + BLOCK_V)
         tl.store(adjusted_row + ids, tl.load(adjusted_row + ids, mask=ours) + bias, mask=ours)
-    tl.debug_barrier()
+    tl.debug_barrier()  # the mask has the last word on a token with a bias
     if _masks_stop_tokens(req, position, sampling):
         num_stop = tl.load(sampling.num_min_stop_token_ids + req)
         for start in range(0, num_stop, LIST_BLOCK):
-            place = start + tl.arange(0, LIST_BLOCK)
+            column = start + tl.arange(0, LIST_BLOCK)
             ids = tl.load(
-                sampling.min_stop_token_ids + req * strides.min_stop_token_ids + place,
-                mask=place < num_stop,
+                sampling.min_stop_token_ids + req * strides.min_stop_token_ids + column,
+                mask=column < num_stop,
                 other=-1,
             )
             ours = (ids >= first_token) & (ids < first_token + BLOCK_V)

@@ -1,9 +1,10 @@
 """Decode attention over a paged KV cache, which it also writes; splits are merged in the launch.
 
-The tiles of all rows and heads stand in one line. Each program takes an equal share of it, so the
-grid depends on no length: the programs read ``seq_lens`` on the device. An *item* is one row, KV
-head and block of queries; a *piece* is the part of an item in one program's share. An item of one
-piece is written at once; otherwise the last of its programs to arrive merges the pieces in order.
+The KV tiles of all rows and heads are numbered in one sequence, and each program takes an equal
+share of it. So the grid depends on no length: the programs read ``seq_lens`` on the device. An
+*item* is one row, KV head and block of queries; a *piece* is the part of an item in one program's
+share. An item of one piece is written at once; otherwise the last of its programs to arrive merges
+the pieces in order (``winner.py`` has the memory order).
 
 The step's new tokens are never read from the cache: the piece with the item's last tile takes them
 from ``key`` and ``value`` and writes them to their slots.
@@ -28,9 +29,10 @@ NEW = tl.constexpr(16)  # new tokens of a row, padded for tl.dot
 
 @triton.jit
 def _span(seq_len, query_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """Tokens before the new ones, the first of them that a query sees, its tile, and the tiles.
+    """(context, first_seen, first_tile, num_tiles) of a row.
 
-    There is one tile at least: a row's new tokens need a piece to be in.
+    ``context`` is the number of cached tokens, ``first_seen`` the first that a query sees, in
+    ``first_tile``. There is one tile at least: the row's new tokens need a piece to be in.
     """
     context = tl.maximum(seq_len - query_len, 0)
     first_seen = context * 0
@@ -47,7 +49,7 @@ def attend_kernel(
     cache_ptr,  # [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE], any strides but the last
     rows,  # block_table [num_rows, n], seq_lens [num_rows], slots [num_tokens], starts
     layer,  # alibi_slopes, sinks: [heads]; k_scale, v_scale: [1] float32; each may be unused
-    scratch,  # arrivals, zero between launches; tops, weights, sums of up to two pieces a program
+    scratch,  # arrivals, zero between launches; piece_max, weights, sums: two pieces a program
     strides,
     num_rows,
     scale,  # of the scores
@@ -56,7 +58,7 @@ def attend_kernel(
     DIMS: tl.constexpr,  # HEAD_SIZE up to a power of two
     GROUP: tl.constexpr,  # query heads per KV head
     NUM_KV_HEADS: tl.constexpr,
-    QUERY_LEN: tl.constexpr,  # of any row, at most; of 1, row i has token i
+    QUERY_LEN: tl.constexpr,  # most new tokens of a row; if 1, row i has token i
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,  # tokens that a query sees, itself included; 0: all
     SOFT_CAP: tl.constexpr,
@@ -69,10 +71,10 @@ def attend_kernel(
     M_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,  # of a share
-    CHUNK: tl.constexpr,  # pieces and queries that a merge takes at a time
+    CHUNK: tl.constexpr,  # a merge takes CHUNK pieces of CHUNK_M queries at a time
     CHUNK_M: tl.constexpr,
 ):
-    """Grid (any number of programs): attention of the rows' new tokens, starts[i] on in row i."""
+    """Grid (any number of programs): attention of the new tokens; row i's begin at starts[i]."""
     ITEMS: tl.constexpr = NUM_KV_HEADS * M_BLOCKS  # of a row
     program = tl.program_id(0)
     row_ids = tl.arange(0, ROWS)
@@ -87,11 +89,11 @@ def attend_kernel(
     total = tl.max(ends, axis=0)
     num_programs = tl.num_programs(0)
     share = tl.maximum((total + num_programs - 1) // num_programs, MIN_TILES)
-    place = program * share
-    stop = tl.minimum(place + share, total)
-    row = tl.sum((ends <= place).to(tl.int32), axis=0)
-    row_place = tl.max(tl.where(ends <= place, ends, 0), axis=0)
-    while place < stop:
+    tile_index = program * share
+    stop = tl.minimum(tile_index + share, total)
+    row = tl.sum((ends <= tile_index).to(tl.int32), axis=0)
+    row_start = tl.max(tl.where(ends <= tile_index, ends, 0), axis=0)
+    while tile_index < stop:
         seq_len = tl.load(rows.seq_lens + row)
         first_token = row
         query_len = 1
@@ -100,16 +102,16 @@ def attend_kernel(
             query_len = tl.load(rows.starts + row + 1) - first_token
         span = _span(seq_len, query_len, TILE, WINDOW)
         num_tiles = span[3]
-        item = (place - row_place) // num_tiles
-        item_place = row_place + item * num_tiles
-        item_stop = item_place + num_tiles
+        item = (tile_index - row_start) // num_tiles
+        item_start = row_start + item * num_tiles
+        item_stop = item_start + num_tiles
         piece_stop = tl.minimum(stop, item_stop)
         _attend_piece(
             row,
             item,
             (first_token, query_len, tl.minimum(seq_len, query_len)),
             span,
-            (program, share, place, piece_stop, item_place, item_stop),
+            (program, share, tile_index, piece_stop, item_start, item_stop),
             tokens,
             cache_ptr,
             rows,
@@ -136,9 +138,9 @@ def attend_kernel(
             CHUNK,
             CHUNK_M,
         )
-        place = piece_stop
-        if place == row_place + num_tiles * ITEMS:
-            row_place = place
+        tile_index = piece_stop
+        if tile_index == row_start + num_tiles * ITEMS:
+            row_start = tile_index
             row += 1
 
 
@@ -148,7 +150,7 @@ def _attend_piece(
     item,
     new_tokens,  # the first, how many, and how many of them are in the row
     span,
-    bounds,  # program, share, first tile and end of the piece, of the item
+    bounds,  # program and share; tile_index and stop of the piece, start and stop of the item
     tokens,
     cache_ptr,
     rows,
@@ -175,9 +177,10 @@ def _attend_piece(
     CHUNK: tl.constexpr,
     CHUNK_M: tl.constexpr,
 ):
+    """Attend to the tiles of a piece; write the output if it is the whole item or arrives last."""
     first_token, query_len, num_new = new_tokens
     context, first_seen, first_tile, num_tiles = span
-    program, share, place, piece_stop, item_place, item_stop = bounds
+    program, share, tile_index, piece_stop, item_start, item_stop = bounds
     kv_head = item // M_BLOCKS
     m_block = item % M_BLOCKS
     dims = tl.arange(0, DIMS)
@@ -186,7 +189,7 @@ def _attend_piece(
     is_query = queries < query_len * GROUP
     query_tokens = queries // GROUP
     query = tl.load(
-        tokens.query + _place_of(queries, first_token, kv_head, strides.query, GROUP) + dims,
+        tokens.query + _head_offsets(queries, first_token, kv_head, strides.query, GROUP) + dims,
         mask=is_query[:, None] & in_head,
         other=0.0,
     )
@@ -199,26 +202,26 @@ def _attend_piece(
         scale = scale * tl.load(layer.k_scale)
         v_scale = tl.load(layer.v_scale)
 
-    # The new tokens, in the item's last piece.
+    # The new tokens, if this is the item's last piece.
     new = tl.arange(0, NEW)
     num_new = tl.where(piece_stop == item_stop, num_new, 0)
     is_new = new < num_new
     token = first_token.to(tl.int64) + new
-    keys_at = token * strides.key[0] + kv_head * strides.key[1]
-    values_at = token * strides.value[0] + kv_head * strides.value[1]
+    key_offsets = token * strides.key[0] + kv_head * strides.key[1]
+    value_offsets = token * strides.value[0] + kv_head * strides.value[1]
     new_mask = is_new[:, None] & in_head
     cache_dtype: tl.constexpr = cache_ptr.dtype.element_ty
-    new_keys = tl.load(tokens.key + keys_at[:, None] + dims, mask=new_mask, other=0.0)
-    new_values = tl.load(tokens.value + values_at[:, None] + dims, mask=new_mask, other=0.0)
+    new_keys = tl.load(tokens.key + key_offsets[:, None] + dims, mask=new_mask, other=0.0)
+    new_values = tl.load(tokens.value + value_offsets[:, None] + dims, mask=new_mask, other=0.0)
     new_keys = quantised(new_keys, layer.k_scale, cache_dtype, FP8_MAX)
     new_values = quantised(new_values, layer.v_scale, cache_dtype, FP8_MAX)
     num_written = tl.where(m_block == 0, num_new, 0)
     slots = tl.load(rows.slots + token, mask=new < num_written, other=-1).to(tl.int64)
     writes = (slots >= 0)[:, None] & in_head
-    cached_at = (slots // BLOCK_SIZE) * strides.cache[0] + kv_head * strides.cache[1]
-    cached_at += (slots % BLOCK_SIZE) * strides.cache[2]
-    tl.store(cache_ptr + cached_at[:, None] + dims, new_keys, mask=writes)
-    tl.store(cache_ptr + HEAD_SIZE + cached_at[:, None] + dims, new_values, mask=writes)
+    slot_offsets = (slots // BLOCK_SIZE) * strides.cache[0] + kv_head * strides.cache[1]
+    slot_offsets += (slots % BLOCK_SIZE) * strides.cache[2]
+    tl.store(cache_ptr + slot_offsets[:, None] + dims, new_keys, mask=writes)
+    tl.store(cache_ptr + HEAD_SIZE + slot_offsets[:, None] + dims, new_values, mask=writes)
     distances = query_tokens[:, None] - new
     new_seen = is_new & (distances >= 0)
     if WINDOW > 0:
@@ -226,31 +229,33 @@ def _attend_piece(
     new_scores = scores(
         query, tl.trans(new_keys), new, slopes, scale, soft_cap, SOFT_CAP, ALIBI, PRECISION
     )
-    top = tl.full([BLOCK_M], LOWEST, tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, DIMS], tl.float32)
-    top, weight, sums = add_tile(
-        top, weight, sums, new_scores, new_seen, new_values, query, PRECISION
+    row_max, weight, sums = add_tile(
+        row_max, weight, sums, new_scores, new_seen, new_values, query, PRECISION
     )
 
-    # Those before them, from the cache.
+    # The cached tokens, tile by tile; the block numbers of the next tile are loaded ahead.
     table = rows.block_table + row.to(tl.int64) * strides.block_table
-    tile_end = tl.minimum(first_tile + piece_stop - item_place, (context + TILE - 1) // TILE)
-    first_place = (first_tile + place - item_place) * TILE
-    blocks = _blocks_of(first_place, table, first_seen, context, BLOCK_SIZE, TILE)
-    for tile_place in range(first_place, tile_end * TILE, TILE):
-        positions = tile_place + tl.arange(0, TILE)
+    tile_end = tl.minimum(first_tile + piece_stop - item_start, (context + TILE - 1) // TILE)
+    first_position = (first_tile + tile_index - item_start) * TILE
+    blocks = _blocks_of(first_position, table, first_seen, context, BLOCK_SIZE, TILE)
+    for tile_position in range(first_position, tile_end * TILE, TILE):
+        positions = tile_position + tl.arange(0, TILE)
         cached = (positions >= first_seen) & (positions < context)
-        next_blocks = _blocks_of(tile_place + TILE, table, first_seen, context, BLOCK_SIZE, TILE)
-        at = blocks.to(tl.int64) * strides.cache[0] + kv_head * strides.cache[1]
-        at += (positions % BLOCK_SIZE) * strides.cache[2]
+        next_blocks = _blocks_of(tile_position + TILE, table, first_seen, context, BLOCK_SIZE, TILE)
+        offsets = blocks.to(tl.int64) * strides.cache[0] + kv_head * strides.cache[1]
+        offsets += (positions % BLOCK_SIZE) * strides.cache[2]
         keys = tl.load(
-            cache_ptr + at[None, :] + dims[:, None],
+            cache_ptr + offsets[None, :] + dims[:, None],
             mask=cached[None, :] & in_head[:, None],
             other=0.0,
         )
         values = tl.load(
-            cache_ptr + HEAD_SIZE + at[:, None] + dims, mask=cached[:, None] & in_head, other=0.0
+            cache_ptr + HEAD_SIZE + offsets[:, None] + dims,
+            mask=cached[:, None] & in_head,
+            other=0.0,
         )
         seen = cached[None, :]
         if WINDOW > 0 and QUERY_LEN > 1:
@@ -266,14 +271,16 @@ def _attend_piece(
             ALIBI,
             PRECISION,
         )
-        top, weight, sums = add_tile(top, weight, sums, tile_scores, seen, values, query, PRECISION)
+        row_max, weight, sums = add_tile(
+            row_max, weight, sums, tile_scores, seen, values, query, PRECISION
+        )
         blocks = next_blocks
 
-    whole = num_tiles == piece_stop - place
+    whole = num_tiles == piece_stop - tile_index
     if whole:
-        _put(
+        _write_output(
             queries,
-            top,
+            row_max,
             weight,
             sums,
             v_scale,
@@ -289,20 +296,20 @@ def _attend_piece(
             SINKS,
         )
     else:
-        # A program has a piece at the start of its share, and one more that is not whole.
-        left_at = (2 * program + (place != program * share).to(tl.int32)) * BLOCK_M
-        left_at += tl.arange(0, BLOCK_M)
-        tl.store(scratch.tops + left_at, top)
-        tl.store(scratch.weights + left_at, weight)
-        tl.store(scratch.sums + left_at[:, None] * DIMS + dims, sums)
-        first = item_place // share
+        # Of a share's pieces only the first and the last can be parts: two entries per program.
+        offset = (2 * program + (tile_index != program * share).to(tl.int32)) * BLOCK_M
+        offset += tl.arange(0, BLOCK_M)
+        tl.store(scratch.piece_max + offset, row_max)
+        tl.store(scratch.weights + offset, weight)
+        tl.store(scratch.sums + offset[:, None] * DIMS + dims, sums)
+        first = item_start // share
         last = (item_stop - 1) // share
         if arrive(row * ITEMS + item, last - first + 1, scratch):
             for start in range(0, BLOCK_M, CHUNK_M):
                 merged = _merge(
-                    start, first, last, share, item_place, scratch, DIMS, BLOCK_M, CHUNK, CHUNK_M
+                    start, first, last, share, item_start, scratch, DIMS, BLOCK_M, CHUNK, CHUNK_M
                 )
-                _put(
+                _write_output(
                     m_block * BLOCK_M + start + tl.arange(0, CHUNK_M),
                     merged[0],
                     merged[1],
@@ -323,18 +330,18 @@ def _attend_piece(
 
 @triton.jit
 def _blocks_of(
-    tile_place, table, first_seen, context, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+    first_position, table, first_seen, context, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):
-    """Blocks [TILE] of the cached tokens from ``tile_place`` on that a query sees."""
-    positions = tile_place + tl.arange(0, TILE)
+    """Block numbers [TILE] of the positions from ``first_position`` on; 0 for unseen positions."""
+    positions = first_position + tl.arange(0, TILE)
     cached = (positions >= first_seen) & (positions < context)
     return tl.load(table + positions // BLOCK_SIZE, mask=cached, other=0)
 
 
 @triton.jit
-def _put(
+def _write_output(
     queries,
-    top,
+    row_max,
     weight,
     sums,
     v_scale,
@@ -349,18 +356,18 @@ def _put(
     GROUP: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    """Write the attention of ``queries`` where all of their tiles have been added."""
+    """Write the attention of ``queries``, all of whose tiles have been added."""
     is_query = queries < query_len * GROUP
     dims = tl.arange(0, DIMS)
     sinks = tl.zeros(queries.shape, tl.float32)
     if SINKS:
         heads = kv_head * GROUP + queries % GROUP
         sinks = tl.load(layer.sinks + heads, mask=is_query, other=0.0).to(tl.float32)
-    result = finish(top, weight, sums, sinks, v_scale, SINKS)
-    at = _place_of(queries, first_token, kv_head, strides.output, GROUP) + dims
+    result = finish(row_max, weight, sums, sinks, v_scale, SINKS)
+    offsets = _head_offsets(queries, first_token, kv_head, strides.output, GROUP) + dims
     output_dtype: tl.constexpr = tokens.output.dtype.element_ty
     mask = is_query[:, None] & (dims < HEAD_SIZE)
-    tl.store(tokens.output + at, result.to(output_dtype), mask=mask)
+    tl.store(tokens.output + offsets, result.to(output_dtype), mask=mask)
 
 
 @triton.jit
@@ -369,43 +376,46 @@ def _merge(
     first,
     last,
     share,
-    item_place,
+    item_start,
     scratch,
     DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNK_M: tl.constexpr,
 ):
-    """What the programs ``first`` to ``last`` have left of CHUNK_M queries from ``start`` on."""
-    places = start + tl.arange(0, CHUNK_M)
+    """Merge the pieces of the programs ``first`` to ``last`` for CHUNK_M queries from ``start``."""
+    queries = start + tl.arange(0, CHUNK_M)
     dims = tl.arange(0, DIMS)
-    top = tl.full([CHUNK_M], LOWEST, tl.float32)
+    row_max = tl.full([CHUNK_M], LOWEST, tl.float32)
     weight = tl.zeros([CHUNK_M], tl.float32)
     sums = tl.zeros([CHUNK_M, DIMS], tl.float32)
     for chunk in range(first, last + 1, CHUNK):
         program = chunk + tl.arange(0, CHUNK)
-        slot = 2 * program + (program * share < item_place).to(tl.int32)
-        at = slot[:, None] * BLOCK_M + places
-        left = (program <= last)[:, None] & (places < BLOCK_M)
-        tops = tl.load(scratch.tops + at, mask=left, other=LOWEST, cache_modifier=".cg")
-        weights = tl.load(scratch.weights + at, mask=left, other=0.0, cache_modifier=".cg")
+        entry = 2 * program + (program * share < item_start).to(tl.int32)
+        offset = entry[:, None] * BLOCK_M + queries
+        valid = (program <= last)[:, None] & (queries < BLOCK_M)
+        # .cg: other SMs have just written these to L2, and they are read once: no use for L1.
+        piece_max = tl.load(
+            scratch.piece_max + offset, mask=valid, other=LOWEST, cache_modifier=".cg"
+        )
+        weights = tl.load(scratch.weights + offset, mask=valid, other=0.0, cache_modifier=".cg")
         parts = tl.load(
-            scratch.sums + at[:, :, None] * DIMS + dims,
-            mask=left[:, :, None],
+            scratch.sums + offset[:, :, None] * DIMS + dims,
+            mask=valid[:, :, None],
             other=0.0,
             cache_modifier=".cg",
         )
-        new_top = tl.maximum(top, tl.max(tops, axis=0))
-        kept = tl.exp2(top - new_top)
-        factors = tl.exp2(tops - new_top)
+        new_max = tl.maximum(row_max, tl.max(piece_max, axis=0))
+        kept = tl.exp2(row_max - new_max)
+        factors = tl.exp2(piece_max - new_max)
         weight = weight * kept + tl.sum(weights * factors, axis=0)
         sums = sums * kept[:, None] + tl.sum(parts * factors[:, :, None], axis=0)
-        top = new_top
-    return top, weight, sums
+        row_max = new_max
+    return row_max, weight, sums
 
 
 @triton.jit
-def _place_of(queries, first_token, kv_head, stride, GROUP: tl.constexpr):
+def _head_offsets(queries, first_token, kv_head, stride, GROUP: tl.constexpr):
     """Offsets [queries, 1] of the heads of ``queries`` in the query or output tensor."""
     token = first_token.to(tl.int64) + queries // GROUP
     return (token * stride[0] + (kv_head * GROUP + queries % GROUP) * stride[1])[:, None]

@@ -36,26 +36,26 @@ def scores(
 
 
 @triton.jit
-def add_tile(top, weight, sums, tile_scores, seen, values, query, PRECISION: tl.constexpr):
-    """The running softmax with a tile more: largest score, sum of the weights, weighted values."""
+def add_tile(row_max, weight, sums, tile_scores, seen, values, query, PRECISION: tl.constexpr):
+    """Add a tile to the running softmax: largest score, sum of the weights, weighted values."""
     tile_scores = tl.where(seen, tile_scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(tile_scores, axis=1))
-    kept = tl.exp2(top - new_top)
-    weights = tl.exp2(tile_scores - new_top[:, None])
+    new_max = tl.maximum(row_max, tl.max(tile_scores, axis=1))
+    kept = tl.exp2(row_max - new_max)
+    weights = tl.exp2(tile_scores - new_max[:, None])
     weight = weight * kept + tl.sum(weights, axis=1)
     values = values.to(query.dtype)
     sums = tl.dot(weights.to(query.dtype), values, sums * kept[:, None], input_precision=PRECISION)
-    return new_top, weight, sums
+    return new_max, weight, sums
 
 
 @triton.jit
-def finish(top, weight, sums, sinks, v_scale, SINKS: tl.constexpr):
+def finish(row_max, weight, sums, sinks, v_scale, SINKS: tl.constexpr):
     """Attention of the queries: weighted values by their weight; zeros where nothing is seen."""
     if SINKS:
         sinks = sinks * LOG2_E
-        new_top = tl.maximum(top, sinks)
-        kept = tl.exp2(top - new_top)
-        weight = weight * kept + tl.exp2(sinks - new_top)
+        new_max = tl.maximum(row_max, sinks)
+        kept = tl.exp2(row_max - new_max)
+        weight = weight * kept + tl.exp2(sinks - new_max)
         sums = sums * kept[:, None]
     return sums * (v_scale / tl.where(weight > 0, weight, 1.0))[:, None]
 

@@ -1,12 +1,17 @@
-"""Whether the decode loop on the device goes on: the word to the WHILE node that repeats it.
+"""PTX kernel that sets the condition of the CUDA-graph WHILE node: run the body once more?
 
-PTX, because no language of ours can call ``cudaGraphSetConditional``: the function belongs to the
-driver, which finds it when it compiles this text for the GPU at hand.
+PTX, because Triton cannot call ``cudaGraphSetConditional``: the function belongs to the driver,
+which links it when it compiles this text for the GPU at hand.
+
+``num_active`` and ``seen`` are plain loads: an earlier kernel of the graph has written the first, a
+copy before the graph the second. The host writes ``arrivals`` at any time, so its load has system
+scope: each iteration reads host memory, not a cached value. Relaxed is enough, because no other
+load depends on what it reads.
 """
 
 from __future__ import annotations
 
-# set_condition(handle, num_active, arrivals, seen), one thread: go on while
+# set_condition(handle, num_active, arrivals, seen), one thread: the body runs again while
 # *num_active (int32) > 0 and *arrivals (int64, host memory that the host writes) <= *seen (int64).
 PTX = """\
 .version 7.0

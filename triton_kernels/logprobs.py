@@ -21,21 +21,23 @@ def token_logprobs_kernel(
     """Grid (num_rows,): one pass for max and sum together, then the chosen tokens."""
     row_idx = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row_idx * logits_stride
-    top = float("-inf")
+    row_max = float("-inf")
     total = 0.0
     for start in range(0, VOCAB_SIZE, BLOCK):
         block = start + tl.arange(0, BLOCK)
         logits = tl.load(logits_row + block, mask=block < VOCAB_SIZE, other=float("-inf"))
         logits = logits.to(tl.float32)
-        new_top = tl.maximum(top, tl.max(logits, axis=0))
-        weights = tl.where(logits == float("-inf"), 0.0, tl.exp(logits - new_top))
-        kept = tl.where(top == float("-inf"), 0.0, total * tl.exp(top - new_top))
+        new_max = tl.maximum(row_max, tl.max(logits, axis=0))
+        weights = tl.where(logits == float("-inf"), 0.0, tl.exp(logits - new_max))
+        kept = tl.where(row_max == float("-inf"), 0.0, total * tl.exp(row_max - new_max))
         total = kept + tl.sum(weights, axis=0)
-        top = new_top
+        row_max = new_max
     log_total = tl.log(total)
     for start in range(0, num_ids, IDS_BLOCK):
-        place = start + tl.arange(0, IDS_BLOCK)
-        wanted = place < num_ids
-        ids = tl.load(token_ids_ptr + row_idx * token_ids_stride + place, mask=wanted, other=0)
+        column = start + tl.arange(0, IDS_BLOCK)
+        wanted = column < num_ids
+        ids = tl.load(token_ids_ptr + row_idx * token_ids_stride + column, mask=wanted, other=0)
         logits = tl.load(logits_row + ids, mask=wanted, other=0.0).to(tl.float32)
-        tl.store(logprobs_ptr + row_idx * num_ids + place, logits - top - log_total, mask=wanted)
+        tl.store(
+            logprobs_ptr + row_idx * num_ids + column, logits - row_max - log_total, mask=wanted
+        )

@@ -27,7 +27,7 @@ def _mix(state, key):
 
 @triton.jit
 def hash_prefix(seed, position):
-    """MurmurHash3 state (uint32) after seed and position, both int64: what all tokens share."""
+    """MurmurHash3 state (uint32) after seed and position, both int64; the same for all tokens."""
     state = (seed ^ seed).to(tl.uint32)
     state = _mix(state, (seed & 0xFFFFFFFF).to(tl.uint32))
     state = _mix(state, ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))

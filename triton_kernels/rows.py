@@ -1,4 +1,7 @@
-"""A window's rows: prepare them, and advance one when its token is known."""
+"""Prepares a window's rows, and advances a row when its token is known.
+
+Only a row's last program calls ``advance`` (``winner.py``), so nothing of a row has two writers.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def _place_input(batch_idx, token, position, inputs):
 def _map_slots(
     batch_idx, position, active, tables, table_row, inputs, strides, BLOCK_SIZES: tl.constexpr
 ):
-    """The KV slot of ``position`` in every group, looked up in ``table_row`` of ``tables``."""
+    """Store the KV slot of ``position`` in every group, from ``table_row`` of ``tables``."""
     for group in tl.static_range(len(BLOCK_SIZES)):
         block_size = BLOCK_SIZES[group]
         entry = tables[group] + table_row * strides.block_tables[group] + position // block_size
@@ -41,14 +44,15 @@ def advance(
     strides,
     BLOCK_SIZES: tl.constexpr,
 ):
-    """Emit ``token``, apply vLLM's ``check_stop``, stop the row or place its next input."""
+    """Emit ``token``, apply vLLM's ``check_stop``, stop the row or write its next input."""
     step = tl.load(rows.num_sampled + batch_idx)
     budget = tl.load(rows.budget + batch_idx)
     total_len = tl.load(requests.total_len + req)
     position = tl.load(requests.num_computed_tokens + req) + 1
     count_ptr = requests.output_bin_counts + req * strides.output_bin_counts + token
     count = tl.load(count_ptr)
-    tl.debug_barrier()  # every warp has loaded what one thread is about to overwrite
+    # All threads have loaded the values above before one of them overwrites them below.
+    tl.debug_barrier()
     tl.store(rows.out_tokens + step * strides.out_tokens + batch_idx, token.to(tl.int64))
     tl.store(rows.num_sampled + batch_idx, step + 1)
     tl.store(requests.last_sampled_tokens + req, token.to(tl.int64))
@@ -60,10 +64,10 @@ def advance(
     must_stop = total_len + 1 >= tl.load(stop.max_len + req)
     num_stop = tl.load(stop.num_stop_token_ids + req)
     for start in range(0, num_stop, STOP_BLOCK):
-        place = start + tl.arange(0, STOP_BLOCK)
+        column = start + tl.arange(0, STOP_BLOCK)
         ids = tl.load(
-            stop.stop_token_ids + req * strides.stop_token_ids + place,
-            mask=place < num_stop,
+            stop.stop_token_ids + req * strides.stop_token_ids + column,
+            mask=column < num_stop,
             other=-1,
         )
         must_stop = must_stop | (tl.max((ids == token).to(tl.int32)) > 0)
@@ -75,6 +79,7 @@ def advance(
     else:
         tl.store(rows.active + batch_idx, False)
         weight = tl.where(must_stop, tl.load(rows.stop_weight), 1)
+        # Atomic: other rows subtract, too. Relaxed: it is read by later launches only.
         tl.atomic_add(rows.num_active, -weight, sem="relaxed")
     _map_slots(
         batch_idx,
@@ -102,7 +107,7 @@ def prepare_kernel(
     BLOCK_SIZES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (num_reqs + 1): a program per row, and one for the count and the places after them."""
+    """Grid (num_reqs + 1): one program per row; the last one counts them and clears the tail."""
     batch_idx = tl.program_id(0)
     if batch_idx == num_reqs:
         _count_active(rows, num_reqs, requests, BLOCK)
@@ -127,15 +132,17 @@ def prepare_kernel(
         stride = strides.block_tables[group]
         num_valid = tl.load(num_blocks + group * max_num_reqs + req)
         for start in range(0, num_valid, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            valid = place < num_valid
-            ids = tl.load(block_tables[group] + req * stride + place, mask=valid)
-            tl.store(inputs.input_block_tables[group] + batch_idx * stride + place, ids, mask=valid)
+            column = start + tl.arange(0, BLOCK)
+            valid = column < num_valid
+            ids = tl.load(block_tables[group] + req * stride + column, mask=valid)
+            row_ptr = inputs.input_block_tables[group] + batch_idx * stride
+            tl.store(row_ptr + column, ids, mask=valid)
     _map_slots(batch_idx, position, active, block_tables, req, inputs, strides, BLOCK_SIZES)
 
 
 @triton.jit
 def _count_active(rows, num_reqs, requests, BLOCK: tl.constexpr):
+    """Store num_active. From the inputs: other programs are still writing ``rows.active``."""
     num_active = 0
     for start in range(0, num_reqs, BLOCK):
         batch_idx = start + tl.arange(0, BLOCK)
@@ -159,11 +166,12 @@ def _clear_tail(
     BLOCK_SIZES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Length 0 and no KV slot for every entry after the batch, as a padded graph needs."""
     for start in range(num_reqs, max_num_reqs, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        tl.store(inputs.seq_lens + place, 0, mask=place < max_num_reqs)
+        batch_idx = start + tl.arange(0, BLOCK)
+        tl.store(inputs.seq_lens + batch_idx, 0, mask=batch_idx < max_num_reqs)
     for group in tl.static_range(len(BLOCK_SIZES)):
         slots = inputs.slot_mappings + group * strides.slot_mappings
         for start in range(num_reqs, max_num_tokens, BLOCK):
-            place = start + tl.arange(0, BLOCK)
-            tl.store(slots + place, PAD_SLOT_ID, mask=place < max_num_tokens)
+            offset = start + tl.arange(0, BLOCK)
+            tl.store(slots + offset, PAD_SLOT_ID, mask=offset < max_num_tokens)

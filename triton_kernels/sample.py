@@ -1,7 +1,8 @@
 """The fused step, first launch: one read of the logits gives each row its token.
 
 Grid (NUM_SPLITS, num_reqs). Each program adjusts, scales and scores a block of one row; the last to
-arrive reduces, and unless top-k or top-p has a say (``truncate.py``) the row advances at once.
+arrive takes the winner (``winner.py``, with the memory order) and advances the row, unless the row
+has top-k or top-p: then ``truncate.py`` does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ BUCKET = tl.constexpr(128)
 
 @triton.jit
 def is_truncated(req, sampling, VOCAB_SIZE: tl.constexpr):
-    """Has the request top-k or top-p? They cannot change a greedy row's token."""
+    """True if top-k or top-p can change the token: not in a greedy row."""
     has_limit = (tl.load(sampling.top_k + req) < VOCAB_SIZE) | (tl.load(sampling.top_p + req) < 1.0)
     return has_limit & (tl.load(sampling.temperature + req) != 0.0)
 
@@ -58,7 +59,7 @@ def sample_kernel(
     logits_row = logits_ptr + batch_idx * logits_stride
     token_ids = split * BLOCK_V + tl.arange(0, BLOCK_V)
     in_vocab = token_ids < VOCAB_SIZE
-    # These loads need nothing but the row's place: all are under way before the first is used.
+    # These loads need only batch_idx: all are under way before the first is used.
     raw = tl.load(logits_row + token_ids, mask=in_vocab, other=float("-inf"))
     req = tl.load(rows.idx_mapping + batch_idx)
     position = tl.load(inputs.positions + batch_idx)
@@ -72,9 +73,9 @@ def sample_kernel(
     adjusted_row = scratch.adjusted + batch_idx * VOCAB_SIZE
 
     logits = raw.to(tl.float32)
-    place = batch_idx * NUM_SPLITS + split
+    offset = batch_idx * NUM_SPLITS + split
     if logprobs:
-        _store_weight(logits, scratch.raw_tops + place, scratch.raw_weights + place)
+        _store_weight(logits, scratch.split_max + offset, scratch.split_weights + offset)
     if is_adjusted:
         logits = adjust(
             logits,
@@ -94,8 +95,8 @@ def sample_kernel(
         logits = logits / temperature
         scores = tl.where(in_vocab, logits + gumbel_noise(prefix, token_ids), float("-inf"))
     score, token = first_best(scores, token_ids, VOCAB_SIZE)
-    tl.store(scratch.best_scores + place, score)
-    tl.store(scratch.best_tokens + place, token)
+    tl.store(scratch.best_scores + offset, score)
+    tl.store(scratch.best_tokens + offset, token)
     restricted = False
     if RESTRICT:
         min_p = tl.load(sampling.min_p + req)
@@ -103,10 +104,10 @@ def sample_kernel(
         restricted = truncated | ((min_p != 0.0) & (temperature != 0.0))
     if restricted:
         value = tl.max(tl.where(token_ids == token, logits, float("-inf")), axis=0)
-        tl.store(scratch.best_values + place, value)
-        buckets = tl.max(tl.reshape(logits, [BLOCK_V // BUCKET, BUCKET]), axis=1)
+        tl.store(scratch.best_values + offset, value)
+        bucket_max = tl.max(tl.reshape(logits, [BLOCK_V // BUCKET, BUCKET]), axis=1)
         bucket_ids = split * (BLOCK_V // BUCKET) + tl.arange(0, BLOCK_V // BUCKET)
-        tl.store(scratch.bucket_tops + batch_idx * BUCKETS + bucket_ids, buckets)
+        tl.store(scratch.bucket_max + batch_idx * BUCKETS + bucket_ids, bucket_max)
 
     if not arrive(batch_idx, NUM_SPLITS, scratch):
         return
@@ -150,11 +151,11 @@ def sample_kernel(
 
 
 @triton.jit
-def _store_weight(logits, top_ptr, weight_ptr):
-    """max and sum(exp(logits - max)) of a block."""
-    top = tl.max(logits, axis=0)
-    tl.store(top_ptr, top)
-    weights = tl.where(logits == float("-inf"), 0.0, tl.exp(logits - top))
+def _store_weight(logits, max_ptr, weight_ptr):
+    """Store max and sum(exp(logits - max)) of a block."""
+    block_max = tl.max(logits, axis=0)
+    tl.store(max_ptr, block_max)
+    weights = tl.where(logits == float("-inf"), 0.0, tl.exp(logits - block_max))
     tl.store(weight_ptr, tl.sum(weights, axis=0))
 
 
@@ -172,23 +173,25 @@ def _restrict(
     SPLITS: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):
-    """The winner of a row with min-p, and what ``truncate.py`` starts from."""
+    """The winner of a row among what min-p keeps; also stores what truncate.py starts from."""
     bucket_ids = tl.arange(0, BUCKETS)
-    tops = tl.load(
-        scratch.bucket_tops + batch_idx * BUCKETS + bucket_ids,
+    # .cg: written by other SMs, read once (see load_splits).
+    bucket_max = tl.load(
+        scratch.bucket_max + batch_idx * BUCKETS + bucket_ids,
         mask=bucket_ids < NUM_SPLITS * (BLOCK_V // BUCKET),
         other=float("-inf"),
         cache_modifier=".cg",
     )
-    top = tl.max(tops, axis=0)
+    row_max = tl.max(bucket_max, axis=0)
     floor = float("-inf")
     if min_p != 0.0:
-        floor = top + tl.log(min_p)
+        floor = row_max + tl.log(min_p)
     token, value, _ = winner_from(
         floor, 0, batch_idx, row, scratch, VOCAB_SIZE, BLOCK_V, NUM_SPLITS, SPLITS
     )
-    bound = tl.maximum(floor, _kth_bound(tops, top, tl.load(sampling.top_k + req)))
-    tl.store(scratch.row_tops + batch_idx, top)
+    kth_bound = _kth_bound(bucket_max, row_max, tl.load(sampling.top_k + req))
+    bound = tl.maximum(floor, kth_bound)
+    tl.store(scratch.row_max + batch_idx, row_max)
     tl.store(scratch.floors + batch_idx, floor)
     tl.store(scratch.bounds + batch_idx, bound)
     tl.store(scratch.winners + batch_idx, token)
@@ -198,19 +201,19 @@ def _restrict(
 
 
 @triton.jit
-def _kth_bound(tops, top, k):
+def _kth_bound(bucket_max, row_max, k):
     """A lower bound of the row's k-th largest logit that few more than k logits reach.
 
     The k-th largest of the buckets' maxima is one; bisection comes close to it from below.
     """
-    finite = tops > float("-inf")
-    low = tl.min(tl.where(finite, tops, top), axis=0)
+    finite = bucket_max > float("-inf")
+    low = tl.min(tl.where(finite, bucket_max, row_max), axis=0)
     low = tl.where(tl.sum(finite.to(tl.int32), axis=0) >= k, low, float("-inf"))
-    high = top
+    high = row_max
     if low > float("-inf"):
         for _ in range(12):
             middle = 0.5 * low + 0.5 * high
-            enough = tl.sum((tops >= middle).to(tl.int32), axis=0) >= k
+            enough = tl.sum((bucket_max >= middle).to(tl.int32), axis=0) >= k
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle)
     return low
@@ -235,14 +238,14 @@ def finish(
     SPLITS: tl.constexpr,
     BLOCK_SIZES: tl.constexpr,
 ):
-    """A row has its token: record it, and advance the row."""
+    """Record the row's token and advance the row. Called by its last program."""
     tl.store(rows.sampled + batch_idx, token.to(tl.int64))
     if logprobs:
-        tops = load_splits(scratch.raw_tops, batch_idx, float("-inf"), NUM_SPLITS, SPLITS)
-        weights = load_splits(scratch.raw_weights, batch_idx, 0.0, NUM_SPLITS, SPLITS)
-        top, rest = log_total(tops, weights)
+        split_max = load_splits(scratch.split_max, batch_idx, float("-inf"), NUM_SPLITS, SPLITS)
+        weights = load_splits(scratch.split_weights, batch_idx, 0.0, NUM_SPLITS, SPLITS)
+        row_max, rest = log_total(split_max, weights)
         value = tl.load(logits_row + token).to(tl.float32)
-        tl.store(rows.logprobs + batch_idx, value - top - rest)
+        tl.store(rows.logprobs + batch_idx, value - row_max - rest)
         tl.store(rows.ranks + batch_idx, rank_of(value, logits_row, VOCAB_SIZE).to(tl.int64))
     if advances:
         advance(token, batch_idx, req, rows, requests, stop, inputs, strides, BLOCK_SIZES)
@@ -250,7 +253,7 @@ def finish(
 
 @triton.jit
 def rank_of(value, logits_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr = 4096):
-    """How many raw logits of the row are at least ``value``."""
+    """The number of raw logits of the row that are at least ``value``."""
     rank = 0
     for start in range(0, VOCAB_SIZE, BLOCK):
         token_ids = start + tl.arange(0, BLOCK)

@@ -1,16 +1,16 @@
 """The fused step, second launch: rows with top-k or top-p. No sort of the vocabulary.
 
-Grid (num_parts, num_reqs). ``sample.py`` has left each such row its winner over all tokens that
-min-p keeps.
+Grid (num_parts, num_reqs). ``sample.py`` has left each such row the winner among the tokens that
+min-p keeps. ``winner.py`` says how the programs of a row are ordered.
 
-*top-p alone*: the winner of all tokens is also the winner of the kept set if it is in that set. So
-the row's weight up to the winner is summed; where that is too small to be kept, everything up to
-it goes, and the winner of the rest is checked in the same way.
+*top-p alone*: the winner of all tokens is also the winner of the top-p set if it is in that set. So
+the weight of the winner and of all tokens before it is summed. If that is too small for top-p, all
+of them are dropped, and the winner of the rest is checked in the same way.
 
 *top-k*: the k-th largest maximum of the vocabulary's buckets bounds the k-th largest logit from
-below, so the few tokens that reach the bound are listed, ranked against each other, and the winner
-is taken from those that top-k, then top-p keep. If the list is too long (flat rows, very large k)
-the k-th largest logit is found by bisection over the row, and top-p goes on as above.
+below, so the few tokens that reach the bound are listed and sorted, and the winner is taken from
+those that top-k, then top-p keep. If the list is too long (flat rows, very large k) the k-th
+largest logit is found by bisection over the row, and top-p goes on as above.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def truncate_kernel(
     adjusted_row = scratch.adjusted + batch_idx * VOCAB_SIZE
     is_adjusted = must_adjust(req, position, sampling)
     row = (logits_row, adjusted_row, is_adjusted, temperature, prefix)
-    top = tl.load(scratch.row_tops + batch_idx)
+    row_max = tl.load(scratch.row_max + batch_idx)
     floor = tl.load(scratch.floors + batch_idx)
     bound = tl.load(scratch.bounds + batch_idx)
     token = tl.load(scratch.winners + batch_idx)
@@ -76,21 +76,22 @@ def truncate_kernel(
     if top_k < VOCAB_SIZE:
         _list_candidates(bound, first, last, batch_idx, row, scratch, VOCAB_SIZE, CANDIDATES)
     else:
-        weight, up_to = _weights(floor, value, token, top, first, last, row, VOCAB_SIZE)
-        place = batch_idx * NUM_SPLITS + part
-        tl.store(scratch.weights + place, weight)
-        tl.store(scratch.weights_up_to + place, up_to)
+        weight, up_to = _weights(floor, value, token, row_max, first, last, row, VOCAB_SIZE)
+        offset = batch_idx * NUM_SPLITS + part
+        tl.store(scratch.weights + offset, weight)
+        tl.store(scratch.weights_up_to + offset, up_to)
 
     if not arrive(batch_idx, num_parts, scratch):
         return
     if top_k < VOCAB_SIZE:
+        # .cg: other SMs have added to it, in L2 (see load_splits).
         num_candidates = tl.load(scratch.num_candidates + batch_idx, cache_modifier=".cg")
         if num_candidates <= CANDIDATES:
             token = _sample_listed(
                 num_candidates,
                 top_k,
                 top_p,
-                top,
+                row_max,
                 batch_idx,
                 prefix,
                 scratch,
@@ -100,13 +101,13 @@ def truncate_kernel(
         else:
             threshold = bound
             if top_k < num_candidates:
-                threshold = _kth_largest(top_k, bound, top, row, VOCAB_SIZE)
+                threshold = _kth_largest(top_k, bound, row_max, row, VOCAB_SIZE)
             token, value, _ = winner_from(
                 threshold, 0, batch_idx, row, scratch, VOCAB_SIZE, BLOCK_V, NUM_SPLITS, SPLITS
             )
             if top_p < 1.0:
                 total, up_to = _weights(
-                    threshold, value, token, top, 0, VOCAB_SIZE, row, VOCAB_SIZE
+                    threshold, value, token, row_max, 0, VOCAB_SIZE, row, VOCAB_SIZE
                 )
                 token = _into_top_p(
                     token,
@@ -115,7 +116,7 @@ def truncate_kernel(
                     up_to,
                     threshold,
                     top_p,
-                    top,
+                    row_max,
                     batch_idx,
                     row,
                     scratch,
@@ -134,7 +135,7 @@ def truncate_kernel(
             tl.sum(up_to, axis=0),
             floor,
             top_p,
-            top,
+            row_max,
             batch_idx,
             row,
             scratch,
@@ -167,15 +168,16 @@ def truncate_kernel(
 def _load_parts(ptr, batch_idx, num_parts, NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr):
     """One value per part of a row, zero after the last; there are no more parts than splits."""
     part = tl.arange(0, SPLITS)
-    place = ptr + batch_idx * NUM_SPLITS + part
-    return tl.load(place, mask=part < num_parts, other=0.0, cache_modifier=".cg")
+    part_ptr = ptr + batch_idx * NUM_SPLITS + part
+    # .cg: written by other SMs, read once (see load_splits).
+    return tl.load(part_ptr, mask=part < num_parts, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def _weights(floor, value, token, top, first, last, row, VOCAB_SIZE: tl.constexpr):
-    """exp(logit - top) of the tokens from ``first`` to ``last``, summed over two sets of them.
+def _weights(floor, value, token, row_max, first, last, row, VOCAB_SIZE: tl.constexpr):
+    """Two sums of exp(logit - row_max) over the tokens from ``first`` to ``last``.
 
-    All that ``floor`` keeps, and those of them up to (value, token).
+    The first is over all that ``floor`` keeps, the second over those of them up to (value, token).
     """
     total = tl.zeros([PASS_BLOCK], dtype=tl.float32)
     up_to = tl.zeros([PASS_BLOCK], dtype=tl.float32)
@@ -183,7 +185,7 @@ def _weights(floor, value, token, top, first, last, row, VOCAB_SIZE: tl.constexp
         token_ids = start + tl.arange(0, PASS_BLOCK)
         logits = scaled_logits(row, token_ids, VOCAB_SIZE)
         kept = (logits >= floor) & (token_ids < VOCAB_SIZE)
-        weights = tl.where(kept, tl.exp(logits - top), 0.0)
+        weights = tl.where(kept, tl.exp(logits - row_max), 0.0)
         before = (logits < value) | ((logits == value) & (token_ids <= token))
         total += weights
         up_to += tl.where(before, weights, 0.0)
@@ -198,7 +200,7 @@ def _into_top_p(
     up_to,
     floor,
     top_p,
-    top,
+    row_max,
     batch_idx,
     row,
     scratch,
@@ -222,7 +224,7 @@ def _into_top_p(
         if searching:
             token = next_token
             value = next_value
-            _, up_to = _weights(floor, value, token, top, 0, VOCAB_SIZE, row, VOCAB_SIZE)
+            _, up_to = _weights(floor, value, token, row_max, 0, VOCAB_SIZE, row, VOCAB_SIZE)
             searching = up_to <= outside
     return token
 
@@ -238,19 +240,20 @@ def _list_candidates(
     VOCAB_SIZE: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """Append to the row's list who reaches ``bound``; those beyond its end are only counted."""
+    """Append the tokens that reach ``bound`` to the row's list; beyond its end only count them."""
     for start in range(first, last, PASS_BLOCK):
         token_ids = start + tl.arange(0, PASS_BLOCK)
         logits = scaled_logits(row, token_ids, VOCAB_SIZE)
         chosen = (logits >= bound) & (token_ids < VOCAB_SIZE)
         count = tl.sum(chosen.to(tl.int32), axis=0)
         if count > 0:
+            # Reserves entries of the list. Relaxed: nobody reads them before ``arrive``.
             listed = tl.atomic_add(scratch.num_candidates + batch_idx, count, sem="relaxed")
-            place = listed + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-            fits = chosen & (place < CANDIDATES)
-            place += batch_idx * CANDIDATES
-            tl.store(scratch.candidates + place, token_ids, mask=fits)
-            tl.store(scratch.candidate_values + place, logits, mask=fits)
+            entry = listed + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+            fits = chosen & (entry < CANDIDATES)
+            offset = batch_idx * CANDIDATES + entry
+            tl.store(scratch.candidates + offset, token_ids, mask=fits)
+            tl.store(scratch.candidate_values + offset, logits, mask=fits)
 
 
 @triton.jit
@@ -258,7 +261,7 @@ def _sample_listed(
     num_candidates,
     top_k,
     top_p,
-    top,
+    row_max,
     batch_idx,
     prefix,
     scratch,
@@ -267,20 +270,20 @@ def _sample_listed(
 ):
     """The winner of a row whose top-k tokens are all in its list."""
     _sort_listed(num_candidates, batch_idx, scratch, CANDIDATES)
-    tl.debug_barrier()
-    place = tl.arange(0, CANDIDATES)
-    listed = place < num_candidates
+    tl.debug_barrier()  # below a thread reads what other threads have stored
+    rank = tl.arange(0, CANDIDATES)
+    listed = rank < num_candidates
     first = batch_idx * CANDIDATES
-    token_ids = tl.load(scratch.sorted + first + place, mask=listed, other=VOCAB_SIZE - 1)
-    values = tl.load(scratch.sorted_values + first + place, mask=listed, other=float("-inf"))
+    token_ids = tl.load(scratch.sorted + first + rank, mask=listed, other=VOCAB_SIZE - 1)
+    values = tl.load(scratch.sorted_values + first + rank, mask=listed, other=float("-inf"))
     kept = listed
     if top_k <= num_candidates:
         kept = kept & (values >= tl.load(scratch.sorted_values + first + top_k - 1))
     if top_p < 1.0:
-        weights = tl.where(kept, tl.exp(values - top), 0.0)
+        weights = tl.where(kept, tl.exp(values - row_max), 0.0)
         up_to = tl.cumsum(weights, axis=0, reverse=True)
         outside = up_to <= (1.0 - top_p) * tl.sum(weights, axis=0)
-        kept = kept & ((outside == 0) | (place == 0))
+        kept = kept & ((outside == 0) | (rank == 0))
     scores = tl.where(kept, values + gumbel_noise(prefix, token_ids), float("-inf"))
     _, token = first_best(scores, tl.where(kept, token_ids, VOCAB_SIZE - 1), VOCAB_SIZE)
     return token
@@ -288,13 +291,14 @@ def _sample_listed(
 
 @triton.jit
 def _sort_listed(num_candidates, batch_idx, scratch, CANDIDATES: tl.constexpr):
-    """Largest first, by counting who comes before whom: the list is short and its order random."""
-    place = tl.arange(0, CANDIDATES)
-    listed = place < num_candidates
+    """Sort the list, largest first: a token's rank is the number of tokens that come before it."""
+    entry = tl.arange(0, CANDIDATES)
+    listed = entry < num_candidates
     tokens_ptr = scratch.candidates + batch_idx * CANDIDATES
     values_ptr = scratch.candidate_values + batch_idx * CANDIDATES
-    token_ids = tl.load(tokens_ptr + place, mask=listed, other=0, cache_modifier=".cg")
-    values = tl.load(values_ptr + place, mask=listed, other=float("-inf"), cache_modifier=".cg")
+    # .cg, here and in the loop: written by other SMs (see load_splits).
+    token_ids = tl.load(tokens_ptr + entry, mask=listed, other=0, cache_modifier=".cg")
+    values = tl.load(values_ptr + entry, mask=listed, other=float("-inf"), cache_modifier=".cg")
     rank = tl.zeros([CANDIDATES], dtype=tl.int32)
     for start in range(0, num_candidates, OTHERS):
         other = start + tl.arange(0, OTHERS)
@@ -319,13 +323,13 @@ def _sortable(bits):
 
 
 @triton.jit
-def _kth_largest(k, bound, top, row, VOCAB_SIZE: tl.constexpr):
+def _kth_largest(k, bound, row_max, row, VOCAB_SIZE: tl.constexpr):
     """The row's k-th largest logit, or a limit that just the k largest reach.
 
-    Bisection on the bits, between ``bound``, which more than k logits reach, and ``top``.
+    Bisection on the bits, between ``bound``, which more than k logits reach, and ``row_max``.
     """
     low = _sortable(bound.to(tl.int32, bitcast=True)).to(tl.int64)
-    high = _sortable(top.to(tl.int32, bitcast=True)).to(tl.int64) + 1
+    high = _sortable(row_max.to(tl.int32, bitcast=True)).to(tl.int64) + 1
     while high - low > 1:
         middle = (low + high) >> 1
         limit = _sortable(middle.to(tl.int32)).to(tl.float32, bitcast=True)

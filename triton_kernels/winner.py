@@ -1,10 +1,28 @@
-"""Who wins a row: what every split of it found, and the winner among a part of it.
+"""Argmax of a row across programs: each leaves the winner of its split, the last one reduces.
 
-A row's vocabulary is split over programs. Each leaves its winner in ``scratch``; the last one to
-arrive reduces. The order of a row's tokens is that of vLLM's sorted top-p: by logit, ties by token
-id; a *cut* (value, token id) keeps the token itself and all after it.
-
+The order of a row's tokens is that of vLLM's sorted top-p: by logit, ties by token id. A *cut*
+(value, token id) keeps the token itself and all after it; ``winner_from`` is the argmax of those.
 ``row`` is the tuple (logits_row, adjusted_row, is_adjusted, temperature, noise prefix).
+
+Memory order, for every kernel that calls ``arrive``:
+
+* Inputs (logits, parameters, ``active``, ``positions``): every program of a row reads them before
+  it arrives. Only the last program overwrites any of them, after all have arrived.
+* Scratch with an entry per split (attention: per piece), and ``adjusted``: each entry has one
+  writer, the program of that split. The last program reads all of them, after ``arrive``, which
+  releases each writer's stores and acquires them for the reader.
+* The candidate list of ``truncate.py``: programs reserve disjoint entries by an atomic add on its
+  length, then it is like scratch per split.
+* Scratch with an entry per row: written by the last program of ``sample_kernel``, read by
+  ``truncate_kernel``. The end of a launch orders them, as it orders all that ``advance`` writes
+  before the next step. (Programmatic dependent launch would not; it is off.)
+* ``arrivals``: counted by atomics, reset by the last program, zero between launches.
+* ``num_active``: rows subtract from it by atomics; nobody reads it before the launch has ended.
+* Within a program a thread is sure to see its own stores only. A barrier, with its reason, stands
+  between where it reads another thread's or overwrites what another thread still has to read.
+
+This was checked in the PTX and SASS of NVIDIA GPUs. On AMD GPUs it is not known whether the barrier
+in ``arrive`` waits for the stores of the program's other waves.
 """
 
 from __future__ import annotations
@@ -31,11 +49,15 @@ def scaled_logits(row, token_ids, VOCAB_SIZE: tl.constexpr):
 
 @triton.jit
 def arrive(batch_idx, num_programs, scratch):
-    """True in the last of a row's programs; what the others have written is then visible."""
+    """True in the last of a row's programs; what the others have written is then visible to it."""
+    # The atomic is one thread's: all threads of this program must have stored what it releases.
     tl.debug_barrier()
+    # Release: this program's stores. Acquire: those of all that arrived before. Every thread gets
+    # the count through shared memory, behind a barrier, so that their later loads are ordered too.
     arrived = tl.atomic_add(scratch.arrivals + batch_idx, 1, sem="acq_rel")
     is_last = arrived == num_programs - 1
     if is_last:
+        # A plain store: no program of this launch counts any more.
         tl.store(scratch.arrivals + batch_idx, 0)
     return is_last
 
@@ -51,16 +73,17 @@ def first_best(scores, token_ids, VOCAB_SIZE: tl.constexpr):
 def load_splits(ptr, batch_idx, other, NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr):
     """One value per split of a row; SPLITS is a power of two, ``other`` fills the rest."""
     split = tl.arange(0, SPLITS)
-    place = ptr + batch_idx * NUM_SPLITS + split
-    return tl.load(place, mask=split < NUM_SPLITS, other=other, cache_modifier=".cg")
+    split_ptr = ptr + batch_idx * NUM_SPLITS + split
+    # .cg: other SMs have just written these to L2, and they are read once: no use for L1.
+    return tl.load(split_ptr, mask=split < NUM_SPLITS, other=other, cache_modifier=".cg")
 
 
 @triton.jit
-def log_total(tops, weights):
-    """log(sum(weights * exp(tops))) as (max, log of the rest): a log-sum-exp from its parts."""
-    top = tl.max(tops, axis=0)
-    parts = tl.where(tops == float("-inf"), 0.0, weights * tl.exp(tops - top))
-    return top, tl.log(tl.sum(parts, axis=0))
+def log_total(split_max, weights):
+    """Log-sum-exp of a row as (max, log of the rest), from the max and the weight of each split."""
+    row_max = tl.max(split_max, axis=0)
+    parts = tl.where(split_max == float("-inf"), 0.0, weights * tl.exp(split_max - row_max))
+    return row_max, tl.log(tl.sum(parts, axis=0))
 
 
 @triton.jit
@@ -92,9 +115,9 @@ def winner_from(
 ):
     """Token, scaled logit and score of the winner among the tokens that the cut keeps.
 
-    A split whose own winner is kept needs no second look, and the score of any other split bounds
-    what it can offer: few blocks are scored again, mostly one. The score is NO_SCORE when the cut
-    keeps nothing.
+    A split whose winner is kept is done. The other splits are scored again while the score of
+    their winner, which bounds that of their kept tokens, can still win: mostly one is. The score is
+    NO_SCORE when the cut keeps nothing.
     """
     scores = load_splits(scratch.best_scores, batch_idx, NO_SCORE, NUM_SPLITS, SPLITS)
     token_ids = load_splits(scratch.best_tokens, batch_idx, VOCAB_SIZE - 1, NUM_SPLITS, SPLITS)

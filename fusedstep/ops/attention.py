@@ -31,7 +31,7 @@ MAX_REGISTERS = 255  # of a thread: with 4 warps, PROGRAMS_PER_SM fit
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What the launch is made for."""
+    """Properties of the GPU that choose grid and tile sizes."""
 
     num_sms: int
     shared_bytes: int  # of a program, where PROGRAMS_PER_SM of them share an SM
@@ -57,7 +57,7 @@ class DeviceLimits:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """What is fixed for a layer."""
+    """Constants of a layer."""
 
     num_heads: int
     num_kv_heads: int
@@ -126,10 +126,10 @@ class _Strides(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """What programs leave for the last one of an item."""
+    """Scratch: every program of an item writes its piece, the last one to arrive reads them all."""
 
     arrivals: torch.Tensor  # [max items] int32, zero between launches
-    tops: torch.Tensor  # [2 * num_programs * max block_m] float32
+    piece_max: torch.Tensor  # [2 * num_programs * max block_m] float32
     weights: torch.Tensor
     sums: torch.Tensor  # [2 * num_programs * max (block_m * dims)] float32
 

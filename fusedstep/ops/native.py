@@ -203,7 +203,10 @@ class NativeStep:
             )
 
     def _views_of(self, rows: WindowRows, num_reqs: int) -> Any:
-        """Views are kept for each WindowRows seen: a runner has two, one per slot."""
+        """Views are kept for each WindowRows seen.
+
+        A runner has two: the window's, which both slots share, and the prefill sampler's.
+        """
         check_num_reqs(rows, num_reqs)
         known = self._rows.get(id(rows))
         if known is None:

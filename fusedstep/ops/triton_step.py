@@ -81,18 +81,22 @@ class _Strides(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """What the programs of a row leave for its last one, and the first launch for the second."""
+    """Scratch memory of a row; ``fusedstep/kernels/winner.py`` says what orders its accesses.
+
+    Entries per split or candidate: written by every program of a row, read by the last to arrive.
+    Entries per row: written by the last program of the first launch, read by the second launch.
+    """
 
     arrivals: torch.Tensor  # [R] int32, zero between launches
     best_scores: torch.Tensor  # [R, NUM_SPLITS] float32, of each split's winner
     best_tokens: torch.Tensor  # [R, NUM_SPLITS] int32
     best_values: torch.Tensor  # [R, NUM_SPLITS] float32, scaled logit of that token
-    raw_tops: torch.Tensor  # [R, NUM_SPLITS] float32
-    raw_weights: torch.Tensor  # [R, NUM_SPLITS] float32
+    split_max: torch.Tensor  # [R, NUM_SPLITS] float32, of each split's raw logits
+    split_weights: torch.Tensor  # [R, NUM_SPLITS] float32, sum(exp(raw logit - split_max))
     weights: torch.Tensor  # [R, NUM_SPLITS] float32
     weights_up_to: torch.Tensor  # [R, NUM_SPLITS] float32
-    bucket_tops: torch.Tensor  # [R, BUCKETS] float32
-    row_tops: torch.Tensor  # [R] float32
+    bucket_max: torch.Tensor  # [R, BUCKETS] float32
+    row_max: torch.Tensor  # [R] float32
     floors: torch.Tensor  # [R] float32, what min-p keeps
     bounds: torch.Tensor  # [R] float32, of the candidates
     winners: torch.Tensor  # [R] int32
@@ -279,7 +283,10 @@ class TritonStep:
         return (Launch(token_logprobs_kernel, (num_rows,), args, constexprs, num_warps=16),)
 
     def _arguments_of(self, rows: WindowRows, num_reqs: int) -> tuple[Any, _Strides]:
-        """Kept for each WindowRows seen: a runner has two, one per slot."""
+        """Kept for each WindowRows seen.
+
+        A runner has two: the window's, which both slots share, and the prefill sampler's.
+        """
         check_num_reqs(rows, num_reqs)
         known = self._rows.get(id(rows))
         if known is None:
@@ -323,18 +330,18 @@ def _allocate_scratch(max_num_reqs: int, vocab_size: int, device: torch.device) 
     per_split = (
         "best_scores",
         "best_values",
-        "raw_tops",
-        "raw_weights",
+        "split_max",
+        "split_weights",
         "weights",
         "weights_up_to",
     )
-    per_row = ("row_tops", "floors", "bounds", "winner_values")
+    per_row = ("row_max", "floors", "bounds", "winner_values")
     return _Scratch(
         **{name: floats(max_splits) for name in per_split},
         **{name: floats(1) for name in per_row},
         **{name: ints(1) for name in ("arrivals", "winners", "num_candidates")},
         best_tokens=ints(max_splits),
-        bucket_tops=floats(_num_buckets(vocab_size)),
+        bucket_max=floats(_num_buckets(vocab_size)),
         candidates=ints(CANDIDATES),
         candidate_values=floats(CANDIDATES),
         sorted=ints(CANDIDATES),
