@@ -18,7 +18,7 @@ help:
 	@echo "make install             set up .venv (CUDA or CPU, found by itself; VARIANT=cpu or cuda to choose)"
 	@echo "make serve MODEL=... ARGS=...   serve a model; without MODEL the bundled one"
 	@echo "make test                lint, then the tests"
-	@echo "make lint                ruff and mypy"
+	@echo "make lint                ruff (rules and format) and mypy"
 	@echo "make clean               remove caches and build files (.venv stays)"
 
 install:
@@ -35,6 +35,7 @@ test: lint
 # mypy sees the packages under their import names: a tree of links (see pyproject.toml).
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/fusedstep
 	@ln -s "$(CURDIR)"/fusedstep/* $(TYPES)/fusedstep/
 	@ln -s "$(CURDIR)/bench" "$(CURDIR)/cli" $(TYPES)/fusedstep/

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -49,16 +49,23 @@ def _alive(process: psutil.Process) -> bool:
 class Server:
     """One server in a session (and process group) of its own, as under a terminal."""
 
-    def __init__(self, log: Path, *args: str) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *args: str,
+        command: Sequence[str] = (FUSEDSTEP, "serve"),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [FUSEDSTEP, "serve", *args, "--port", str(self.port)],
+                [*command, *args, "--port", str(self.port)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"VLLM_NO_USAGE_STATS": "1"},
+                env=(env or os.environ) | {"VLLM_NO_USAGE_STATS": "1"},
+                cwd=log.parent,
                 start_new_session=True,
             )
         self.main = psutil.Process(self.process.pid)

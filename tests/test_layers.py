@@ -33,6 +33,7 @@ RANKS = {
     "fusedstep.vllm_plugin": 4,
     "fusedstep.bench": 6,
     "fusedstep.cli": 7,
+    "fusedstep.__main__": 8,
 }
 SURFACE = 5
 VLLM_ANYWHERE = ("fusedstep.vllm_plugin", "fusedstep.llm", "fusedstep.bench.kernels.stock_step")
