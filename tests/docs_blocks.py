@@ -67,11 +67,21 @@ def commands(page: Path) -> list[Command]:
 
 
 def _of_block(block: Block) -> Iterator[Command]:
-    text = block.text.replace("\\\n", " ")
-    if block.language in SHELL or block.language == "text":
-        for line in text.splitlines():
-            if line.startswith("$ ") or block.language == "sh":
-                yield from _of_line(block.where, line.removeprefix("$ "))
+    if block.language not in (*SHELL, "text"):
+        return
+    begun = ""  # a line that goes on: its quotes are open
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if begun or line.startswith("$ ") or block.language == "sh":
+            begun += line if begun else line.removeprefix("$ ")
+            try:
+                shlex.split(begun, comments=True)
+            except ValueError:
+                begun += "\n"
+                continue
+            yield from _of_line(block.where, begun)
+            begun = ""
+    if begun:
+        yield Command(block.where, ("no-end-of-a-quote-in", begun))
 
 
 def _of_line(where: str, line: str) -> Iterator[Command]:

@@ -34,6 +34,7 @@ OTHERS = {
     "curl": "tests/engine/test_examples.py sends the request",
     "bash": "tests/engine/test_examples.py runs the example",
     "pip install": "tests/engine/test_wheel.py installs the wheel",
+    "python -m json.tool": "lays out an answer",
     "pre-commit": "runs what `make lint` runs (tests/test_doors.py)",
 }
 # vLLM's servers by name, as a reader may start them.
@@ -74,7 +75,8 @@ def _vllm_args(command: Command) -> tuple[str, Sequence[str]] | None:
     elif words[0] == "python" and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file(), f"there is no {words[1]}"
     else:
-        known = any(" ".join(words).startswith(f"{other} ") or words == [other] for other in OTHERS)
+        line = " ".join(words)
+        known = any(line == other or line.startswith(f"{other} ") for other in OTHERS)
         assert known, f"{command.where}: who tries `{command}`? Say so in tests/test_docs.py"
     return None
 
