@@ -17,6 +17,7 @@ import traceback
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal, Self
 
+from fusedstep import processes
 from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
@@ -26,6 +27,7 @@ from fusedstep.vllm_plugin.launch import arguments, wiring
 # stock: vLLM as it comes.  oracle: stock Model Runner V2 (on the CPU: with native kernels), the
 # one whose random numbers ours are.  fusedstep: ours.
 Kind = Literal["stock", "oracle", "fusedstep"]
+END_SECONDS = 20.0
 PROBE_CLS = "fusedstep.bench.probe.WorkerProbe"
 
 
@@ -52,7 +54,7 @@ class Engine:
         try:
             self.call("start", kind=kind, model=model, options=options, vllm_args=vllm_args)
         except BaseException:
-            self.close()
+            self.close(at_once=True)
             raise
 
     def call(self, method: str, /, **kwargs: Any) -> Any:
@@ -78,29 +80,29 @@ class Engine:
     def go_on(self) -> None:
         os.killpg(self.process.pid, signal.SIGCONT)
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         """End the engine and everything it started."""
         self.connection.close()
         with contextlib.suppress(ProcessLookupError):
             self.go_on()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if not at_once:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_SECONDS)
+        processes.end_session(self.process.pid)
         self.process.wait()
         self.log.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        self.close(at_once=error is not None)
 
     def _environment(self) -> dict[str, str]:
         switch = {"stock": "", "oracle": "oracle", "fusedstep": "on"}[self.kind]
         environment = dict(os.environ, VLLM_LOGGING_STREAM="ext://sys.stderr", **{SWITCH: switch})
         environment.setdefault("VLLM_NO_USAGE_STATS", "1")
-        return environment
+        return environment | processes.environment()
 
 
 class EngineServer:
@@ -183,4 +185,5 @@ def serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
+    processes.belong()
     serve(Connection(int(sys.argv[1])))

@@ -24,6 +24,7 @@ from typing import Literal, Self
 
 import psutil
 
+from fusedstep import processes
 from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin.launch import wiring
@@ -61,7 +62,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**environment(), **variables},
+            env={**environment(), **variables, **processes.environment()},
             start_new_session=True,
         )
         self.main = psutil.Process(self.process.pid)
@@ -152,26 +153,21 @@ class Server:
             return self.process.wait(seconds)
         return None
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         """End the server and everything it started."""
-        started = self.processes()
         with contextlib.suppress(ProcessLookupError):
             self.go_on()
-        if self.process.poll() is None:
+        if self.process.poll() is None and not at_once:
             self.end(signal.SIGINT, seconds=10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        for process in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        processes.end_session(self.process.pid)
         self.process.wait()
         self._log.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        self.close(at_once=error is not None)
 
 
 def check(options: Options, vllm_args: tuple[str, ...]) -> None:
@@ -188,12 +184,6 @@ def environment() -> dict[str, str]:
 
     found = {name: value for name, value in os.environ.items() if name != SWITCH}
     return {"VLLM_NO_USAGE_STATS": "1"} | found
-
-
-def end_with_cleanup() -> None:
-    """SIGTERM and SIGHUP end this process as SIGINT does: the servers it has started end too."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
 
 
 def _free_port() -> int:

@@ -21,6 +21,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from fusedstep import processes
 from fusedstep.bench.environment import describe
 from fusedstep.bench.server import KINDS, Kind, Server, check, environment
 from fusedstep.bench.serving_result import Result, Row, Run, number_or_inf
@@ -74,7 +75,7 @@ def measure(
     """
     check(options, vllm_args)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fusedstep-")))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=processes.begin())))
         load = Load(plan, vllm_args, folder)
         servers: dict[Kind, Server] = {}
         for kind in KINDS:
@@ -155,7 +156,7 @@ class Load:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=environment() | processes.environment(),
             )
             try:
                 _wait(tool, server)

@@ -110,7 +110,6 @@ def serve(
     the bundled one is served. Exits with 1 when requests failed.
     """
     from fusedstep.bench import serving as library
-    from fusedstep.bench.server import end_with_cleanup
 
     if (dataset == "file") != (dataset_path is not None):
         raise ConfigError("--dataset file and --dataset-path FILE go together: give both")
@@ -125,7 +124,6 @@ def serve(
         repeats=repeats,
         temperature=temperature,
     )
-    end_with_cleanup()
     with console.stderr().status("preparing") as status:
         result = library.measure(plan, options, vllm_args, status.update)
     if json_path is not None:

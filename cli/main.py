@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import click
 
+from fusedstep import processes
 from fusedstep.cli import console
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, FusedStepError
 
@@ -72,4 +73,5 @@ def group(ctx: click.Context) -> None:
 
 def main() -> NoReturn:
     """Entry point of the ``fusedstep`` script."""
+    processes.interrupt_on_signals()
     group.main(prog_name="fusedstep")

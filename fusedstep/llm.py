@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusedstep import processes
 from fusedstep.options import Options
+from fusedstep.vllm_plugin import startup
 from fusedstep.vllm_plugin.launch import wiring
 
 wiring.switch_on(Options.parse({}))
@@ -17,7 +19,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]
 
     ``decode_steps``: "auto" or a number from 1 to 64; ``ops``, ``loop``, ``window_latency_ms``:
     see ``Options``. None leaves an option to the environment, else to its default. Every other
-    argument is vLLM's.
+    argument is vLLM's. Its processes end with this one, even if it is killed.
     Raises ConfigError for a wrong value, UnsupportedError for a vLLM out of range.
     """
 
@@ -38,7 +40,9 @@ class LLM(vllm.LLM):  # type: ignore[misc]
                 "window_latency_ms": window_latency_ms,
             }
         )
-        super().__init__(model, **wiring.engine_options(options, vllm_kwargs))
+        completed = wiring.engine_options(options, vllm_kwargs)
+        with processes.starting(), startup.interruptible():
+            super().__init__(model, **completed)
 
     def window_stats(self) -> dict[str, Any]:
         """Windows, steps, tokens, and stock steps by reason since start (first worker)."""

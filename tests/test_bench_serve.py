@@ -238,7 +238,7 @@ def test_wrong_usage_is_one_line(
     def start(*_: Any) -> None:
         pytest.fail("a server was started")
 
-    monkeypatch.setattr(server.subprocess, "Popen", start)
+    monkeypatch.setattr(server.Server, "__init__", start)
     code, out, err = invoke(*args)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err

@@ -24,6 +24,8 @@ FOLDERS = {
 # are the library's surface, above vllm_plugin.
 RANKS = {
     "fusedstep.errors": 0,
+    "fusedstep.guardian": 0,
+    "fusedstep.processes": 1,
     "fusedstep.demo": 1,
     "fusedstep.policy": 1,
     "fusedstep.options": 1,

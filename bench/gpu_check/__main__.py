@@ -15,6 +15,7 @@ from typing import NoReturn
 import click
 import torch
 
+from fusedstep import processes
 from fusedstep.bench.gpu_check.measure import MAX_BATCH_SIZE, Plan
 from fusedstep.bench.gpu_check.models import SHAPES, TINY
 from fusedstep.bench.gpu_check.report import Report, print_report
@@ -136,6 +137,7 @@ def _forms(text: str) -> tuple[str, ...]:
 
 def main() -> NoReturn:
     """Errors are one line, and exit code 2."""
+    processes.interrupt_on_signals()
     try:
         sys.exit(command.main(prog_name="gpu_check", standalone_mode=False))
     except (FusedStepError, click.ClickException) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fusedstep import processes
 from fusedstep.bench.environment import machine
 from fusedstep.bench.gpu_check import models as gpu_models
 from fusedstep.bench.gpu_check.budget import Budget
@@ -71,7 +73,7 @@ class Check:
 
     def run(self) -> Report:
         """Every model gets an equal share of the time that is left when its turn comes."""
-        with tempfile.TemporaryDirectory(prefix="fusedstep-models-") as folder:
+        with tempfile.TemporaryDirectory(prefix="models-", dir=processes.begin()) as folder:
             models = [gpu_models.load(name, Path(folder)) for name in self.plan.models]
             if len({model.name for model in models}) < len(models):
                 raise ConfigError("--models: two of the same name")
@@ -288,7 +290,8 @@ def _traced(row: Row, stock: dict[str, Any], ours: dict[str, Any]) -> Row:
 
 
 def _loop_cost() -> dict[str, Any]:
-    done = subprocess.run(LOOP_COST, capture_output=True, text=True, timeout=HANGS)
+    environment = os.environ | processes.environment()
+    done = subprocess.run(LOOP_COST, capture_output=True, text=True, timeout=HANGS, env=environment)
     if done.returncode != 0:
         raise FusedStepError((done.stderr.splitlines() or ["no output"])[-1])
     cost: dict[str, Any] = json.loads(done.stdout)

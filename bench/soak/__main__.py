@@ -45,8 +45,9 @@ from typing import Any
 import aiohttp
 import psutil
 
+from fusedstep import processes
 from fusedstep.bench.environment import machine
-from fusedstep.bench.server import Kind, Server, end_with_cleanup
+from fusedstep.bench.server import Kind, Server
 from fusedstep.bench.soak.load import Load, Wrong, hang_up_or_error
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, ConfigError, FusedStepError
 from fusedstep.options import Options
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     for field in fields(Options):
         parser.add_argument(f"--{field.name.replace('_', '-')}")
     args, vllm_args = parser.parse_known_args(argv)
-    end_with_cleanup()
+    processes.interrupt_on_signals()
     try:
         if not (args.minutes > 0 and args.clients > 0):
             raise ConfigError("--minutes and --clients must be above 0")

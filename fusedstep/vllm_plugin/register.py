@@ -18,9 +18,11 @@ REGISTRY = "vllm.v1.attention.backends.registry"
 
 def register() -> None:
     """``vllm.general_plugins``: called in every vLLM process, more than once."""
+    from fusedstep import processes
     from fusedstep.errors import UnsupportedError
     from fusedstep.vllm_plugin import compat, startup
 
+    processes.belong()
     startup.report_failures()
     with contextlib.suppress(UnsupportedError):  # plain vLLM of another version stays as it is
         compat.check_vllm_version()
@@ -35,9 +37,12 @@ def register() -> None:
 def platform() -> str | None:
     """``vllm.platform_plugins``: our CPU platform where vLLM is a CPU build, else None.
 
-    vLLM resolves its platform before it looks for Triton, in every process: this is the place
-    to give Triton its stand-in.
+    vLLM resolves its platform before it looks for Triton, in every process, and before it changes
+    the process's title: this is the place to give Triton its stand-in, and to belong to a command.
     """
+    from fusedstep import processes
+
+    processes.belong()
     mode = os.environ.get(SWITCH)
     if mode not in ("on", "oracle"):
         return None

@@ -12,17 +12,15 @@ import contextlib
 import io
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
+from fusedstep import processes
 from fusedstep.errors import INTERRUPTED, ConfigError, FusedStepError
 
 REASON_FILE = "FUSEDSTEP_REASON_FILE"
@@ -44,7 +42,7 @@ def first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors of vLLM's start, here or in its processes, become one ConfigError."""
-    with tempfile.TemporaryDirectory(prefix="fusedstep-") as folder:
+    with tempfile.TemporaryDirectory(prefix="reason-", dir=processes.folder()) as folder:
         reason = Path(folder, "reason")
         os.environ[REASON_FILE] = str(reason)
         try:
@@ -80,7 +78,7 @@ def report_failures() -> None:
 
 
 def end_quietly() -> None:
-    """For a server that is about to start: when it is interrupted, it just ends.
+    """For a server that is about to start: when it is interrupted, it just ends; SIGHUP is SIGTERM.
 
     vLLM 0.32 kills its engine core then and logs that it is dead, uvicorn logs each client that it
     cuts off, Python reports the shared memory that it cleans up, and nanobind Triton's types
@@ -91,28 +89,52 @@ def end_quietly() -> None:
     for place in (*logging.getLogger("vllm").handlers, logging.getLogger("uvicorn.error")):
         place.addFilter(_tells_more_than_the_end)
     atexit.register(_close_stderr)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def end_on_signals() -> None:
     """While the engine starts, SIGINT and SIGTERM end it at once; a running server has its own way.
 
     vLLM 0.32 waits for its engine in pyzmq, which swallows the KeyboardInterrupt of a handler.
+    What has been started ends with this process (``processes.py``).
     """
 
     def end(*_: Any) -> NoReturn:
-        cleaner = getattr(resource_tracker, "_resource_tracker", None)  # ends by itself, after us
-        children = psutil.Process().children(recursive=True)
-        children = [child for child in children if child.pid != getattr(cleaner, "_pid", None)]
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(children, timeout=5)
-        if REASON_FILE in os.environ:
-            shutil.rmtree(Path(os.environ[REASON_FILE]).parent, ignore_errors=True)
         os._exit(INTERRUPTED)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """While this program starts an engine, SIGINT ends the engine at once, and is then raised.
+
+    vLLM 0.32 waits for its engine in pyzmq, which swallows a KeyboardInterrupt; vLLM's own error is
+    then that the engine has gone.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    before = processes.started()
+    interrupted = []
+
+    def interrupt(*_: Any) -> NoReturn:
+        interrupted.append(True)
+        processes.end_started(before)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _tells_more_than_the_end(record: logging.LogRecord) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fusedstep import processes
+
 SIZE = 1 << 16  # bytes, the header included
 HEADER = 16  # two int64: times written (odd while it is being written), bytes of text
 PATIENCE = 0.1  # seconds that a reader waits for a writer
@@ -19,7 +21,9 @@ PATIENCE = 0.1  # seconds that a reader waits for a writer
 def shared_file(name: str) -> Path:
     """Where processes of this machine find memory by name."""
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-    return Path(folder, f"fusedstep-{name}")
+    path = Path(folder, f"fusedstep-{name}")
+    processes.remove_at_end(path)
+    return path
 
 
 class Page:

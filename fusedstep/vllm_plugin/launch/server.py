@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusedstep import demo
+from fusedstep import demo, processes
 from fusedstep.errors import ConfigError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
@@ -55,6 +55,7 @@ def serve(
     else:
         wiring.check(options)
         wiring.switch_on(options)
+    os.environ |= processes.environment()
     with startup.one_line_errors():
         args = _parse(options, stock, vllm_args)
         _check_port(args)
