@@ -93,18 +93,17 @@ def end_quietly() -> None:
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
-def end_on_signals() -> None:
+def end_on_signals() -> dict[int, Any]:
     """While the engine starts, SIGINT and SIGTERM end it at once; a running server has its own way.
 
     vLLM 0.32 waits for its engine in pyzmq, which swallows the KeyboardInterrupt of a handler.
-    What has been started ends with this process (``processes.py``).
+    What has been started ends with this process (``processes.py``). Returns the former handlers.
     """
 
     def end(*_: Any) -> NoReturn:
         os._exit(INTERRUPTED)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+    return {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 @contextlib.contextmanager

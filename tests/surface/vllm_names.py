@@ -107,7 +107,11 @@ _FRONTEND = {
         "setup_server": "(*args, **kwargs)",
         "serve_http": "(*args, timeout_graceful_shutdown=_, **kwargs)",
     },
-    "vllm.entrypoints.cli.serve": {"ServeSubcommand": "cmd(args)"},
+    "vllm.entrypoints.cli.serve": {
+        "ServeSubcommand": "cmd(args)",
+        "setup_server": "",
+        "wait_for_completion_or_failure": "(*args, **kwargs)",
+    },
     "vllm.logger": {"configure_logging_from_args": "(args)"},
     "vllm.utils.argparse_utils": {"FlexibleArgumentParser": "(add_help=_)\n(prog=_)"},
     "vllm.utils.import_utils": {"resolve_obj_by_qualname": "(qualname)"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from argparse import Namespace
@@ -113,15 +114,24 @@ def _run(args: Namespace) -> None:
     vLLM's first action is to set a handler for SIGTERM: ours comes after that. At the end vLLM
     waits for its clients to hang up; a client of the engine that was just killed might wait too.
     """
-    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.cli import serve as cli
     from vllm.entrypoints.launchers.api_server import entry
 
     setup_server, stock_serve_http = entry.setup_server, entry.serve_http
     ended: list[str] = []
 
+    stock_wait = cli.wait_for_completion_or_failure
+    handlers: dict[int, Any] = {}
+
     def set_up(*args: Any, **kwargs: Any) -> Any:
-        startup.end_on_signals()
+        handlers.update(startup.end_on_signals())
         return setup_server(*args, **kwargs)
+
+    def wait(*args: Any, **kwargs: Any) -> Any:
+        """Of several API servers, which are up; one alone sets its own handlers."""
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        return stock_wait(*args, **kwargs)
 
     async def serve_http(*args: Any, **kwargs: Any) -> Any:
         last = await stock_serve_http(*args, timeout_graceful_shutdown=CLIENT_SECONDS, **kwargs)
@@ -129,8 +139,9 @@ def _run(args: Namespace) -> None:
         return last
 
     entry.setup_server, entry.serve_http = set_up, serve_http
+    cli.setup_server, cli.wait_for_completion_or_failure = set_up, wait
     startup.end_quietly()
-    ServeSubcommand.cmd(args)
+    cli.ServeSubcommand.cmd(args)
     if ENDED_BY_ITSELF in ended:
         raise SystemExit("fusedstep: the engine has died; its error is above")
 
