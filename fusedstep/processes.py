@@ -35,7 +35,7 @@ from fusedstep.guardian import LIFELINE, VARIABLE
 
 START_SECONDS = 60.0
 # From the signal that ends a command to its end, whatever it waits for.
-GRACE_SECONDS = 8
+GRACE_SECONDS = 5
 
 _command: tuple[Path, int] | None = None  # this process's own: its folder, its lifeline
 _held: tuple[Path, int] | None = None  # of the command that this process belongs to
@@ -98,7 +98,9 @@ def starting() -> Iterator[None]:
         yield
     finally:
         if before is None:
-            os.environ.pop(VARIABLE, None)
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
 
 
 def folder() -> Path | None:
@@ -149,12 +151,12 @@ def remove_at_end(path: Path) -> None:
 
 
 def started() -> set[psutil.Process]:
-    """What belongs to this command."""
-    return guardian.of_command(begin())
+    """What this process has started, and they."""
+    return set(psutil.Process().children(recursive=True))
 
 
 def end_started(spare: set[psutil.Process]) -> None:
-    """Kill what belongs to this command, but for these."""
+    """Kill what this process has started, but for these."""
     guardian.kill_all(lambda: started() - spare)
 
 
@@ -164,7 +166,7 @@ def end_session(leader: int) -> None:
 
 
 def interrupt_on_signals() -> None:
-    """SIGTERM and SIGHUP end this command as SIGINT does: by KeyboardInterrupt, within 8 s."""
+    """SIGTERM and SIGHUP end this command as SIGINT does: by KeyboardInterrupt, within 5 s."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup; a shell's background job
             signal.signal(number, _interrupt)
