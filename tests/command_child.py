@@ -1,11 +1,12 @@
 """A command with every kind of process that a command may have; says READY when they are there.
 
-    python command_child.py on|off|theirs|return|raise|_exit
+    python command_child.py on|off|theirs|swallows|return|raise|_exit
 
-off: without what ends them; theirs: it starts one more, which does not belong to it; return, raise,
-_exit: this is how it ends by itself.
+off: without what ends them; theirs: it starts one more, which does not belong to it; swallows: it
+goes on after a KeyboardInterrupt; return, raise, _exit: this is how it ends by itself.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -72,6 +73,9 @@ def main(how: str) -> None:
         if how == "_exit":
             os._exit(3)
         return
+    while how == "swallows":
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(300)
     try:
         time.sleep(300)
     finally:

@@ -6,6 +6,7 @@ Real commands: tests/engine/test_orphans.py.
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each end leaves; all at once, as they wait most of their time."""
     root = tmp_path_factory.mktemp("commands")
     drivers = {end: start(root / end, "on", end) for end in SIGNALS}
+    drivers["swallows"] = start(root / "swallows", "swallows", "SIGTERM")
     drivers |= {how: start(root / how, how, "itself") for how in BY_ITSELF}
     for how, end in LEAVES_SOME.items():
         drivers[f"{how}, {end}"] = start(root / how, how, end, patience=4)
     return {end: driver.result() for end, driver in drivers.items()}
 
 
-@pytest.mark.parametrize("end", (*SIGNALS, *BY_ITSELF))
+@pytest.mark.parametrize("end", (*SIGNALS, *BY_ITSELF, "swallows"))
 def test_nothing_is_left(ended: dict[str, Any], end: str) -> None:
     result = ended[end]
     assert len(result["seen"]) >= 14, result["seen"]
@@ -51,6 +53,7 @@ def test_signals_end_a_command_cleanly(ended: dict[str, Any]) -> None:
             assert "Traceback" not in ended[end]["log"]
     assert ended["SIGKILL"]["code"] == -signal.SIGKILL
     assert ended["raise"]["code"] == 1
+    assert ended["swallows"]["code"] == 130 and ended["swallows"]["seconds"] > 4
 
 
 def test_without_all_this_they_stay(ended: dict[str, Any]) -> None:
@@ -65,3 +68,13 @@ def test_a_killed_guardian_is_no_loss_for_those_that_belong(ended: dict[str, Any
 
 def test_what_a_program_starts_besides_is_its_own_business(ended: dict[str, Any]) -> None:
     assert ended["theirs, SIGKILL"]["left"] == ["sleeping /bin/sleep 303"]
+
+
+def test_nohup_is_respected() -> None:
+    code = (
+        "import signal; from fusedstep import processes; "
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); processes.interrupt_on_signals(); print(signal.getsignal(signal.SIGHUP).name, "
+        "signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["SIG_IGN", "False"]
