@@ -73,8 +73,8 @@ def test_what_a_program_starts_besides_is_its_own_business(ended: dict[str, Any]
 def test_nohup_is_respected() -> None:
     code = (
         "import signal; from fusedstep import processes; "
-        "signal.signal(signal.SIGHUP, signal.SIG_IGN); processes.interrupt_on_signals(); print(signal.getsignal(signal.SIGHUP).name, "
-        "signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); processes.interrupt_on_signals(); "
+        "print(*(signal.getsignal(n) is signal.SIG_IGN for n in (signal.SIGHUP, signal.SIGTERM)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["SIG_IGN", "False"]
+    assert done.stdout.split() == ["True", "False"]
