@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import signal
@@ -55,19 +56,24 @@ def of_session(leader: int) -> set[psutil.Process]:
 def kill_all(find: Find, looks: int = 1) -> None:
     """SIGKILL what ``find`` finds until so many looks in a row have found nothing alive.
 
-    Python's cleaners of shared memory are spared.
+    Python's cleaners of shared memory are spared. What vLLM's workers on a CPU share, which they
+    alone clean up, is removed.
     """
     deadline = time.monotonic() + GIVE_UP_SECONDS
+    shared: set[str] = set()
     nothing = 0
-    while time.monotonic() < deadline:
+    while nothing < looks and time.monotonic() < deadline:
         found = _alive(find, cleaners=False)
         nothing = 0 if found else nothing + 1
-        if nothing == looks:
-            return
+        for process in found:
+            shared.update(_shared_memory(process.pid))
         for process in found:
             with contextlib.suppress(*GONE):
                 process.kill()
-        time.sleep(LOOK_SECONDS)
+        if nothing < looks:
+            time.sleep(LOOK_SECONDS)
+    for name in shared:
+        Path(name).unlink(missing_ok=True)
 
 
 def end_cleaners(find: Find) -> None:
@@ -97,6 +103,13 @@ def _cleans(process: psutil.Process) -> bool:
         return any(CLEANER in part for part in process.cmdline())
     except GONE:
         return False
+
+
+def _shared_memory(pid: int) -> list[str]:
+    """Names of memory that vLLM's workers on a CPU share."""
+    with contextlib.suppress(OSError):
+        return re.findall(r"/dev/shm/vllm_dist_\S+", Path(f"/proc/{pid}/maps").read_text())
+    return []
 
 
 def _session(pid: int) -> int | None:
