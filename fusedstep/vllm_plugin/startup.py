@@ -96,7 +96,7 @@ def end_quietly() -> None:
 def end_on_signals() -> dict[int, Any]:
     """While the engine starts, SIGINT and SIGTERM end it at once; a running server has its own way.
 
-    vLLM 0.32 waits for its engine in pyzmq, which swallows the KeyboardInterrupt of a handler.
+    vLLM 0.32 catches a KeyboardInterrupt while it waits for its engine (zmq_socket_ctx).
     What has been started ends with this process (``processes.py``). Returns the former handlers.
     """
 
@@ -106,32 +106,32 @@ def end_on_signals() -> dict[int, Any]:
     return {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
+class _Interrupted(BaseException):
+    """A KeyboardInterrupt under a name that nobody catches."""
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """While this program starts an engine, SIGINT ends the engine at once, and is then raised.
 
-    vLLM 0.32 waits for its engine in pyzmq, which swallows a KeyboardInterrupt; vLLM's own error is
-    then that the engine has gone.
+    vLLM 0.32 catches a KeyboardInterrupt while it waits for its engine (zmq_socket_ctx) and then
+    waits for ten minutes: it is shown another exception.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     before = processes.started()
-    interrupted = []
 
     def interrupt(*_: Any) -> NoReturn:
-        interrupted.append(True)
         processes.end_started(before)
-        raise KeyboardInterrupt
+        raise _Interrupted
 
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except Exception:
-        if interrupted:
-            raise KeyboardInterrupt from None
-        raise
+    except _Interrupted:
+        raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
