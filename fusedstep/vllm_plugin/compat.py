@@ -52,3 +52,18 @@ def options(vllm_config: VllmConfig) -> Options:
     options = Options.parse(given)
     options.check(on_cpu=vllm_config.device_config.device_type == "cpu")
     return options
+
+
+def hands_over_windows(vllm_config: VllmConfig) -> bool:
+    """Is the scheduler ours, and an output of several tokens therefore a window?
+
+    With speculative decoding and diffusion it is vLLM's own, and stays what it is.
+    """
+    scheduler: Any = vllm_config.scheduler_config.scheduler_cls
+    if isinstance(scheduler, str) and scheduler != SCHEDULER_CLS:
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        scheduler = resolve_obj_by_qualname(scheduler)
+    ours = scheduler == SCHEDULER_CLS or getattr(scheduler, "reserves_windows", False)
+    own = vllm_config.speculative_config is not None or vllm_config.model_config.is_diffusion
+    return bool(ours and not own)

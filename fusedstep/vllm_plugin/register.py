@@ -29,9 +29,11 @@ def register() -> None:
         attention_backend(BACKEND)
     if os.environ.get(SWITCH) != "on":
         return
+    from fusedstep.vllm_plugin.frontend.unfold import unfold_windows
     from fusedstep.vllm_plugin.scheduler.door import announce_arrivals
 
     announce_arrivals()
+    unfold_windows()
 
 
 def platform() -> str | None:

@@ -17,6 +17,7 @@ names, a name has lines:
 from __future__ import annotations
 
 from surface.vllm_attention_names import ATTENTION
+from surface.vllm_frontend_names import UNFOLDING
 from surface.vllm_runner_names import GPU, KERNELS, RUNNER, SAMPLING
 
 _CONFIG = {
@@ -241,7 +242,8 @@ for _path, _parameters in KERNELS.items():
     _KERNELS.setdefault(f"{GPU}.{_module}", {})[_name] = f"kernel {_parameters.strip()}"
 
 SURFACE: dict[str, dict[str, str]] = {}  # module -> name -> lines
-for _part in (_CONFIG, _FRONTEND, _PLATFORM, _ENGINE, RUNNER, SAMPLING, _KERNELS, ATTENTION):
+_PARTS = (_CONFIG, _FRONTEND, _PLATFORM, _ENGINE, RUNNER, SAMPLING, _KERNELS, ATTENTION, UNFOLDING)
+for _part in _PARTS:
     for _module, _names in _part.items():
         _known = SURFACE.setdefault(_module, {})
         for _name, _lines in _names.items():

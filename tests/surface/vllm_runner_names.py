@@ -73,7 +73,7 @@ RUNNER = {
             cudagraph_manager: ModelCudaGraphManager
             input_buffers: InputBuffers
             kv_cache_config: KVCacheConfig
-            req_states: RequestState
+            req_states: states.RequestState
             sampler: gpu.sample.sampler.Sampler
             +stats, use_form
         """,

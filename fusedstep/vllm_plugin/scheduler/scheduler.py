@@ -53,6 +53,8 @@ class Running:
 class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     """With K fixed at 1 this is exactly vLLM's AsyncScheduler."""
 
+    reserves_windows = True  # for the frontend: an output may hold several tokens
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         options = compat.options(self.vllm_config)
