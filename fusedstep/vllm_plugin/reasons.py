@@ -48,6 +48,8 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (parallel.enable_dbo, "dual-batch overlap"),
         (parallel.enable_eplb, "expert-parallel load balancing"),
         (os.environ.get("VLLM_COMPUTE_NANS_IN_LOGITS", "0") == "1", "NaN counting"),
+        # It would take a window's tokens for one step's: it does not run our unfolding.
+        (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") == "1", "frontend in Rust"),
     )
     return next((words for applies, words in reasons if applies), None)
 

@@ -136,6 +136,12 @@ def parse(name: str, windows: Sequence[Sequence[int]], *, ours: bool) -> Parsed:
     return _without_ids(deltas), together(deltas)
 
 
+@functools.cache
+def one_by_one(name: str) -> Parsed:
+    """What stock vLLM gives: one token per output."""
+    return parse(name, [[token] for token in tokens(name)], ours=False)
+
+
 def together(deltas: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Content, reasoning, and name and arguments of every call."""
     whole: dict[str, Any] = {"content": "", "reasoning": "", "calls": {}}

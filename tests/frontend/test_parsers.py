@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import random
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from itertools import combinations, pairwise
 
 import pytest
 from frontend.formats import CANNOT, FIND_NOTHING, NEED_SINGLE_TOKENS, REASONING, TOOLS
-from frontend.stream import Parsed, parse, parser_cls, tokens
+from frontend.stream import one_by_one, parse, parser_cls, tokens
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
@@ -28,12 +27,6 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
-
-
-@functools.cache
-def one_by_one(name: str) -> Parsed:
-    """What stock vLLM gives: one token per output."""
-    return parse(name, [[token] for token in tokens(name)], ours=False)
 
 
 def cut(ids: list[int], ends: tuple[int, ...]) -> Windows:

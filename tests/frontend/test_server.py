@@ -13,8 +13,7 @@ from typing import Any
 import openai
 import pytest
 from frontend import scripted
-from frontend.stream import TOOL, tokenizer, tokens
-from frontend.test_parsers import one_by_one
+from frontend.stream import TOOL, one_by_one, tokenizer, tokens
 from serving import KV_CACHE, Server
 
 from fusedstep.explain import explain

@@ -20,27 +20,13 @@ from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
 
 from fusedstep.vllm_plugin.frontend import steps as unfolding
 from fusedstep.vllm_plugin.frontend.steps import Steps, unfold
-from fusedstep.vllm_plugin.frontend.unfold import unfold_windows
 
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
 
 @pytest.fixture(autouse=True)
-def _as_in_a_frontend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what counts unwatched tokens, and without it afterwards."""
-    from vllm.v1.engine import async_llm, core_client, llm_engine
-
-    for owner, name in (
-        (async_llm, "RequestOutputCollector"),
-        (async_llm.AsyncLLM, "__init__"),
-        (llm_engine.LLMEngine, "__init__"),
-        (core_client.InprocClient, "get_output"),
-        (core_client.SyncMPClient, "get_output"),
-        (core_client.AsyncMPClient, "get_output_async"),
-        (OutputProcessor, "process_outputs"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    unfold_windows()
+def _as_in_a_frontend(hooks: None) -> None:
+    """With what counts unwatched tokens."""
 
 
 def add(processor: OutputProcessor, name: str, kind: RequestOutputKind, **fields: Any) -> None:

@@ -257,6 +257,7 @@ ENVIRONMENT = (
     "VLLM_LOGGING_LEVEL",
     "VLLM_LOGGING_STREAM",
     "VLLM_NO_USAGE_STATS",
+    "VLLM_USE_RUST_FRONTEND",
 )
 # What a module must say in its source: messages and errors that we look for, entry points.
 SAYS = {
