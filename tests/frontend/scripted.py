@@ -45,4 +45,5 @@ def make(folder: Path, scripts: Mapping[int, Sequence[int]]) -> None:
                 assert not model.lm_head.weight[:, position].any(), "two scripts overlap"
                 model.lm_head.weight[token, position] = 1.0
     model.half().save_pretrained(folder)
-    tokens.save_pretrained(folder, chat_template=TEMPLATE)
+    tokens.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
