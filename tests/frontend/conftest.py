@@ -1,8 +1,13 @@
-"""vLLM's frontend with our hooks, for one test."""
+"""vLLM's frontend with our hooks, for one test; servers of the scripted model, for all."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+
 import pytest
+from serving import KV_CACHE, Server
 
 
 @pytest.fixture
@@ -23,3 +28,27 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     unfold_windows()
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """All of them, started side by side. vLLM's several API servers do not end without noise."""
+    from frontend import scripted
+    from frontend.scripted_servers import ARGS, AT, STARTS, WORDS, WORDS_AT
+    from frontend.stream import tokenizer, tokens
+
+    folder = tmp_path_factory.mktemp("scripted")
+    words = tokenizer().encode(WORDS, add_special_tokens=False)
+    scripts = {length: tokens(name) for name, length in AT.items()} | {WORDS_AT: words}
+    scripted.make(folder / "model", scripts)
+    with ExitStack() as stack:
+        found = {}
+        for name, args in STARTS.items():
+            server = Server(folder / name, str(folder / "model"), *ARGS, *KV_CACHE, *args)
+            stack.callback(server.kill)
+            found[name] = server
+        for server in found.values():
+            server.wait_until_up()
+        yield found
+        for server in (found["stock"], found["deepseek_v31"]):
+            assert server.end(signal.SIGINT, group=False) in (0, 130)
