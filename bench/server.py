@@ -26,7 +26,7 @@ import psutil
 
 from fusedstep import processes
 from fusedstep.errors import ConfigError, FusedStepError
-from fusedstep.options import Options
+from fusedstep.options import Options, flag
 from fusedstep.vllm_plugin.launch import wiring
 
 Kind = Literal["stock", "fusedstep"]
@@ -54,7 +54,7 @@ class Server:
         check(options, vllm_args)
         self.kind, self.port = kind, _free_port()
         given = options.as_dict()
-        ours = [part for name in given for part in (f"--{name.replace('_', '-')}", given[name])]
+        ours = [part for name in given for part in (flag(name), given[name])]
         args = [*vllm_args, *(["--stock"] if kind == "stock" else ours)]
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (see ``close``)
         self.process = subprocess.Popen(

@@ -54,7 +54,7 @@ class Bounds(click.ParamType[tuple[float, ...]]):
         return found
 
 
-@bench.command(cls=VllmCommand)
+@bench.command(cls=VllmCommand, server=True)
 @click.option(
     "--rate",
     type=Bounds(whole=False),

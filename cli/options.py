@@ -7,18 +7,25 @@ import itertools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import click
 
 from fusedstep.cli.console import Command
 from fusedstep.demo import demo_model
-from fusedstep.options import LOOPS, OPS, WINDOW_LATENCY_MS, Options
+from fusedstep.options import LOOPS, NAMES, OPS, WINDOW_LATENCY_MS, Options, flag
+from fusedstep.vllm_plugin.launch import arguments, early, sources
 
 
 class VllmCommand(click.Command):
-    """A command whose other arguments are vLLM's: passed on untouched, as ``vllm_args``."""
+    """A command whose other arguments are vLLM's: passed on untouched, as ``vllm_args``.
+
+    ``server``: it takes the options of vLLM's server too, not only the engine's.
+    """
+
+    def __init__(self, *args: Any, server: bool = False, **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.server = server
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options = {name: p for p in self.get_params(ctx) for name in (*p.opts, *p.secondary_opts)}
@@ -35,6 +42,7 @@ class VllmCommand(click.Command):
             if not option.is_flag and not equals:
                 ours.extend(itertools.islice(rest, 1))
         unused = super().parse_args(ctx, ours)
+        sources.check_options(vllm_args, server=self.server, ours=options)
         ctx.params["vllm_args"] = tuple(vllm_args)
         return unused
 
@@ -88,7 +96,7 @@ def window_options(command: Command) -> Command:
     )
     @functools.wraps(command)
     def parsed(*args: Any, **given: Any) -> Any:
-        options = Options.parse({field.name: given.pop(field.name) for field in fields(Options)})
+        options = Options.parse({name: given.pop(name) for name in NAMES}, flag)
         return command(*args, options=options, **given)
 
     return parsed  # type: ignore[return-value]
@@ -97,16 +105,16 @@ def window_options(command: Command) -> Command:
 def split_model(vllm_args: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """MODEL (the bundled one without it) and the other arguments."""
     if vllm_args and not vllm_args[0].startswith("-"):
+        early.check_folder(vllm_args[0])
         return vllm_args[0], vllm_args[1:]
     if not vllm_args:
         return str(demo_model()), ()
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    from fusedstep.vllm_plugin.launch import arguments
-
     args = arguments.parse(arguments.engine_parser(), vllm_args)
     others = list(vllm_args)
     if args.model_tag is not None:
         others.remove(args.model_tag)
+    early.check_folder(args.model)
     return args.model, tuple(others)
 
 

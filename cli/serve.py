@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fusedstep.vllm_plugin.launch.server import Banner
 
 
-@click.command(cls=VllmCommand)
+@click.command(cls=VllmCommand, server=True)
 @window_options
 @click.option("--stock", is_flag=True, help="Serve with stock vLLM, for comparison.")
 def serve(options: Options, stock: bool, vllm_args: tuple[str, ...]) -> None:

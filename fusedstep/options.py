@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,32 +25,60 @@ class Options:
     ops: str = "auto"  # one of OPS: the implementation of the step operations
     loop: str = "auto"  # one of LOOPS: the form of the loop
     window_latency_ms: float = WINDOW_LATENCY_MS  # how much longer a stream may wait than in stock
+    spelled: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def parse(cls, given: Mapping[str, object]) -> Options:
+    def parse(cls, given: Mapping[str, object], spelling: Callable[[str], str] = str) -> Options:
         """Values by name; one that is absent or None is FUSEDSTEP_<NAME>'s, else the default.
+
+        ``spelling`` gives a name as the user wrote it (``flag``, ``config_key``): errors use it.
 
         Raises:
             ConfigError: an unknown name, or a wrong value, there or in the environment.
         """
-        unknown = [name for name in given if name not in _PARSERS]
+        unknown = [name for name in given if name not in NAMES]
         if unknown:
-            raise ConfigError(f"no option {unknown[0]!r} of fusedstep: use {', '.join(_PARSERS)}")
-        return cls(**{name: _value(name, given.get(name)) for name in _PARSERS})
+            raise ConfigError(
+                f"no option {spelling(unknown[0])} of fusedstep: use {', '.join(NAMES)}"
+            )
+        values, spelled = {}, {}
+        for name, parse in _PARSERS.items():
+            value, spelled[name] = given.get(name), spelling(name)
+            if value is None:
+                variable = f"FUSEDSTEP_{name.upper()}"
+                if value := os.environ.get(variable):
+                    spelled[name] = variable
+                value = value or _DEFAULTS.get(name, "auto")
+            values[name] = parse(spelled[name], value)
+        return cls(**values, spelled=spelled)
 
     def as_dict(self) -> dict[str, str]:
         """What ``parse`` takes: the form for ``additional_config["fusedstep"]``."""
-        return {name: str(getattr(self, name)).removesuffix(".0") for name in _PARSERS}
+        return {name: str(getattr(self, name)).removesuffix(".0") for name in NAMES}
 
     def check(self, *, on_cpu: bool) -> None:
         """Raises ConfigError for what this platform has not."""
         if on_cpu and self.loop not in ("auto", "eager"):
-            raise ConfigError(f"--loop {self.loop} needs a GPU; use eager or auto")
+            raise ConfigError(f"{self.written('loop')} needs a GPU; use eager or auto")
         if not on_cpu and self.ops == "native":
-            raise ConfigError("--ops native needs a CPU; use triton or auto")
+            raise ConfigError(f"{self.written('ops')} needs a CPU; use triton or auto")
+
+    def written(self, name: str) -> str:
+        """The option and its value, as the user wrote it: ``--loop replay``."""
+        return f"{self.spelled.get(name, name)} {getattr(self, name)}"
 
 
-def _one_of(name: str, allowed: tuple[str, ...], value: object) -> str:
+def flag(name: str) -> str:
+    """How a command line spells the option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def config_key(name: str) -> str:
+    """How vLLM's ``--additional-config`` spells it."""
+    return f'additional_config["fusedstep"]["{name}"]'
+
+
+def _one_of(allowed: tuple[str, ...], name: str, value: object) -> str:
     text = str(value).strip().lower()
     if text not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
@@ -67,20 +95,11 @@ def _milliseconds(name: str, value: object) -> float:
     return number
 
 
-_PARSERS: dict[str, Callable[[object], Any]] = {
-    "decode_steps": DecodeSteps.parse,
-    "ops": partial(_one_of, "ops", OPS),
-    "loop": partial(_one_of, "loop", LOOPS),
-    "window_latency_ms": partial(_milliseconds, "window_latency_ms"),
+_PARSERS: dict[str, Callable[[str, object], Any]] = {  # (the name as it is spelled, the value)
+    "decode_steps": lambda name, value: DecodeSteps.parse(value, name),
+    "ops": partial(_one_of, OPS),
+    "loop": partial(_one_of, LOOPS),
+    "window_latency_ms": _milliseconds,
 }
+NAMES = tuple(_PARSERS)
 _DEFAULTS = {"window_latency_ms": WINDOW_LATENCY_MS}  # of the others: auto
-
-
-def _value(name: str, given: object) -> Any:
-    if given is not None:
-        return _PARSERS[name](given)
-    variable = f"FUSEDSTEP_{name.upper()}"
-    try:
-        return _PARSERS[name](os.environ.get(variable) or _DEFAULTS.get(name, "auto"))
-    except ConfigError as error:
-        raise ConfigError(f"{variable}: {error}") from None

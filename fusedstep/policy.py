@@ -24,14 +24,14 @@ class DecodeSteps:
     fixed: int | None = None
 
     @classmethod
-    def parse(cls, value: object) -> DecodeSteps:
-        """``auto`` or an integer from 1 to MAX_STEPS; anything else raises ConfigError."""
+    def parse(cls, value: object, name: str = "decode_steps") -> DecodeSteps:
+        """``auto`` or an integer from 1 to MAX_STEPS; else a ConfigError on ``name``."""
         text = str(value).strip().lower()
         if text == "auto":
             return cls()
         if not text.isdecimal() or not 1 <= int(text) <= MAX_STEPS:
             raise ConfigError(
-                f"decode steps must be 'auto' or a number from 1 to {MAX_STEPS}, not {value!r}"
+                f"{name} must be 'auto' or a number from 1 to {MAX_STEPS}, not {value!r}"
             )
         return cls(int(text))
 

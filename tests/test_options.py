@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -14,7 +15,7 @@ import pytest
 
 from fusedstep.cli.options import window_options
 from fusedstep.errors import ConfigError
-from fusedstep.options import LOOPS, OPS, Options
+from fusedstep.options import LOOPS, OPS, Options, flag
 from fusedstep.policy import DecodeSteps
 from fusedstep.vllm_plugin.launch import wiring
 
@@ -66,7 +67,7 @@ def test_the_environment_fills_in_what_is_not_set(monkeypatch: pytest.MonkeyPatc
         ({"decode_steps": 0}, "from 1 to 64, not 0"),
         ({"ops": "fast"}, "ops must be one of auto, triton, native, reference, not 'fast'"),
         ({"loop": 3}, "loop must be one of auto, while, unrolled, replay, eager, not 3"),
-        ({"loops": "eager"}, "no option 'loops' of fusedstep: use decode_steps, ops, loop"),
+        ({"loops": "eager"}, "no option loops of fusedstep: use decode_steps, ops, loop"),
         *(
             (
                 {"window_latency_ms": wrong},
@@ -85,9 +86,52 @@ def test_wrong_values_are_one_line(given: dict[str, object], words: str) -> None
 
 def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDSTEP_OPS", "fast")
-    with pytest.raises(ConfigError, match=r"^FUSEDSTEP_OPS: ops must be one of auto"):
-        Options.parse({})
+    with pytest.raises(ConfigError, match=r"^FUSEDSTEP_OPS must be one of auto"):
+        Options.parse({}, flag)
     assert Options.parse({"ops": "auto"}).ops == "auto"
+
+
+WRONG = {"decode_steps": "0", "ops": "fast", "loop": "for", "window_latency_ms": "soon"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_spell_an_option_as_the_user_did(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On the command line, in Python, in vLLM's additional_config, in the environment."""
+    key = f'additional_config["fusedstep"]["{name}"]'
+    options = Options.parse({}, flag)
+    for spelled, parse in (
+        (name, lambda: Options.parse({name: WRONG[name]})),
+        ("--" + name.replace("_", "-"), lambda: Options.parse({name: WRONG[name]}, flag)),
+        (
+            key,
+            lambda: wiring.engine_options(
+                options, {"additional_config": {"fusedstep": {name: WRONG[name]}}}
+            ),
+        ),
+        (f"FUSEDSTEP_{name.upper()}", lambda: Options.parse({}, flag)),
+    ):
+        if spelled.startswith("FUSEDSTEP"):
+            monkeypatch.setenv(spelled, WRONG[name])
+        with pytest.raises(ConfigError) as error:
+            parse()
+        assert str(error.value).startswith(f"{spelled} must be ")
+
+
+def test_what_a_platform_has_not_is_spelled_as_the_user_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(wiring, "is_cpu_build", lambda: True)
+    given = {"additional_config": {"fusedstep": {"loop": "replay"}}}
+    with pytest.raises(ConfigError, match=r'^additional_config\["fusedstep"\]\["loop"\] replay n'):
+        wiring.engine_options(Options.parse({}, flag), given)
+    with pytest.raises(ConfigError, match=r"must be an object, not 'x'"):
+        wiring.engine_options(Options.parse({}), {"additional_config": {"fusedstep": "x"}})
+    with pytest.raises(ConfigError, match=r"^--loop replay needs"):
+        wiring.engine_options(Options.parse({"loop": "replay"}, flag), {"additional_config": {}})
+    monkeypatch.setenv("FUSEDSTEP_LOOP", "replay")
+    copied = pickle.loads(pickle.dumps(Options.parse({}, flag)))  # as it goes to an engine
+    with pytest.raises(ConfigError, match=r"^FUSEDSTEP_LOOP replay needs a GPU"):
+        wiring.engine_options(copied, {})
 
 
 def test_the_shared_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +153,7 @@ def test_the_shared_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch)
         timeout=60,
     )
     assert done.returncode == 2 and not done.stdout
-    assert "window_latency_ms must be a number of milliseconds above 0" in done.stderr
+    assert "error: --window-latency-ms must be a number of milliseconds above 0" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -128,7 +172,7 @@ def test_the_shared_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch)
     ids=str,
 )
 def test_what_a_platform_has_not(given: dict[str, str], on_cpu: bool, words: str | None) -> None:
-    options = Options.parse(given)
+    options = Options.parse(given, flag)
     if words is None:
         options.check(on_cpu=on_cpu)
         return

@@ -37,7 +37,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,7 +50,7 @@ from fusedstep.bench.environment import machine
 from fusedstep.bench.server import Kind, Server
 from fusedstep.bench.soak.load import Load, Wrong, hang_up_or_error
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, ConfigError, FusedStepError
-from fusedstep.options import Options
+from fusedstep.options import NAMES, Options, flag
 
 DEFAULTS = (
     *("--dtype", "float32", "--max-model-len", "768", "--max-num-seqs", "8"),
@@ -247,8 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stock", action="store_true", help="stock vLLM, for comparison")
     parser.add_argument("--kill-worker", action="store_true", help="end with a fault")
-    for field in fields(Options):
-        parser.add_argument(f"--{field.name.replace('_', '-')}")
+    for name in NAMES:
+        parser.add_argument(flag(name))
     args, vllm_args = parser.parse_known_args(argv)
     processes.interrupt_on_signals()
     try:
@@ -256,12 +256,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("--minutes and --clients must be above 0")
         if args.json and not args.json.parent.is_dir():
             raise ConfigError(f"cannot write {args.json} (its folder does not exist)")
-        given = {field.name: getattr(args, field.name) for field in fields(Options)}
+        given = {name: getattr(args, name) for name in NAMES}
         given["window_latency_ms"] = given["window_latency_ms"] or WINDOW_LATENCY_MS
         report = soak(
             "stock" if args.stock else "fusedstep",
             60 * args.minutes,
-            Options.parse(given),
+            Options.parse(given, flag),
             tuple(vllm_args),
             clients=args.clients,
             seed=args.seed,

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from fusedstep.errors import UnsupportedError
-from fusedstep.options import Options
+from fusedstep.options import Options, config_key
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,7 +49,7 @@ def options(vllm_config: VllmConfig) -> Options:
     """The engine's, from additional_config["fusedstep"]; ConfigError for what it cannot do."""
     additional: Any = vllm_config.additional_config
     given = additional.get("fusedstep", {}) if isinstance(additional, dict) else {}
-    options = Options.parse(given)
+    options = Options.parse(given, config_key)
     options.check(on_cpu=vllm_config.device_config.device_type == "cpu")
     return options
 

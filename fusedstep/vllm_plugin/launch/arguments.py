@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 from fusedstep.demo import demo_model
 from fusedstep.errors import ConfigError
+from fusedstep.vllm_plugin.launch import early, sources
 
 HUB_SECONDS = 10.0
+UNKNOWN = re.compile(r"^unrecognized arguments: (-[^\s=]+)")  # the first of them, by argparse
 
 
 def engine_parser() -> ArgumentParser:
@@ -34,7 +36,9 @@ def parse(parser: ArgumentParser, vllm_args: Sequence[str]) -> Namespace:
     """
 
     def refuse(message: str) -> NoReturn:
-        raise ConfigError(message)
+        wrong = UNKNOWN.search(message)
+        known = parser._option_string_actions
+        raise ConfigError(message + (sources.did_you_mean(wrong[1], known) if wrong else ""))
 
     parser.error = refuse  # type: ignore[method-assign]
     parser.set_defaults(model=None)
@@ -58,18 +62,9 @@ def check_model(args: Namespace) -> None:
     Raises:
         ConfigError: no such folder, no such name on the hub, or no way to reach the hub.
     """
-    path = Path(args.model).expanduser()
-    if path.exists():
-        if path.is_dir() and not any(path.iterdir()):
-            raise ConfigError(f"no model at {path}: the folder is empty")
-        return
-    if args.model.startswith((".", "/", "~")) or args.model.count("/") > 1:
-        if "://" not in args.model:
-            raise ConfigError(
-                f"no model at {args.model}: give a folder that exists, or a hub name (org/name)"
-            )
-        return
-    _check_hub(args)
+    early.check_folder(args.model)
+    if "://" not in args.model and not Path(args.model).expanduser().exists():
+        _check_hub(args)
 
 
 def _check_hub(args: Namespace) -> None:

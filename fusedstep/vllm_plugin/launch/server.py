@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fusedstep import demo, processes
-from fusedstep.errors import ConfigError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
 from fusedstep.vllm_plugin.compat import SWITCH
-from fusedstep.vllm_plugin.launch import arguments, wiring
+from fusedstep.vllm_plugin.launch import arguments, early, wiring
 
 CLIENT_SECONDS = 2
 # What vLLM's server returns to be awaited when no signal has ended it: its engine has died.
@@ -51,15 +49,18 @@ def serve(
         SystemExit: 1, its engine has died, which stock vLLM's exit code does not tell.
     """
     compat.check_vllm_version()
+    if not stock:
+        wiring.check(options)
+    early.check_server(vllm_args)
     if stock:
         os.environ.pop(SWITCH, None)
     else:
-        wiring.check(options)
         wiring.switch_on(options)
     os.environ |= processes.environment()
     with startup.one_line_errors():
         args = _parse(options, stock, vllm_args)
-        _check_port(args)
+        if not args.uds:  # where to listen may be in a file of vLLM's --config
+            early.check_port(args.host, args.port)
         announce(_banner(args, stock))
         _run(args)
 
@@ -90,22 +91,6 @@ def _parse(options: Options, stock: bool, vllm_args: Sequence[str]) -> Namespace
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     return args
-
-
-def _check_port(args: Namespace) -> None:
-    """vLLM would find out too, but its error does not name the port."""
-    if args.uds:
-        return
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((args.host, args.port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {args.host}:{args.port} ({error.strerror}): "
-                "choose another --host or --port"
-            ) from None
 
 
 def _run(args: Namespace) -> None:

@@ -12,7 +12,7 @@ import psutil
 
 from fusedstep import demo
 from fusedstep.errors import ConfigError
-from fusedstep.options import Options
+from fusedstep.options import Options, config_key
 from fusedstep.vllm_plugin import compat
 from fusedstep.vllm_plugin.compat import SWITCH
 
@@ -64,7 +64,14 @@ def engine_options(options: Options, given: dict[str, Any]) -> dict[str, Any]:
     completed.setdefault("worker_cls", compat.WORKER_CLS)
     completed.setdefault("scheduler_cls", compat.SCHEDULER_CLS)
     additional = dict(completed.get("additional_config") or {})
-    options = Options.parse({**options.as_dict(), **additional.get("fusedstep", {})})
+    own = additional.get("fusedstep") or {}
+    if not isinstance(own, dict):
+        raise ConfigError(f'additional_config["fusedstep"] must be an object, not {own!r}')
+
+    def spelling(name: str) -> str:
+        return config_key(name) if name in own else options.spelled.get(name, name)
+
+    options = Options.parse({**options.as_dict(), **own}, spelling)
     check(options)
     _interpret_triton(options)
     additional["fusedstep"] = options.as_dict()
@@ -85,7 +92,8 @@ def _interpret_triton(options: Options) -> None:
     if compiled and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         raise ConfigError(
             "Triton is already imported and would compile: "
-            "for --ops triton in this process set TRITON_INTERPRET=1 before Python starts"
+            f"for {options.written('ops')} in this process set TRITON_INTERPRET=1 before Python "
+            "starts"
         )
 
 
