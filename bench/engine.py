@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal, Self
 
 from fusedstep import processes
+from fusedstep.bench.wanted import Wanted
 from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
@@ -35,7 +36,12 @@ class Engine:
     """Parent side. ``call`` runs a method of ``EngineServer`` in the child."""
 
     def __init__(
-        self, kind: Kind, model: str, options: Options, vllm_args: tuple[str, ...] = ()
+        self,
+        kind: Kind,
+        model: str,
+        options: Options,
+        vllm_args: tuple[str, ...] = (),
+        wanted: Wanted | None = None,
     ) -> None:
         wiring.check(options)  # stock is often the first of two: do not start it for nothing
         self.kind = kind
@@ -52,7 +58,14 @@ class Engine:
         )
         child.close()
         try:
-            self.call("start", kind=kind, model=model, options=options, vllm_args=vllm_args)
+            self.call(
+                "start",
+                kind=kind,
+                model=model,
+                options=options,
+                vllm_args=vllm_args,
+                wanted=wanted or Wanted(),
+            )
         except BaseException:
             self.close(at_once=True)
             raise
@@ -108,11 +121,18 @@ class Engine:
 class EngineServer:
     """Child side: owns the vllm.LLM."""
 
-    def start(self, kind: Kind, model: str, options: Options, vllm_args: tuple[str, ...]) -> None:
+    def start(
+        self,
+        kind: Kind,
+        model: str,
+        options: Options,
+        vllm_args: tuple[str, ...],
+        wanted: Wanted,
+    ) -> None:
         compat.check_vllm_version()
         if kind == "fusedstep":
             wiring.switch_on(options)
-        with startup.one_line_errors():
+        with startup.one_line_errors(), wanted.checked():
             self._start(kind, model, options, vllm_args)
 
     def _start(self, kind: Kind, model: str, options: Options, vllm_args: tuple[str, ...]) -> None:

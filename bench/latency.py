@@ -10,10 +10,16 @@ from typing import Any
 
 from fusedstep.bench.engine import Engine, Kind
 from fusedstep.bench.environment import describe
+from fusedstep.bench.progress import NO_PROGRESS, Progress
 from fusedstep.bench.spread import Spread
+from fusedstep.bench.wanted import Wanted
+from fusedstep.errors import ConfigError
 from fusedstep.options import Options
+from fusedstep.vllm_plugin.launch import early
 
 KINDS: tuple[Kind, ...] = ("stock", "fusedstep")
+# Sampling fields on which a measurement depends.
+CHOSEN = {"n", "temperature", "max_tokens", "min_tokens", "ignore_eos", "detokenize"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,18 @@ class Plan:
     repeats: int
     sampling: dict[str, Any]  # vLLM's SamplingParams names, beside temperature
     detokenize: bool
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """What a request takes of the model's context, by option."""
+        return {"--input-len": self.input_len, "--output-len": self.output_len}
+
+    def check(self, model: str, vllm_args: tuple[str, ...]) -> None:
+        """Raises ConfigError for what no engine needs to be started for."""
+        for name in self.sampling.keys() & CHOSEN:
+            raise ConfigError(f"--sampling: {name} is chosen by bench latency: leave it out")
+        early.check_lengths(model, vllm_args, self.lengths)
+        early.check_batch(vllm_args, max(self.batch_sizes))
 
     @property
     def short_len(self) -> int:
@@ -80,24 +98,26 @@ def measure(
     plan: Plan,
     options: Options,
     vllm_args: tuple[str, ...],
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = NO_PROGRESS,
 ) -> Result:
     """ms per step = (t(long) - t(short)) / (long - short): prefill and constant costs cancel.
 
     Both engines stay alive; the one that waits is stopped. Each repeat measures stock, then ours.
     """
+    plan.check(model, vllm_args)
     with ExitStack() as stack:
         engines: dict[Kind, Engine] = {}
+        wanted = Wanted(plan.lengths, max(plan.batch_sizes))
         for kind in KINDS:
-            progress(f"{kind}: starting the engine")
-            engines[kind] = stack.enter_context(Engine(kind, model, options, vllm_args))
+            progress.say(f"{kind}: starting the engine")
+            engines[kind] = stack.enter_context(Engine(kind, model, options, vllm_args, wanted))
             engines[kind].stop_clock()
         rows: list[Row] = []
+        env = describe(model, options, vllm_args)
         for temperature in plan.temperatures:
             for batch_size in plan.batch_sizes:
-                progress(f"batch {batch_size}, temperature {temperature:g}")
-                rows += _point(engines, plan, batch_size, temperature)
-        env = describe(model, options, vllm_args)
+                rows += _point(engines, plan, batch_size, temperature, progress.say)
+                progress.keep(Result(env, rows, {}).as_dict())
         peak: dict[str, float] = {}
         for kind, engine in engines.items():
             engine.go_on()
@@ -110,7 +130,11 @@ def measure(
 
 
 def _point(
-    engines: dict[Kind, Engine], plan: Plan, batch_size: int, temperature: float
+    engines: dict[Kind, Engine],
+    plan: Plan,
+    batch_size: int,
+    temperature: float,
+    say: Callable[[str], None],
 ) -> list[Row]:
     """All repeats of one batch size and temperature, engines alternating."""
     steps = plan.output_len - plan.short_len
@@ -118,6 +142,8 @@ def _point(
     idle_share: dict[Kind, float] = {}
     tokens: dict[Kind, Any] = {}
     for repeat in range(plan.repeats + 1):
+        turn = f"repeat {repeat} of {plan.repeats}" if repeat else "warming up"
+        say(f"batch {batch_size}, temperature {temperature:g}: {turn}")
         for kind in KINDS:
             engine = engines[kind]
             engine.go_on()

@@ -27,7 +27,7 @@ import psutil
 from fusedstep import processes
 from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options, flag
-from fusedstep.vllm_plugin.launch import wiring
+from fusedstep.vllm_plugin.launch import early, wiring
 
 Kind = Literal["stock", "fusedstep"]
 KINDS: tuple[Kind, ...] = ("stock", "fusedstep")
@@ -173,6 +173,9 @@ class Server:
 def check(options: Options, vllm_args: tuple[str, ...]) -> None:
     """Raises ConfigError for what no server could start with, before the first one is started."""
     wiring.check(options)
+    model = early.model_of(vllm_args)
+    if model is not None:
+        early.check_folder(model)
     for arg in vllm_args:
         if arg.partition("=")[0] in OURS:
             raise ConfigError(f"{arg.partition('=')[0]} is chosen here: leave it out")

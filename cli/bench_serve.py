@@ -10,7 +10,7 @@ import click
 
 from fusedstep.cli import console
 from fusedstep.cli.bench import bench
-from fusedstep.cli.options import VllmCommand, window_options
+from fusedstep.cli.options import MAX_TEMPERATURE, Real, VllmCommand, window_options
 from fusedstep.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Bounds(click.ParamType[tuple[float, ...]]):
 @click.option("--num-prompts", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--input-len", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--output-len", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0, show_default=True)
+@click.option("--temperature", type=Real(0, MAX_TEMPERATURE), default=0, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @window_options
 @console.json_option
@@ -124,10 +124,10 @@ def serve(
         repeats=repeats,
         temperature=temperature,
     )
-    with console.stderr().status("preparing") as status:
-        result = library.measure(plan, options, vllm_args, status.update)
+    with console.progress(json_path) as progress:
+        result = library.measure(plan, options, vllm_args, progress)
     if json_path is not None:
-        console.write_json(json_path, result.as_dict())
+        console.write_json(json_path, {"complete": True} | result.as_dict())
     if json_path != "-":
         _print(result)
     ctx.exit(1 if result.failed else 0)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import contextlib
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fusedstep.errors import ConfigError
+from fusedstep.bench import progress as steps
+from fusedstep.bench import result_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,21 +57,9 @@ def json_option(command: Command) -> Command:
 
 
 def _writable(ctx: click.Context, param: click.Parameter, json_path: str | None) -> str | None:
-    """Find out before the work, not after it, and leave no empty file behind."""
-    if json_path in (None, "-"):
-        return json_path
-    path = Path(json_path)
-    if path.is_dir():
-        raise _cannot_write(json_path, "it is a folder")
-    if not path.parent.is_dir():
-        raise _cannot_write(json_path, "its folder does not exist")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise _cannot_write(json_path, "permission denied")
+    if json_path not in (None, "-"):
+        result_file.check(json_path)
     return json_path
-
-
-def _cannot_write(json_path: str, reason: str | None) -> ConfigError:
-    return ConfigError(f"cannot write {json_path} ({reason}): name another file after --json")
 
 
 def write_json(json_path: str, result: object) -> None:
@@ -81,13 +68,21 @@ def write_json(json_path: str, result: object) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        result = dataclasses.asdict(result)
-    text = json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n"
     if json_path == "-":
-        sys.stdout.write(text)
+        sys.stdout.write(result_file.as_json(result))
+    else:
+        result_file.write(json_path, result)
+
+
+@contextlib.contextmanager
+def progress(json_path: str | None) -> Iterator[steps.Progress]:
+    """What a long command does now, on stderr, and what it has found so far, in its JSON file.
+
+    A terminal shows one line that changes; a file gets a line per step, with the time.
+    """
+    console = stderr()
+    if not console.is_terminal:
+        yield steps.to(json_path)
         return
-    try:
-        Path(json_path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _cannot_write(json_path, error.strerror) from error
+    with console.status("preparing") as status:
+        yield steps.to(json_path, status.update)

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 from fusedstep.cli import console
+from fusedstep.cli.options import Real
 
 if TYPE_CHECKING:
     from fusedstep.explain import Windows
+
+
+MAX_SECONDS = 86400.0
 
 
 @click.command()
@@ -17,11 +21,11 @@ if TYPE_CHECKING:
     "--url",
     default="http://127.0.0.1:8000",
     show_default=True,
-    help="The server; its metrics are at URL/metrics.",
+    help="The server: a URL, HOST:PORT or a port; its metrics are at URL/metrics.",
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0),
+    type=Real(0, MAX_SECONDS),
     default=0.0,
     help="Watch for so long. [default: all since the server's start]",
 )

@@ -10,6 +10,7 @@ import click
 
 from fusedstep import processes
 from fusedstep.cli import console
+from fusedstep.cli.options import Group
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, FusedStepError
 
 COMMANDS = {
@@ -29,7 +30,7 @@ SUMMARIES = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group that imports its commands on use and prints our errors in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

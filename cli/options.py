@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ from fusedstep.cli.console import Command
 from fusedstep.demo import demo_model
 from fusedstep.options import LOOPS, NAMES, OPS, WINDOW_LATENCY_MS, Options, flag
 from fusedstep.vllm_plugin.launch import arguments, early, sources
+
+MAX_TEMPERATURE = 2.0  # vLLM's
 
 
 class VllmCommand(click.Command):
@@ -50,11 +53,25 @@ class VllmCommand(click.Command):
         return ["[MODEL]", *super().collect_usage_pieces(ctx), "[any vLLM option]..."]
 
 
-class Numbers(click.ParamType[tuple[Any, ...]]):
-    """A comma-separated list of numbers."""
+class Group(click.Group):
+    """A group that says which command was meant."""
 
-    def __init__(self, kind: Callable[[str], Any], least: float) -> None:
-        self.kind, self.least, self.name = kind, least, f"{kind.__name__}[,...]"
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        names = self.list_commands(ctx)
+        if args[0] in names or args[0].startswith("-"):
+            return super().resolve_command(ctx, args)
+        hint = sources.did_you_mean(args[0], names) or f": use {', '.join(names)}"
+        raise click.UsageError(f"No such command {args[0]!r}{hint}", ctx)
+
+
+class Numbers(click.ParamType[tuple[Any, ...]]):
+    """A comma-separated list of numbers, from ``least`` to ``most``."""
+
+    def __init__(self, kind: Callable[[str], Any], least: float, most: float = math.inf) -> None:
+        self.kind, self.least, self.most = kind, least, most
+        self.name = f"{kind.__name__}[,...]"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
         if isinstance(value, tuple):
@@ -63,9 +80,20 @@ class Numbers(click.ParamType[tuple[Any, ...]]):
             numbers = tuple(self.kind(part) for part in str(value).split(","))
         except ValueError:
             numbers = ()
-        if not numbers or min(numbers) < self.least:
-            self.fail(f"want numbers from {self.least:g} up, comma-separated, not {value!r}")
+        if not numbers or not all(self.least <= number <= self.most for number in numbers):
+            to = "up" if math.isinf(self.most) else f"to {self.most:g}"
+            self.fail(f"want numbers from {self.least:g} {to}, comma-separated, not {value!r}")
         return numbers
+
+
+class Real(click.FloatRange):
+    """A number of a range, which nan is not."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
 
 
 def window_options(command: Command) -> Command:
@@ -118,12 +146,14 @@ def split_model(vllm_args: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     return args.model, tuple(others)
 
 
-def json_fields(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any]:
-    """Callback of options that take a JSON object."""
+def sampling_fields(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> dict[str, Any]:
+    """Callback of options that take sampling fields as a JSON object."""
     try:
         fields = json.loads(value or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         raise click.BadParameter(f"want a JSON object, not {value!r}", ctx, param)
-    return fields
+    return sources.sampling(str(param.opts[0]), fields)

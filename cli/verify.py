@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusedstep.cli import console
-from fusedstep.cli.options import VllmCommand, json_fields, split_model, window_options
+from fusedstep.cli.options import VllmCommand, sampling_fields, split_model, window_options
 
 if TYPE_CHECKING:
     from fusedstep.bench.verify import Report
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(min=1), default=48, show_default=True)
 @click.option(
     "--sampling",
-    callback=json_fields,
+    callback=sampling_fields,
     metavar="JSON",
     help="Sampling fields for prompts that do not set them (vLLM's SamplingParams names).",
 )
@@ -45,15 +45,14 @@ def verify(
     Exits with 0 only if no request is DIFFERENT. Every other option goes to both vLLM engines.
     """
     from fusedstep.bench import verify as library
+    from fusedstep.bench.prompts import read_requests
 
-    requests = library.read_requests(prompts, sampling)[:limit]
+    requests = read_requests(prompts, sampling)[:limit]
     model, vllm_args = split_model(vllm_args)
-    with console.stderr().status("reading") as status:
-        report = library.verify(
-            model, requests, max_tokens, options, dtype, vllm_args, status.update
-        )
+    with console.progress(json_path) as progress:
+        report = library.verify(model, requests, max_tokens, options, dtype, vllm_args, progress)
     if json_path is not None:
-        console.write_json(json_path, report.as_dict())
+        console.write_json(json_path, {"complete": True} | report.as_dict())
     if json_path != "-":
         _print(report)
     ctx.exit(1 if report.count("DIFFERENT") else 0)

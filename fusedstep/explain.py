@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from fusedstep.errors import ConfigError
 
 PREFIX = "fusedstep:"
 TIMEOUT = 10.0  # seconds
+LOCAL, PORT = "127.0.0.1", 8000  # where `fusedstep serve` listens
 
 
 @dataclass(frozen=True)
@@ -71,22 +74,67 @@ def explain(url: str, seconds: float = 0.0) -> Windows:
     return read(url).since(before, time.monotonic() - began)
 
 
+def metrics_url(server: str) -> str:
+    """Where the metrics of a server are, given as URL, ``host:port``, ``host`` or port.
+
+    Raises ConfigError for anything else.
+    """
+    given = server.strip()
+    if given.isdecimal():
+        given = f"{LOCAL}:{given}"
+    bare = "://" not in given
+    if bare:
+        given = f"http://{given}"
+    try:
+        parts = urllib.parse.urlsplit(given)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # no port
+        fits = False
+    if not fits or any(character.isspace() for character in given):
+        raise ConfigError(
+            f"no server address: {server!r}; give http://HOST:PORT, HOST:PORT or PORT"
+        )
+    if bare and parts.port is None:
+        parts = parts._replace(netloc=f"{parts.netloc.rstrip(':')}:{PORT}")
+    path = parts.path.rstrip("/").removesuffix("/metrics").removesuffix("/v1")
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, f"{path}/metrics", "", ""))
+
+
+def _fetch(url: str) -> str:
+    """The text of a metrics page; ConfigError says why there is none."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            text: str = answer.read().decode()
+            return text
+    except urllib.error.HTTPError as error:
+        words = f"the server has no metrics page: HTTP {error.code}"
+        advice = "is it vLLM? `fusedstep serve` has one"
+    except UnicodeDecodeError:
+        words, advice = "no text", "is it vLLM?"
+    except TimeoutError:
+        words, advice = f"no answer in {TIMEOUT:g} s", "is it still starting, or stopped?"
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+        reason = getattr(error, "reason", None) or error
+        words = str(getattr(reason, "strerror", None) or reason or type(error).__name__)
+        advice = "is the server up? name it with --url HOST:PORT"
+    raise ConfigError(f"no metrics at {url} ({words}): {advice}")
+
+
 def read(url: str) -> Windows:
     """Since the server's start."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    url = url.rstrip("/").removesuffix("/metrics").removesuffix("/v1") + "/metrics"
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            text = answer.read().decode()
-    except (urllib.error.URLError, ValueError, OSError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ConfigError(f"no metrics at {url} ({reason})") from None
+    url = metrics_url(url)
+    text = _fetch(url)
     totals: Counter[str] = Counter()
     by_reason: dict[str, Counter[str]] = {"limits": Counter(), "single_steps": Counter()}
     lengths: Counter[int] = Counter()
     is_ours = False
-    for family in text_string_to_metric_families(text):
+    try:
+        families = list(text_string_to_metric_families(text))
+    except ValueError:
+        raise ConfigError(f"no metrics at {url} (a page of another kind): is it vLLM?") from None
+    for family in families:
         if not family.name.startswith(PREFIX):
             continue
         is_ours = True
@@ -100,6 +148,8 @@ def read(url: str) -> Windows:
             elif sample.name.endswith("_total"):
                 totals[name] += sample.value
     if not is_ours:
+        if not any(family.name.startswith("vllm:") for family in families):
+            raise ConfigError(f"no metrics of vLLM at {url}: it is another server's page")
         raise ConfigError(f"no windows in {url}: is it stock vLLM, or has nothing been asked yet?")
     return Windows(
         **{

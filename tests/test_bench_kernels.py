@@ -60,7 +60,8 @@ def measured(device: str) -> dict[str, Any]:
 
 
 def test_result_says_where_it_is_from(measured: dict[str, Any], device: str) -> None:
-    assert set(measured) == {"env", "bandwidth_gb_per_s", "rows"}
+    assert set(measured) == {"complete", "env", "bandwidth_gb_per_s", "rows"}
+    assert measured["complete"] is True
     assert (
         measured["env"].items()
         >= {

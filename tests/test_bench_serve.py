@@ -206,7 +206,7 @@ def test_failed_requests_show_and_exit_with_1(
 def test_json_instead_of_the_table(invoke: Invoke, measured: list[Any]) -> None:
     code, out, _ = invoke("--json", "-")
     assert code == 0
-    assert set(json.loads(out)) == {"env", "rows", "ratios"}
+    assert set(json.loads(out)) == {"complete", "env", "rows", "ratios"}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,14 @@ def test_json_instead_of_the_table(invoke: Invoke, measured: list[Any]) -> None:
         pytest.param(("--temperature", "-1"), "--temperature", id="temperature"),
         pytest.param(("--port", "8000"), "--port is chosen here", id="port"),
         pytest.param(("--host=0.0.0.0",), "--host is chosen here", id="host"),
-        pytest.param(("--decode-steps", "0"), "decode steps", id="decode steps"),
+        pytest.param(("--decode-steps", "0"), "--decode-steps must be", id="decode steps"),
+        pytest.param(("--temperature", "nan"), "--temperature", id="temperature nan"),
+        pytest.param(("--output-len", "9000"), "--output-len 9000: 9128 tokens", id="context"),
+        pytest.param(
+            ("--output-len=128", "--max-model-len=255"), "context of 255", id="given context"
+        ),
+        pytest.param(("--concurency=4",), "did you mean --concurrency?", id="mistyped"),
+        pytest.param(("no/such/folder",), "no model at no/such/folder", id="folder"),
         pytest.param(("--json", "no/such/x.json"), "cannot write", id="json"),
         pytest.param(
             ("--dataset", "file", "--dataset-path", "no-such-file"), "cannot read", id="no file"

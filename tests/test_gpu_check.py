@@ -63,8 +63,9 @@ def test_a_whole_run(run: Run, engines: list[FakeEngine], tmp_path: Path) -> Non
     written = json.loads((tmp_path / "result.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert written == json.loads(json.dumps(report.as_dict()))
-    names = "equal forms rows targets loop_cost_us loop_cost_reason env skipped"
+    names = "complete equal forms rows targets loop_cost_us loop_cost_reason env skipped"
     assert set(written) == set(names.split()) and written["equal"] is True
+    assert written["complete"] is True
     assert list(written["forms"]) == ["while", "eager"] and written["skipped"] == []
     requests = sum(len(b.prompts) for b in gpu_equality.equality_batches(VOCAB, 4, 5)) + 2 * (
         PLAN.repeats + 1

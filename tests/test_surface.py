@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from surface.uses import Uses
 from test_layers import MODULES
 
 from fusedstep.vllm_plugin import compat
+from fusedstep.vllm_plugin.launch import sources as launch
 
 WHEEL = "0.33.0"  # the newest CUDA wheel; too large to install for a test
 LIST = "surface.vllm_names"  # itself no use
@@ -70,6 +72,26 @@ def test_vllm_has_what_is_listed(sources: wheel.Sources, uses: Uses) -> None:
     except wheel.IndexUnreachable as error:
         pytest.fail(str(error), pytrace=False)
     fail(f"vLLM {sources.version} does not fit", iter(problems))
+
+
+def test_options_are_read_from_vllms_sources(
+    monkeypatch: pytest.MonkeyPatch, sources: wheel.Sources
+) -> None:
+    """A mistyped option is refused before vLLM is imported: no way to add one may be overlooked."""
+    monkeypatch.setattr(launch, "read", lambda path: sources.read(f"vllm/{path}") or "")
+    read = launch.option_names.__wrapped__
+    names = read(server=True)
+    assert {"--port", "--uds", "--api-key", "--no-enable-log-requests"} <= names
+    assert {"--max-model-len", "--tensor-parallel-size"} <= read(server=False) < names
+    assert "--port" not in read(server=False)
+    text = "".join(map(launch.read, launch.ENGINE_OPTIONS + launch.SERVER_OPTIONS))
+    added = re.findall(r"add_argument\(\s*(\S*?)[,\n]", text)
+    assert len(added) > 100
+    assert {word for word in added if not word.startswith('"')} == {"*extra_flags"}
+    parts = set(re.findall(r"(\w+)\.add_cli_args\(", text))
+    assert parts == {"FrontendArgs", "AsyncEngineArgs", "EngineArgs"}
+    fields = launch.sampling_fields.__wrapped__()
+    assert {"temperature", "seed", "structured_outputs"} <= fields.keys()
 
 
 def test_without_an_index_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

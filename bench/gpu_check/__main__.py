@@ -7,15 +7,16 @@ Exit code 0 when every form was compared and none differed, 1 when not, 2 for ba
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 import click
 import torch
 
 from fusedstep import processes
+from fusedstep.bench import result_file
 from fusedstep.bench.gpu_check.measure import MAX_BATCH_SIZE, Plan
 from fusedstep.bench.gpu_check.models import SHAPES, TINY
 from fusedstep.bench.gpu_check.report import Report, print_report
@@ -70,8 +71,10 @@ def command(
     Random weights, prompts of token ids. Stock and fusedstep run side by side on one GPU, in turn.
     """
     _check_device(device)
+    if math.isnan(minutes):
+        raise ConfigError("--minutes: nan is no number")
     if json_path is not None:
-        _check_writable(Path(json_path))
+        result_file.check(json_path)
     if tiny and models:
         raise ConfigError("--tiny is a model of its own: leave --models out")
     names = [TINY] if tiny else _split(models) or [name for name in SHAPES if name != TINY]
@@ -106,12 +109,6 @@ def _check_device(device: str) -> None:
     if (device == "cpu") != wiring.is_cpu_build():
         build = "CPU" if wiring.is_cpu_build() else "CUDA"
         raise ConfigError(f"--device {device}: the installed vLLM is a {build} build")
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before the work, not after it."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"cannot write {path}: name a file in a folder that exists after --json")
 
 
 def _split(text: str | None) -> list[str]:

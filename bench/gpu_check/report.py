@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
+from fusedstep.bench import result_file
 from fusedstep.bench.gpu_check.equality import Difference, as_json
 from fusedstep.bench.gpu_check.measure import Row, Side
 
@@ -68,6 +67,7 @@ class Report:
     loop_cost_us: dict[str, Any] | None = None
     loop_cost_reason: str = "not measured"
     skipped: list[dict[str, str]] = field(default_factory=list)
+    complete: bool = False  # the last part is done
 
     @property
     def equal(self) -> bool:
@@ -94,6 +94,7 @@ class Report:
             form["differences"].sort(key=lambda difference: difference["verdict"] == "near-tie")
             del form["differences"][MAX_DIFFERENCES:]
         return {
+            "complete": self.complete,
             "equal": self.equal,
             "forms": forms,
             "rows": [asdict(row) | {"ratio": row.ratio} for row in self.rows],
@@ -105,10 +106,8 @@ class Report:
         }
 
     def write(self, path: str) -> None:
-        """Whole or not at all: who kills us later finds the last one complete."""
-        new = Path(f"{path}.new")
-        new.write_text(json.dumps(self.as_dict(), indent=2, default=str) + "\n", encoding="utf-8")
-        os.replace(new, path)
+        """Whole or not at all: who kills us later finds the last one."""
+        result_file.write(path, self.as_dict(), so_far=not self.complete)
 
 
 def targets(rows: list[Row], form: str, on_gpu: bool, lacking: list[str]) -> list[dict[str, Any]]:

@@ -83,6 +83,7 @@ class Check:
                 if place == 0:
                     self.budget.divide(1)
                     self._loop_cost()
+        self.report.complete = True
         self._write()
         return self.report
 

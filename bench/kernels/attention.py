@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fusedstep.bench.environment import machine
+from fusedstep.bench.progress import NO_PROGRESS, Progress
 from fusedstep.bench.spread import Spread, Timer, memory_bandwidth
 from fusedstep.errors import ConfigError, UnsupportedError
 from fusedstep.ops import dispatch
@@ -126,7 +127,7 @@ def pick_cases(names: tuple[str, ...]) -> tuple[Case, ...]:
 
 
 @torch.inference_mode()
-def measure(plan: Plan, progress: Callable[[str], None] = lambda _: None) -> Result:
+def measure(plan: Plan, progress: Progress = NO_PROGRESS) -> Result:
     """All cases at all batch sizes and contexts; each repeat times every backend once.
 
     Raises UnsupportedError where Triton cannot run; vLLM's backends are timed where they can.
@@ -135,7 +136,7 @@ def measure(plan: Plan, progress: Callable[[str], None] = lambda _: None) -> Res
     if choice.name is None:
         raise UnsupportedError(choice.reason)
     os.environ.pop(SWITCH, None)  # vLLM as it comes
-    progress("measuring the memory bandwidth")
+    progress.say("measuring the memory bandwidth")
     bandwidth = memory_bandwidth(plan.device)
     env = machine() | {
         "device_type": plan.device.type,
@@ -148,7 +149,7 @@ def measure(plan: Plan, progress: Callable[[str], None] = lambda _: None) -> Res
         for batch_size in plan.batch_sizes:
             for context in plan.contexts:
                 where = f"{case.name}, batch {batch_size}, context {context}"
-                progress(where)
+                progress.say(where)
                 needed = case.moved_bytes(batch_size, context, plan.dtype)
                 if plan.device.type == "cuda":
                     free = torch.cuda.mem_get_info(plan.device)[0]
@@ -157,6 +158,7 @@ def measure(plan: Plan, progress: Callable[[str], None] = lambda _: None) -> Res
                         result.left_out.append(f"{where}: its cache of {gib:.0f} GiB has no room")
                         continue
                 result.rows.append(_measure_row(plan, case, batch_size, context, bandwidth))
+                progress.keep(result.as_dict())
     return result
 
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from fusedstep.bench.environment import machine
 from fusedstep.bench.kernels.step_state import CONTEXT_LEN, FusedStep, build_state
+from fusedstep.bench.progress import NO_PROGRESS, Progress
 from fusedstep.bench.spread import (
     Spread,
     Timer,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 128 << 20  # logits in turn: more than twice an H100's L2 cache of 50 MB
 MAX_BUFFERS = 512
+BYTES_PER_LOGIT = 20  # beside the logits: float32 copies of either side, counts for penalties
 LOGPROB_TOLERANCE = 1e-4
 PENALTIES = {"repetition_penalty": 1.1, "frequency_penalty": 0.2, "presence_penalty": 0.2}
 COMPARED_TOKENS = 64  # at least, where there are buffers enough
@@ -162,7 +164,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 @torch.inference_mode()
-def measure(plan: Plan, progress: Callable[[str], None] = lambda _: None) -> Result:
+def measure(plan: Plan, progress: Progress = NO_PROGRESS) -> Result:
     """All cases at all batch sizes; each repeat times stock, then ours.
 
     Raises UnsupportedError if our step or the installed vLLM cannot run on the device.
@@ -172,10 +174,11 @@ def measure(plan: Plan, progress: Callable[[str], None] = lambda _: None) -> Res
         raise UnsupportedError(choice.reason)
     if plan.device.type == "cpu":
         keep_freed_memory()
-    progress("importing vLLM")
+    _check_memory(plan)
+    progress.say("importing vLLM")
     stock = _stock_vllm()
     stock.check_platform(plan.device)
-    progress("measuring the memory bandwidth")
+    progress.say("measuring the memory bandwidth")
     bandwidth = memory_bandwidth(plan.device)
     env = machine()
     if plan.device.type == "cpu":  # as in vLLM's worker, which leaves a core to the scheduler
@@ -193,9 +196,25 @@ def measure(plan: Plan, progress: Callable[[str], None] = lambda _: None) -> Res
         for std in sorted({case.logits_std for case in plan.cases}, reverse=True):
             buffers = make_logits(plan, batch_size, std)
             for case in (case for case in plan.cases if case.logits_std == std):
-                progress(f"batch {batch_size}, {case.name}")
+                progress.say(f"batch {batch_size}, {case.name}")
                 result.rows.append(_measure_row(plan, case, buffers, choice.name, stock, bandwidth))
+                progress.keep(result.as_dict())
     return result
+
+
+def _check_memory(plan: Plan) -> None:
+    """Raises ConfigError for batches that have no room: logits, copies of both sides, counts."""
+    logits = max(plan.batch_sizes) * plan.vocab_size
+    needed = BUFFER_BYTES + logits * (plan.dtype.itemsize + BYTES_PER_LOGIT)
+    if plan.device.type == "cuda":
+        free = torch.cuda.mem_get_info(plan.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"--batch-size {max(plan.batch_sizes)} of {plan.vocab_size} logits needs "
+            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: lower it or --vocab-size"
+        )
 
 
 def _stock_vllm() -> ModuleType:

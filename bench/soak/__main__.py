@@ -31,6 +31,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import re
 import signal
 import subprocess
@@ -38,19 +39,22 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 import aiohttp
 import psutil
 
 from fusedstep import processes
+from fusedstep.bench import progress as steps
+from fusedstep.bench import result_file
 from fusedstep.bench.environment import machine
+from fusedstep.bench.progress import NO_PROGRESS, Progress
 from fusedstep.bench.server import Kind, Server
 from fusedstep.bench.soak.load import Load, Wrong, hang_up_or_error
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, ConfigError, FusedStepError
 from fusedstep.options import NAMES, Options, flag
+from fusedstep.vllm_plugin.launch import sources
 
 DEFAULTS = (
     *("--dtype", "float32", "--max-model-len", "768", "--max-num-seqs", "8"),
@@ -67,6 +71,7 @@ VARIABLES = {
 }
 GROWTH_MIB = 16.0
 SAMPLE_SECONDS = 0.5  # between two looks at the memory
+SAMPLES_PER_WORD = 20  # from one line of progress to the next
 IDLE_SECONDS = 20.0  # from the last answer until nothing runs and the KV cache is empty
 FAULT_SECONDS = 15.0
 EXIT_SECONDS = 30.0
@@ -126,6 +131,7 @@ def soak(
     clients: int = 12,
     seed: int = 0,
     kill_worker: bool = False,
+    progress: Progress = NO_PROGRESS,
 ) -> Report:
     """Start a server, load it for ``seconds``, end it, and report.
 
@@ -133,12 +139,13 @@ def soak(
         ConfigError: the server does not start.
     """
     vllm_args = (*DEFAULTS, *vllm_args)
+    progress.say(f"{kind}: starting the server")
     with Server(kind, options, vllm_args, VARIABLES) as server:
         server.wait_until_up()
         load = Load(server.url, _model(server), clients, seed)
         try:
             before = server.rss_bytes()
-            samples = asyncio.run(_watched(load, server, seconds))
+            samples = asyncio.run(_watched(load, server, seconds, progress))
             left = server.wait_until_idle(IDLE_SECONDS)
             preemptions = server.metrics()["vllm:num_preemptions_total"]
             started = server.processes()
@@ -188,7 +195,7 @@ def _memory(before: int, samples: list[int]) -> dict[str, float]:
     return {name: size / (1 << 20) for name, size in sizes.items()}
 
 
-async def _watched(load: Load, server: Server, seconds: float) -> list[int]:
+async def _watched(load: Load, server: Server, seconds: float, progress: Progress) -> list[int]:
     """Run the load; resident bytes of the server, sampled while it lasts."""
     samples: list[int] = []
 
@@ -196,6 +203,8 @@ async def _watched(load: Load, server: Server, seconds: float) -> list[int]:
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
             samples.append(server.rss_bytes())
+            if len(samples) % SAMPLES_PER_WORD == 0:
+                _tell(load, samples, seconds, progress)
 
     watcher = asyncio.create_task(watch())
     try:
@@ -203,6 +212,24 @@ async def _watched(load: Load, server: Server, seconds: float) -> list[int]:
     finally:
         watcher.cancel()
     return samples
+
+
+def _tell(load: Load, samples: list[int], seconds: float, progress: Progress) -> None:
+    """How it goes, and what there is so far."""
+    tally, mib = load.tally, samples[-1] / (1 << 20)
+    progress.say(
+        f"{len(samples) * SAMPLE_SECONDS:.0f} of {seconds:.0f} s: {tally.asked.total()} requests, "
+        f"{len(tally.problems)} problems, {mib:.0f} MiB"
+    )
+    progress.keep(
+        {
+            "asked": dict(tally.asked),
+            "ended": dict(tally.ended),
+            "texts_changed": tally.texts_changed,
+            "problems": tally.problems[:20],
+            "rss_mib": [round(size / (1 << 20), 1) for size in samples],
+        }
+    )
 
 
 async def _kill(load: Load, server: Server) -> dict[str, Any]:
@@ -236,13 +263,18 @@ def _model(server: Server) -> str:
         return str(json.load(answer)["data"][0]["id"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 passed, 1 not, 2 it could not be run."""
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(message)
+
+
+def _parsed(argv: list[str] | None) -> tuple[argparse.Namespace, tuple[str, ...]]:
+    """Our options and the other arguments, checked as far as that takes no server."""
     parser = argparse.ArgumentParser(
         prog="soak", allow_abbrev=False, description=(__doc__ or "").partition("\n")[0]
     )
+    parser.error = _refuse  # type: ignore[method-assign]
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", help="written every ten seconds")
     parser.add_argument("--clients", type=int, default=12, help="requests in flight")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stock", action="store_true", help="stock vLLM, for comparison")
@@ -250,34 +282,42 @@ def main(argv: list[str] | None = None) -> int:
     for name in NAMES:
         parser.add_argument(flag(name))
     args, vllm_args = parser.parse_known_args(argv)
+    sources.check_options(vllm_args, server=True, ours=parser._option_string_actions)
+    if not (0 < args.minutes < math.inf and args.clients > 0):
+        raise ConfigError("--minutes and --clients must be numbers above 0")
+    if args.json:
+        result_file.check(args.json)
+    return args, tuple(vllm_args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 passed, 1 not, 2 it could not be run."""
     processes.interrupt_on_signals()
     try:
-        if not (args.minutes > 0 and args.clients > 0):
-            raise ConfigError("--minutes and --clients must be above 0")
-        if args.json and not args.json.parent.is_dir():
-            raise ConfigError(f"cannot write {args.json} (its folder does not exist)")
+        args, vllm_args = _parsed(argv)
         given = {name: getattr(args, name) for name in NAMES}
         given["window_latency_ms"] = given["window_latency_ms"] or WINDOW_LATENCY_MS
         report = soak(
             "stock" if args.stock else "fusedstep",
             60 * args.minutes,
             Options.parse(given, flag),
-            tuple(vllm_args),
+            vllm_args,
             clients=args.clients,
             seed=args.seed,
             kill_worker=args.kill_worker,
+            progress=steps.to(args.json),
         )
+        faults = report.faults
+        result = {"complete": True, "passed": not faults, "faults": faults, **asdict(report)}
+        if args.json:
+            result_file.write(args.json, result)
     except FusedStepError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
     except KeyboardInterrupt:
         return INTERRUPTED
-    result = {"passed": not report.faults, "faults": report.faults, **asdict(report)}
-    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    if args.json:
-        args.json.write_text(text, encoding="utf-8")
-    print(text, end="")
-    return 1 if report.faults else 0
+    print(result_file.as_json(result), end="")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

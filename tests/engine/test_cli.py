@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 from serving import FUSEDSTEP, SMALL, free_port
 
-from fusedstep.bench import verify
+from fusedstep.bench import prompts, verify
 from fusedstep.cli.main import group
 from fusedstep.errors import ConfigError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat
-from fusedstep.vllm_plugin.launch import server, wiring
+from fusedstep.vllm_plugin.launch import server, sources, wiring
 
 Run = Callable[..., tuple[int, str, str]]
+MODEL = "MODEL"  # stands for the bundled model's folder
 
 
 @pytest.fixture
@@ -62,7 +63,11 @@ def assert_one_line(err: str, words: str) -> None:
         ),
         pytest.param(("--help=all",), "auto", False, ("--help=all",), id="help of vLLM"),
         pytest.param(
-            ("--a.b.c", "1", "--", "m"), "auto", False, ("--a.b.c", "1", "--", "m"), id="dots"
+            ("--compilation-config.mode", "1", "--", "m", "--x"),
+            "auto",
+            False,
+            ("--compilation-config.mode", "1", "--", "m", "--x"),
+            id="dots",
         ),
     ),
 )
@@ -96,14 +101,46 @@ def test_serve_keeps_its_options_and_passes_on_the_others(
         (("verify", "--json", "no/such/folder/x.json"), "cannot write no/such/folder/x.json"),
         (("verify", "--json", "."), "it is a folder"),
         (("verify", "--prompts", "no-such-file"), "cannot read the prompts file no-such-file"),
+        (("verify", "--prompts", "."), "cannot read the prompts file . (Is a directory)"),
+        (("verify", "--promts", "x"), "no option --promts: did you mean --prompts?"),
+        (("verify", "--port", "1"), "no option --port"),
+        (("verify", "--sampling", '{"tempreature": 1}'), "did you mean temperature?"),
+        (("verify", "--sampling", '{"top_k": "x"}'), "--sampling: \"top_k\" must be int, not 'x'"),
+        (("serve", "--max-model-lenn", "3"), "--max-model-lenn: did you mean --max-model-len?"),
+        (("serve", "--max_modl_len=3"), "no option --max_modl_len: did you mean --max-model-len?"),
+        (
+            ("serve", "--hf-overides.x", "3"),
+            "no option --hf-overides: did you mean --hf-overrides?",
+        ),
+        (("serve", "--decode-step", "3"), "no option --decode-step: did you mean --decode-steps?"),
+        (("serve", "no/such/model"), "no model at no/such/model: give a folder"),
+        (("serve", "tests"), "no model at tests: the folder has no config.json"),
+        (("serve", "--port", "70000"), "cannot listen on 127.0.0.1:70000 (ports go from 0"),
+        (("bench", "latency", "--output-len", "100000"), "--output-len 100000: 100032 tokens do"),
+        (("bench", "latency", "--batch-size=2,9", MODEL, "--max-num-seqs=8"), "--batch-size 9 is"),
+        (("bench", "latency", MODEL, "--max-model-len=9"), "do not fit into the model's context"),
+        (("bench", "latency", "--sampling", '{"max_tokens": 3}'), "max_tokens is chosen by bench"),
+        (("bench", "latency", "--temperature", "nan"), "want numbers from 0 to 2"),
+        (("bench", "latency", "no/such/model"), "no model at no/such/model"),
+        (("bench", "kernels", "--batch-size", "10000000"), "GiB are free: lower it"),
+        (("bench", "latancy"), "No such command 'latancy': did you mean latency?"),
+        (("explain", "--seconds", "nan"), "is no number"),
+        (("explain", "--url", "a b"), "no server address: 'a b'"),
+        (("sevre",), "No such command 'sevre': did you mean serve?"),
+        (("explain", "--ulr", "x"), "Did you mean '--url'?"),
         (("bench", "latency", "--batch-size", "1,0"), "want numbers from 1 up"),
         (("no-such-command",), "No such command"),
         (("--no-such-option",), "No such option"),
     ),
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_usage_is_one_line(run: Run, args: tuple[str, ...], words: str) -> None:
-    code, out, err = run(*args)
+def test_wrong_usage_is_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, model: str, args: tuple[str, ...], words: str
+) -> None:
+    """And before anything is started: no process, no vLLM."""
+    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", None)
+    code, out, err = run(*(model if arg == MODEL else arg for arg in args))
     assert (code, out) == (2, "")
     assert_one_line(err, words)
 
@@ -164,15 +201,27 @@ for args in json.loads(sys.argv[1]):
             code = end.code
     results.append([code, err.getvalue()])
 from fusedstep.cli.options import split_model
+from fusedstep.vllm_plugin.launch import arguments
+from vllm.sampling_params import SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+except ImportError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+names = {
+    "engine": list(arguments.engine_parser()._option_string_actions),
+    "server": list(make_arg_parser(FlexibleArgumentParser())._option_string_actions),
+    "sampling": [name for name in SamplingParams.__struct_fields__ if name[0] != "_"],
+}
 models = [split_model(tuple(args)) for args in json.loads(sys.argv[2])]
-print("RESULT" + json.dumps([results, models]), flush=True)
+print("RESULT" + json.dumps([results, models, names]), flush=True)
 os._exit(0)
 """
 
 
 @pytest.fixture(scope="module")
-def child(model: str) -> tuple[dict[str, tuple[int, str]], list[Any]]:
-    """What ``serve`` says to wrong arguments, by name, and where ``split_model`` finds MODEL."""
+def child(model: str) -> tuple[dict[str, tuple[int, str]], list[Any], dict[str, list[str]]]:
+    """What ``serve`` says to wrong arguments, where MODEL is found, and what vLLM itself takes."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -180,7 +229,7 @@ def child(model: str) -> tuple[dict[str, tuple[int, str]], list[Any]]:
         wrong = {
             "path": ["/no/such/model"],
             "hub": ["no-such-org-of-fusedstep/no-such-model"],
-            "option": [model, "--max-model-lenn", "3"],
+            "short": [model, "-ttp", "3"],
             "value": [model, "--max-model-len", "many"],
             "port": [model, "--port", port],
             "context": [model, "--max-model-len", "100000", "--port", str(free_port())],
@@ -200,8 +249,8 @@ def child(model: str) -> tuple[dict[str, tuple[int, str]], list[Any]]:
         )
     result = next((x for x in done.stdout.splitlines() if x.startswith("RESULT")), None)
     assert result is not None, done.stderr
-    results, found = json.loads(result.removeprefix("RESULT"))
-    return dict(zip(wrong, map(tuple, results), strict=True)), found
+    results, found, names = json.loads(result.removeprefix("RESULT"))
+    return dict(zip(wrong, map(tuple, results), strict=True)), found, names
 
 
 @pytest.mark.parametrize(
@@ -209,7 +258,7 @@ def child(model: str) -> tuple[dict[str, tuple[int, str]], list[Any]]:
     (
         ("path", "no model at /no/such/model"),
         ("hub", "no model no-such-org-of-fusedstep/no-such-model"),
-        ("option", "unrecognized arguments: --max-model-lenn"),
+        ("short", "unrecognized arguments: -ttp 3: did you mean -tp?"),
         ("value", "argument --max-model-len"),
         ("port", "choose another --host or --port"),
     ),
@@ -226,6 +275,21 @@ def test_context_longer_than_the_model_is_one_line_below_the_panel(child: Any) -
     assert code == 2
     assert "max_model_len (100000) is greater" in message and message.count("\n") == 1
     assert "CPU_ATTN" in panel and "Traceback" not in err
+
+
+@pytest.mark.parametrize("parser", ("engine", "server"))
+def test_no_option_of_vllms_parser_is_refused_early(child: Any, parser: str) -> None:
+    """What we read out of vLLM's sources against its own parser."""
+    long = [name for name in child[2][parser] if name.startswith("--")]
+    assert len(long) > 300
+    sources.check_options(long, server=parser == "server")
+    sources.check_options([name[:-1] for name in long], server=parser == "server")
+    with pytest.raises(ConfigError, match="no option --port"):
+        sources.check_options(["--port"], server=False)
+
+
+def test_sampling_fields_are_vllms(child: Any) -> None:
+    assert set(sources.sampling_fields()) == set(child[2]["sampling"])
 
 
 def test_model_is_found_among_options(child: Any, model: str) -> None:
@@ -307,16 +371,30 @@ def test_report_counts() -> None:
 def test_requests_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts"
     path.write_text("one\n\ntwo\n")
-    assert verify.read_requests(path, {"top_k": 3}) == [
-        verify.Request("one", {"top_k": 3}),
-        verify.Request("two", {"top_k": 3}),
+    assert prompts.read_requests(path, {"top_k": 3}) == [
+        prompts.Request("one", {"top_k": 3}),
+        prompts.Request("two", {"top_k": 3}),
     ]
     path.write_text('{"prompt": "a", "logit_bias": {"7": 1}}\n{"prompt": "b", "top_k": 1}\n')
-    assert verify.read_requests(path, {"top_k": 3}) == [
-        verify.Request("a", {"top_k": 3, "logit_bias": {7: 1}}),
-        verify.Request("b", {"top_k": 1}),
+    assert prompts.read_requests(path, {"top_k": 3}) == [
+        prompts.Request("a", {"top_k": 3, "logit_bias": {7: 1}}),
+        prompts.Request("b", {"top_k": 1}),
     ]
-    assert len(verify.read_requests(None, {})) >= 40
+    assert len(prompts.read_requests(None, {})) >= 40
+
+
+@pytest.mark.parametrize("mark", (b"", b"\xef\xbb\xbf"), ids=("plain", "byte-order mark"))
+@pytest.mark.parametrize("end", ("\n", "\r\n", "\r"), ids=repr)
+def test_any_text_editor_writes_a_prompts_file(tmp_path: Path, mark: bytes, end: str) -> None:
+    """Byte-order mark, line ends, and characters that only Python takes for line ends."""
+    path = tmp_path / "prompts"
+    lines = ['{"prompt": "a\u2028b\x85", "top_k": 1}', "", '{"prompt": "c"}']
+    path.write_bytes(mark + end.join(lines).encode())
+    found = prompts.read_requests(path, {})
+    assert found == [prompts.Request("a\u2028b\x85", {"top_k": 1}), prompts.Request("c")]
+    assert [request.where for request in found] == [f"{path} line 1", f"{path} line 3"]
+    path.write_bytes(mark + end.join(("one", "", "two")).encode())
+    assert [request.prompt for request in prompts.read_requests(path, {})] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -324,11 +402,18 @@ def test_requests_of_a_file(tmp_path: Path) -> None:
     (
         (b"", "is empty"),
         (b"\n \n", "is empty"),
-        (b"\xff\xfe", "cannot read"),
+        (b"\xff\xfea\0", "(UTF-16?): save it as UTF-8"),
+        ("a\nb".encode("utf-16-be"), "(UTF-16?): save it as UTF-8"),
+        (b"a\nb\nc\xe4\n", "(line 3 is not UTF-8)"),
+        (b'\xef\xbb\xbf\r\n{"text": "a"}\r\n', "line 2: want JSON"),
+        (b'{"prompt": "a"}\n\n{"prompt": "a", "temperature": "warm"}\n', 'line 3: "temperature"'),
+        (b'{"prompt": "a", "temprature": 1}\n', 'line 1: no sampling field "temprature": did you'),
+        (b'{"prompt": "a", "stop": [1]}\n', 'line 1: "stop" must be str | list[str] | null'),
+        (b'{"prompt": "a", "ignore_eos": 1}\n', 'line 1: "ignore_eos" must be bool, not 1'),
         (b'{"prompt": "a"}\nb\n', "line 2: want JSON"),
         (b'{"text": "a"}\n', "line 1: want JSON"),
         (b'{"prompt": 3}\n', "line 1: want JSON"),
-        (b'{"prompt": "a", "logit_bias": {"x": 1}}\n', "line 1: want JSON"),
+        (b'{"prompt": "a", "logit_bias": {"x": 1}}\n', 'line 1: "logit_bias" must be dict[int'),
     ),
 )
 def test_wrong_prompts_file_is_one_line(
@@ -340,7 +425,7 @@ def test_wrong_prompts_file_is_one_line(
     assert code == 2
     assert_one_line(err, words)
     with pytest.raises(ConfigError):
-        verify.read_requests(path, {})
+        prompts.read_requests(path, {})
 
 
 def test_verify_finds_windows_identical_to_stock(tmp_path: Path, model: str) -> None:

@@ -26,6 +26,7 @@ _CONFIG = {
             ()
             additional_config, instance_id, use_v2_model_runner, watermark_config
             speculative_config, lora_config, kv_transfer_config, ec_transfer_config
+            structured_outputs_config
             model_config: ModelConfig
             parallel_config: ParallelConfig
             scheduler_config: SchedulerConfig
@@ -35,7 +36,7 @@ _CONFIG = {
         "ModelConfig": """
             runner_type, is_encoder_decoder, supports_multimodal_inputs, enable_prompt_embeds
             uses_mrope, is_hybrid, has_inner_state, is_diffusion, rswa_window, logits_processors
-            logprobs_mode, return_sampling_mask, enable_trace_replay, use_fp64_gumbel
+            logprobs_mode, return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
             get_vocab_size()
         """,
         "ParallelConfig": """
@@ -57,6 +58,7 @@ _CONFIG = {
         "SamplingParams": """
             (**params)
             (seed=_, **params)
+            verify(model_config, speculative_config, structured_outputs_config, tokenizer)
             eos_token_id, logprob_token_ids, logprobs, max_tokens, output_kind, stop
             stop_token_ids, structured_outputs, thinking_token_budget, repetition_detection
             temperature, top_p, top_k, repetition_penalty, frequency_penalty, presence_penalty
@@ -86,6 +88,7 @@ _FRONTEND = {
     "vllm.engine.arg_utils": {
         "EngineArgs": """
             add_cli_args(parser)
+            create_engine_config
             additional_config, attention_backend, compilation_config, enforce_eager
             gpu_memory_utilization, hf_token, kv_cache_memory_bytes, model
             num_gpu_blocks_override, revision, scheduler_cls, served_model_name, worker_cls
@@ -114,6 +117,7 @@ _FRONTEND = {
         "wait_for_completion_or_failure": "(*args, **kwargs)",
     },
     "vllm.logger": {"configure_logging_from_args": "(args)"},
+    "vllm.tokenizers": {"cached_tokenizer_from_config": "(model_config)"},
     "vllm.utils.argparse_utils": {"FlexibleArgumentParser": "(add_help=_)\n(prog=_)"},
     "vllm.utils.import_utils": {"resolve_obj_by_qualname": "(qualname)"},
 }
@@ -264,6 +268,6 @@ SAYS = {
     "vllm.v1.engine.core": ("EngineCore failed to start",),
     "vllm.v1.executor.multiproc_executor": ("WorkerProc failed to start",),
     "vllm.v1.engine.exceptions": ("class EngineDeadError",),
-    "vllm.plugins": ("vllm.platform_plugins",),
+    "vllm.plugins": ("vllm.platform_plugins", "vllm.general_plugins"),
     "vllm.entrypoints.launchers.launcher": ("dummy_shutdown",),
 }

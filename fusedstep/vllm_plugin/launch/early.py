@@ -24,6 +24,13 @@ def value_of(vllm_args: Sequence[str], name: str) -> str | None:
     return found
 
 
+def model_of(vllm_args: Sequence[str]) -> str | None:
+    """MODEL where it comes first, or --model's; None where only vLLM's parser can tell."""
+    if vllm_args and not vllm_args[0].startswith("-"):
+        return vllm_args[0]
+    return value_of(vllm_args, "--model")
+
+
 def check_server(vllm_args: Sequence[str]) -> None:
     """The port and the model's folder, where the command line names them.
 
@@ -36,9 +43,7 @@ def check_server(vllm_args: Sequence[str]) -> None:
         host = value_of(vllm_args, "--host") or HOST
         if port is None or port.isdecimal():
             check_port(host, PORT if port is None else int(port))
-    model = value_of(vllm_args, "--model")
-    if model is None and vllm_args and not vllm_args[0].startswith("-"):
-        model = vllm_args[0]
+    model = model_of(vllm_args)
     if model is not None:
         check_folder(model)
 
@@ -76,12 +81,12 @@ def is_path(model: str) -> bool:
     return "://" not in model and (model.startswith((".", "/", "~")) or model.count("/") > 1)
 
 
-def context(model: str, vllm_args: Sequence[str]) -> int | None:
+def context(model: str | None, vllm_args: Sequence[str]) -> int | None:
     """Tokens that no request of this model can pass; None where only vLLM can tell."""
     given = value_of(vllm_args, "--max-model-len")
     if given is not None:
         return int(given) if given.isdecimal() else None
-    if value_of(vllm_args, "--hf-overrides") or value_of(vllm_args, "--config"):
+    if model is None or value_of(vllm_args, "--hf-overrides") or value_of(vllm_args, "--config"):
         return None
     try:
         config: dict[str, Any] = json.loads((Path(model) / "config.json").read_text())
@@ -93,7 +98,7 @@ def context(model: str, vllm_args: Sequence[str]) -> int | None:
     return limit if isinstance(limit, int) and not scaled else None
 
 
-def check_lengths(model: str, vllm_args: Sequence[str], wanted: dict[str, int]) -> None:
+def check_lengths(model: str | None, vllm_args: Sequence[str], wanted: dict[str, int]) -> None:
     """Raises ConfigError where the lengths ``wanted``, by option, do not fit into the context."""
     limit, total = context(model, vllm_args), sum(wanted.values())
     if limit is not None and total > limit:

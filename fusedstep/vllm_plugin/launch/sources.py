@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fusedstep.errors import ConfigError
 
@@ -97,8 +98,16 @@ def sampling_fields() -> dict[str, ast.expr]:
     }
 
 
-def check_sampling(where: str, given: dict[str, object]) -> None:
-    """Raises ConfigError, naming ``where``, for a field that vLLM has not or of another type."""
+def sampling(where: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Sampling fields out of JSON, as SamplingParams takes them.
+
+    Raises:
+        ConfigError: vLLM has no such field, or it is of another type; ``where`` is named.
+    """
+    bias = given.get("logit_bias")
+    if isinstance(bias, dict):  # JSON has no integer keys
+        whole = {key: int(key) for key in bias if key.removeprefix("-").isdecimal()}
+        given = given | {"logit_bias": {whole.get(key, key): bias[key] for key in bias}}
     fields = sampling_fields()
     for name, value in given.items() if fields else ():
         if name not in fields:
@@ -107,6 +116,7 @@ def check_sampling(where: str, given: dict[str, object]) -> None:
         if not _fits(value, fields[name]):
             wanted = ast.unparse(fields[name]).replace("None", "null")
             raise ConfigError(f'{where}: "{name}" must be {wanted}, not {value!r}')
+    return given
 
 
 def _fits(value: object, annotation: ast.expr) -> bool:
