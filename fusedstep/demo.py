@@ -112,10 +112,14 @@ def can_convert() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("gguf", "safetensors"))
 
 
-def _target() -> Path:
+def cache_folder() -> Path:
+    """Where the bundled model is kept."""
     root = os.environ.get("XDG_CACHE_HOME")
-    cache_dir = (Path(root) if root else Path.home() / ".cache") / "fusedstep"
-    return cache_dir / f"{MODEL_NAME}-{GGUF_SHA256[:8]}-v{FORMAT}"
+    return (Path(root) if root else Path.home() / ".cache") / "fusedstep"
+
+
+def _target() -> Path:
+    return cache_folder() / f"{MODEL_NAME}-{GGUF_SHA256[:8]}-v{FORMAT}"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -11,24 +11,13 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Literal
 
-from fusedstep import demo
+from fusedstep import demo, needs
+from fusedstep.needs import Check
 from fusedstep.vllm_plugin.compat import SUPPORTED
-
-Status = Literal["ok", "warning", "problem"]  # a problem keeps `serve` from working
 
 GRAPH_FORMS = ("while", "unrolled", "replay")
 MEDIA_PACKAGES = "torchvision torchaudio torchcodec"
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at. ``advice`` says what to do, in one line; empty when all is well."""
-
-    name: str
-    status: Status
-    found: str
-    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,7 @@ def diagnose() -> Diagnosis:
         _platform(gpu),
         _torchvision(),
         _bundled_model(),
+        *needs.checks(on_gpu=gpu is not None),
     )
     return Diagnosis(checks, _loop_forms(has_gpu=gpu is not None), "cuda" if gpu else "cpu")
 

@@ -97,6 +97,14 @@ def _interpret_triton(options: Options) -> None:
         )
 
 
+def cpu_kv_cache_bytes(available: int) -> int:
+    """What the KV cache takes on a CPU where ``available`` bytes are free and nobody sized it."""
+    by_user = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
+    if by_user.isdecimal():
+        return int(by_user) * GIB
+    return min(DEFAULT_CPU_KV_CACHE_BYTES, available // 2)
+
+
 def cpu_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """``given`` vLLM engine options; on the CPU with a KV cache of at most 2 GiB.
 
@@ -111,8 +119,8 @@ def cpu_defaults(given: dict[str, Any]) -> dict[str, Any]:
     sized = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
     by_user = any(given.get(name) for name in sized) or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     if not by_user:
-        available = psutil.virtual_memory().available // 2
-        options["kv_cache_memory_bytes"] = min(DEFAULT_CPU_KV_CACHE_BYTES, available)
+        available = psutil.virtual_memory().available
+        options["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(available)
     if "compilation_config" not in given and Path(given.get("model", "")) == demo.find_made():
         options["enforce_eager"] = True
     return options
