@@ -109,6 +109,8 @@ def memory() -> Check:
     with contextlib.suppress(OSError, ValueError):  # a container's share; "max": no bound
         limit = int((CGROUP / "memory.max").read_text())
         used = int((CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used -= int(stat.get("inactive_file", 0))  # cached files make room
         available = min(available, max(limit - used, 0))
     kv_cache = wiring.cpu_kv_cache_bytes(available)
     needed = MODEL_BYTES + VLLM_BYTES

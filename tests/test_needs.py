@@ -76,6 +76,7 @@ def test_kernels_that_can_be_cached_nowhere(monkeypatch: pytest.MonkeyPatch) -> 
         (1.0, None, "", "problem"),
         (16.0, "max", "", "ok"),
         (16.0, 1.0, "", "problem"),  # a container's share
+        (16.0, 6.0, "", "ok"),
         (16.0, None, "15", "warning"),  # the user sized the KV cache
         (18.0, None, "15", "ok"),
     ),
@@ -95,7 +96,8 @@ def test_memory(
     if cgroup is not None:
         limit = cgroup if isinstance(cgroup, str) else str(int(cgroup * GIB))
         (tmp_path / "memory.max").write_text(f"{limit}\n")
-        (tmp_path / "memory.current").write_text("0\n")
+        (tmp_path / "memory.current").write_text(f"{GIB}\n")
+        (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
     check = needs.memory()
     assert check.status == status, check
     assert bool(check.advice) == (status != "ok")
