@@ -15,7 +15,7 @@ from fusedstep.bench.spread import Spread
 from fusedstep.bench.wanted import Wanted
 from fusedstep.errors import ConfigError
 from fusedstep.options import Options
-from fusedstep.vllm_plugin.launch import early
+from fusedstep.vllm_plugin.launch import early, wiring
 
 KINDS: tuple[Kind, ...] = ("stock", "fusedstep")
 # Sampling fields on which a measurement depends.
@@ -104,6 +104,7 @@ def measure(
 
     Both engines stay alive; the one that waits is stopped. Each repeat measures stock, then ours.
     """
+    wiring.check(options)
     plan.check(model, vllm_args)
     with ExitStack() as stack:
         engines: dict[Kind, Engine] = {}

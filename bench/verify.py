@@ -10,6 +10,7 @@ from fusedstep.bench.progress import NO_PROGRESS, Progress
 from fusedstep.bench.prompts import Request
 from fusedstep.bench.wanted import Wanted
 from fusedstep.options import Options
+from fusedstep.vllm_plugin.launch import wiring
 
 # Two engines that sum in another order differ by rounding: an argmax may then fall either way
 # when the two best logits are this close (natural-log units).
@@ -79,6 +80,7 @@ def verify(
     Greedy requests are held against stock vLLM as it comes. Where a request samples, the oracle
     is stock vLLM's Model Runner V2: its random numbers are the ones that a seed promises.
     """
+    wiring.check(options)
     params = [{"max_tokens": max_tokens, "temperature": 0.0} | r.sampling for r in requests]
     for request_params in params:  # the gap between the two best, to judge a divergence
         request_params["logprobs"] = max(2, request_params.get("logprobs") or 0)

@@ -15,6 +15,7 @@ import torch
 
 from fusedstep.bench.kernels import attention
 from fusedstep.bench.kernels import step as kernels
+from fusedstep.bench.progress import Progress
 from fusedstep.bench.spread import Spread, Timer
 from fusedstep.cli.bench import _print_attention, _print_kernels
 from fusedstep.cli.main import group
@@ -57,6 +58,22 @@ def measured(device: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def test_every_case_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the file of --json, before the next one is measured."""
+    stock = SimpleNamespace(check_platform=lambda _: None)
+    monkeypatch.setattr(kernels, "_stock_vllm", lambda: stock)
+    monkeypatch.setattr(kernels, "memory_bandwidth", lambda _: 1e9)
+    monkeypatch.setattr(kernels, "_measure_row", lambda plan, case, *_: case.name)
+    monkeypatch.setattr(kernels, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(kernels.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(kernels.Result, "as_dict", lambda self: {"rows": list(self.rows)})
+    cases = kernels.pick_cases(("greedy", "top_p"))
+    plan = kernels.Plan(torch.device("cpu"), cases, (1,), 100, torch.float32, 2)
+    kept: list[Any] = []
+    kernels.measure(plan, Progress(keep=kept.append))
+    assert kept == [{"rows": ["greedy"]}, {"rows": ["greedy", "top_p"]}]
 
 
 def test_result_says_where_it_is_from(measured: dict[str, Any], device: str) -> None:

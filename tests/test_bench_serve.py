@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from fusedstep.bench import server, serving
+from fusedstep.bench.progress import Progress
 from fusedstep.bench.serving_result import Quantiles, Result, Row, Run, Spread, chunk_gaps_ms
 from fusedstep.cli.main import group
-from fusedstep.errors import FusedStepError
+from fusedstep.errors import ConfigError, FusedStepError
+from fusedstep.options import Options
 
 RECORDED = Path(__file__).with_name("bench_serve.json")  # vLLM 0.32's, of four requests
 Invoke = Callable[..., tuple[int, str, str]]
@@ -255,6 +258,47 @@ def plan_of(**fields: Any) -> serving.Plan:
     loads = {"rates": (math.inf,), "concurrencies": (16.0,), "dataset": "random", "path": None}
     lengths = {"input_len": 8, "output_len": 9, "num_prompts": 3, "repeats": 1, "temperature": 0}
     return serving.Plan(**{**loads, **lengths, **fields})
+
+
+class FakeServer(contextlib.nullcontext[Any]):
+    """Up at once."""
+
+    started: ClassVar[list[str]] = []
+
+    def __init__(self, kind: str, *_: Any) -> None:
+        super().__init__(self)
+        self.started.append(kind)
+
+    def wait_until_up(self) -> None:
+        pass
+
+    stop_clock = go_on = wait_until_up
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which servers were started, in place of real ones: their context has 20 tokens."""
+    monkeypatch.setattr(FakeServer, "started", [])
+    monkeypatch.setattr(serving, "Server", FakeServer)
+    monkeypatch.setattr(serving, "_card", lambda _: {"root": "m", "max_model_len": 20})
+    monkeypatch.setattr(serving.Load, "run", lambda *_, **__: run_of())
+    return FakeServer.started
+
+
+def test_every_load_is_kept(started: list[str]) -> None:
+    kept: list[dict[str, Any]] = []
+    said: list[str] = []
+    plan = plan_of(rates=(1.0, math.inf), repeats=2)
+    measured = serving.measure(plan, Options.parse({}), ("m",), Progress(said.append, kept.append))
+    assert [len(result["rows"]) for result in kept] == [2, 4]
+    assert kept[-1] == measured.as_dict() and kept[0]["env"]["model"] == "m"
+    assert sum("repeat" in words for words in said) == 8 and started == ["stock", "fusedstep"]
+
+
+def test_what_only_the_server_knows_of_its_context_is_asked_first(started: list[str]) -> None:
+    with pytest.raises(ConfigError, match="21 tokens do not fit into the model's context of 20"):
+        serving.measure(plan_of(input_len=12), Options.parse({}), ("m",))
+    assert started == ["stock"]
 
 
 def test_a_file_becomes_vllms_custom_dataset(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from fusedstep.bench import progress as steps
 from fusedstep.bench import result_file
 from fusedstep.bench.environment import machine
 from fusedstep.bench.progress import NO_PROGRESS, Progress
-from fusedstep.bench.server import Kind, Server
+from fusedstep.bench.server import Kind, Server, check
 from fusedstep.bench.soak.load import Load, Wrong, hang_up_or_error
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, ConfigError, FusedStepError
 from fusedstep.options import NAMES, Options, flag
@@ -138,6 +138,7 @@ def soak(
     Raises:
         ConfigError: the server does not start.
     """
+    check(options, vllm_args)
     vllm_args = (*DEFAULTS, *vllm_args)
     progress.say(f"{kind}: starting the server")
     with Server(kind, options, vllm_args, VARIABLES) as server:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from fusedstep.bench.progress import Progress
 from fusedstep.bench.soak import __main__ as soak
 from fusedstep.bench.soak import load as soak_load
 from fusedstep.bench.soak.load import Answer, Load, Wrong, check
@@ -182,14 +183,29 @@ def test_no_client_is_told_of_a_fault_that_did_not_come() -> None:
         assert asyncio.run(watch(url)) == ("Wrong: a stream was cut off", True)
 
 
+def test_a_soak_tells_how_it_goes_and_keeps_it() -> None:
+    load = Load("http://127.0.0.1:1", "m", clients=1, seed=0)
+    load.tally.asked["fixed"] = 3
+    said: list[str] = []
+    kept: list[dict[str, Any]] = []
+    soak._tell(load, [1 << 20] * 20, 60.0, Progress(said.append, kept.append))
+    assert said == ["10 of 60 s: 3 requests, 0 problems, 1 MiB"]
+    assert kept[0]["asked"] == {"fixed": 3} and kept[0]["rss_mib"] == [1.0] * 20
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     (
-        (("--minutes", "0"), "must be above 0"),
-        (("--minutes", "nan"), "must be above 0"),
-        (("--clients", "0"), "must be above 0"),
+        (("--minutes", "0"), "must be numbers above 0"),
+        (("--minutes", "nan"), "must be numbers above 0"),
+        (("--minutes", "inf"), "must be numbers above 0"),
+        (("--minutes", "x"), "argument --minutes: invalid float value: 'x'"),
+        (("--clients", "0"), "must be numbers above 0"),
+        (("--minuts", "1"), "no option --minuts: did you mean --minutes?"),
+        (("--json", "."), "cannot write . (it is a folder)"),
+        (("no/such/model",), "no model at no/such/model"),
         (("--json", "no/such/file"), "its folder does not exist"),
-        (("--decode-steps", "x"), "decode steps"),
+        (("--decode-steps", "x"), "--decode-steps must be"),
         (("--port", "1"), "--port is chosen here"),
     ),
 )
