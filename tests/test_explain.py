@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from fusedstep.cli.main import group
 from fusedstep.errors import ConfigError
-from fusedstep.explain import explain, read
+from fusedstep.explain import explain, metrics_url, read
 from fusedstep.vllm_plugin import compat, metrics
 from fusedstep.vllm_plugin.scheduler.counts import WindowCounts
 from fusedstep.window.page import SIZE, Page
@@ -196,3 +196,66 @@ def test_no_windows_to_explain(url: str) -> None:
         explain(url)
     with pytest.raises(ConfigError, match=r"no metrics at http://127.0.0.1:1/metrics"):
         explain("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    (
+        ("http://h:1", "http://h:1/metrics"),
+        ("http://h:1/v1/", "http://h:1/metrics"),
+        ("http://h:1/metrics", "http://h:1/metrics"),
+        ("https://h/proxy", "https://h/proxy/metrics"),
+        ("http://h", "http://h/metrics"),
+        ("h:1", "http://h:1/metrics"),
+        ("h:1/v1", "http://h:1/metrics"),
+        ("localhost", "http://localhost:8000/metrics"),
+        ("8001", "http://127.0.0.1:8001/metrics"),
+        ("[::1]:9", "http://[::1]:9/metrics"),
+        ("a b", None),
+        ("ftp://h", None),
+        ("http://", None),
+        ("h:99999", None),
+        ("h:port", None),
+        ("", None),
+    ),
+)
+def test_how_a_server_may_be_named(given: str, url: str | None) -> None:
+    if url is not None:
+        assert metrics_url(given) == url
+        return
+    with pytest.raises(ConfigError, match="no server address: .* give http://HOST:PORT, HOST:PORT"):
+        metrics_url(given)
+
+
+def test_host_and_port_or_a_port_will_do(url: str, page: Page) -> None:
+    counted(page)
+    address = url.removeprefix("http://")
+    assert read(address) == read(address.rpartition(":")[2]) == read(url)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    (
+        (404, b"", "the server has no metrics page: HTTP 404"),
+        (200, b"\xff\xfe", r"\(no text\): is it vLLM\?"),
+        (200, b"<html>no metrics</html>", "another kind|it is another server's page"),
+        (200, b"# HELP x x\nx 1.0\n", "it is another server's page"),
+        (0, b"", "is the server up"),  # it hangs up
+    ),
+)
+def test_a_server_that_is_not_ours(status: int, body: bytes, words: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if status:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(ConfigError, match=words) as error:
+            read(str(server.server_port))
+    assert "\n" not in str(error.value)

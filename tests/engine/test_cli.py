@@ -417,8 +417,9 @@ def test_any_text_editor_writes_a_prompts_file(tmp_path: Path, mark: bytes, end:
     ),
 )
 def test_wrong_prompts_file_is_one_line(
-    run: Run, tmp_path: Path, content: bytes, words: str
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes, words: str
 ) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)  # no engine is started
     path = tmp_path / "prompts"
     path.write_bytes(content)
     code, _, err = run("verify", "--prompts", str(path))
