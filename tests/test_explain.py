@@ -223,7 +223,9 @@ def test_how_a_server_may_be_named(given: str, url: str | None) -> None:
     if url is not None:
         assert metrics_url(given) == url
         return
-    with pytest.raises(ConfigError, match="no server address: .* give http://HOST:PORT, HOST:PORT"):
+    with pytest.raises(
+        ConfigError, match=r"no server address: .* give http://HOST:PORT, HOST:PORT"
+    ):
         metrics_url(given)
 
 
