@@ -255,6 +255,7 @@ for _part in _PARTS:
 
 # Environment variables of vLLM that we read or set.
 ENVIRONMENT = (
+    "VLLM_CACHE_ROOT",
     "VLLM_COMPUTE_NANS_IN_LOGITS",
     "VLLM_CPU_KVCACHE_SPACE",
     "VLLM_ENABLE_V1_MULTIPROCESSING",
