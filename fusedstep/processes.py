@@ -52,7 +52,7 @@ def begin() -> Path:
     global _command
     if _command is None:
         belong()
-        folder = Path(tempfile.mkdtemp(prefix="fusedstep-"))
+        folder = Path(tempfile.mkdtemp(prefix="fusedstep-")).resolve()  # as the kernel names it
         os.mkfifo(folder / LIFELINE, 0o600)
         lifeline = os.open(folder / LIFELINE, os.O_RDWR)
         _start_guardian(folder)
