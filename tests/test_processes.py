@@ -33,7 +33,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     drivers["swallows"] = start(root / "swallows", "swallows", "SIGTERM")
     drivers |= {how: start(root / how, how, "itself") for how in BY_ITSELF}
     for how, end in LEAVES_SOME.items():
-        drivers[f"{how}, {end}"] = start(root / how, how, end, patience=4)
+        drivers[f"{how}, {end}"] = start(root / how, how, end, patience=8)
     return {end: driver.result() for end, driver in drivers.items()}
 
 
