@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,26 @@ def check_vllm_version() -> str:
     if not SUPPORTED[0] <= release < SUPPORTED[1]:
         raise UnsupportedError(f"fusedstep {wanted}, found {found}: pip install 'vllm>=0.32,<0.34'")
     return found
+
+
+def has_our_runner(vllm_config: VllmConfig) -> bool:
+    """Is the engine's model runner ours: Model Runner V2 under our worker?"""
+    worker_cls: Any = vllm_config.parallel_config.worker_cls
+    return runs_windows(worker_cls) and bool(vllm_config.use_v2_model_runner)
+
+
+@cache
+def runs_windows(worker_cls: str | type) -> bool:
+    """Is it our worker, or one made from it?"""
+    if isinstance(worker_cls, str):
+        if worker_cls == WORKER_CLS:
+            return True
+        if worker_cls == "auto" or worker_cls.startswith("vllm."):
+            return False
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        worker_cls = resolve_obj_by_qualname(worker_cls)
+    return getattr(worker_cls, "runs_windows", False)
 
 
 def options(vllm_config: VllmConfig) -> Options:

@@ -21,17 +21,20 @@ def register() -> None:
     from fusedstep import processes
     from fusedstep.errors import UnsupportedError
     from fusedstep.vllm_plugin import compat, startup
+    from fusedstep.vllm_plugin.frontend import limits
 
     processes.belong()
     startup.report_failures()
     with contextlib.suppress(UnsupportedError):  # plain vLLM of another version stays as it is
         compat.check_vllm_version()
         attention_backend(BACKEND)
+        limits.refuse_what_cannot_be_held()
     if os.environ.get(SWITCH) != "on":
         return
     from fusedstep.vllm_plugin.frontend.unfold import unfold_windows
     from fusedstep.vllm_plugin.scheduler.door import announce_arrivals
 
+    limits.refuse_ids_in_use()
     announce_arrivals()
     unfold_windows()
 

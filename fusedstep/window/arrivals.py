@@ -21,8 +21,12 @@ class ArrivalCounter:
     that the window's scheduler had seen. One writer, one aligned 8-byte word: no lock.
     """
 
-    def __init__(self, name: str) -> None:
-        self.path = shared_file(name)
+    def __init__(self, name: str | None) -> None:
+        """Without a name this process has it for itself."""
+        self.path = None if name is None else shared_file(name)
+        if self.path is None:
+            self._count = np.zeros(1, dtype=np.int64)
+            return
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
             file.truncate(8)
             self._count = np.memmap(file, dtype=np.int64, mode="r+", shape=(1,))
@@ -45,4 +49,5 @@ class ArrivalCounter:
 
     def unlink(self) -> None:
         """Everybody has it mapped: its name is needed no more."""
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

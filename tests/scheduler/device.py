@@ -49,7 +49,6 @@ class Device:
 
     def __init__(self, trace: Trace, fused: bool, arrivals: Callable[[], int]) -> None:
         self.trace, self.fused, self.arrivals = trace, fused, arrivals
-        self.specs = {str(n): spec for n, spec in enumerate(trace.specs)}
         self.rows: dict[str, Row] = {}
         self.values: dict[tuple[int, int], int] = {}  # (block, offset) -> what the KV cache holds
         self.random = Random(trace.seed)
@@ -76,7 +75,7 @@ class Device:
             assert new.prefill_token_ids is not None
             tokens = list(new.prefill_token_ids)
             blocks = [list(group) for group in new.block_ids]
-            spec = self.specs[new.req_id]
+            spec = self.trace.specs[new.sampling_params.extra_args["number"]]
             self.rows[new.req_id] = Row(spec, tokens, new.num_computed_tokens, len(tokens), blocks)
         cached = output.scheduled_cached_reqs
         for req_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):

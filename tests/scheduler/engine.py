@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import queue
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,13 @@ from typing import Any
 from unittest.mock import patch
 
 from scheduler.device import Batch, Device
-from scheduler.trace import Spec, Trace
+from scheduler.trace import Trace
 from scheduler.world import make_request, make_scheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from fusedstep.vllm_plugin.scheduler import in_flight
+from fusedstep.vllm_plugin.scheduler.door import forget_aborts
 from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
 
 
@@ -52,14 +54,14 @@ class Engine:
         count = (lambda: self.scheduler.door.counter.count) if self.fused else (lambda: 0)
         self.device = Device(trace, self.fused, count)
         self.answers = [Answer() for _ in trace.specs]
-        self.events: list[tuple[int, int, str, str]] = []
+        self.numbers: dict[str, int] = {}  # id -> number of the request that has it now
+        self.events: list[tuple[int, int, str]] = []
         for n, spec in enumerate(trace.specs):
-            heapq.heappush(self.events, (spec.arrives, n, "add", str(n)))
+            heapq.heappush(self.events, (spec.arrives, n, "add"))
             if spec.aborted_after is not None:
-                abort = (spec.arrives + spec.aborted_after, n, "end", str(n))
-                heapq.heappush(self.events, abort)
-        self.input: deque[tuple[str, str]] = deque()
-        self.aborts: deque[str] = deque()
+                heapq.heappush(self.events, (spec.arrives + spec.aborted_after, n, "end"))
+        self.input: deque[tuple[str, int]] = deque()
+        self.aborts: queue.Queue[list[str]] = queue.Queue()
         self.queue: deque[Batch] = deque()  # oldest first
         self.turns = self.steps = self.preemptions = 0
 
@@ -99,28 +101,32 @@ class Engine:
     def _arrive(self) -> None:
         """The input thread: what has come by now."""
         while self.events and self.events[0][0] <= self.clock.steps:
-            _, _, kind, req_id = heapq.heappop(self.events)
+            _, number, kind = heapq.heappop(self.events)
+            req_id = self.trace.name(number)
             if kind == "add":
                 if self.fused:
+                    forget_aborts(self.aborts, req_id)
                     self.scheduler.door.arrives(req_id)
             else:
-                self.aborts.append(req_id)
+                self.aborts.put_nowait([req_id])
                 if self.fused:
                     self.scheduler.announce_abort([req_id])
-            self.input.append((kind, req_id))
+            self.input.append((kind, number))
 
     def _take_in(self) -> None:
         while self.input:
-            kind, req_id = self.input.popleft()
+            kind, number = self.input.popleft()
             if kind == "add":
-                self.scheduler.add_request(make_request(self.trace, int(req_id)))
+                self.numbers[self.trace.name(number)] = number
+                self.scheduler.add_request(make_request(self.trace, number))
             else:
-                self._abort([req_id])
+                self._abort([self.trace.name(number)])
 
     def _abort(self, req_ids: list[str]) -> None:
         for req_id in req_ids:
-            answer = self.answers[int(req_id)]
-            answer.reason = answer.reason or "abort"
+            if req_id in self.numbers:
+                answer = self.answers[self.numbers[req_id]]
+                answer.reason = answer.reason or "abort"
         self.scheduler.finish_requests(req_ids, RequestStatus.FINISHED_ABORTED)
 
     def _turn(self) -> None:
@@ -135,14 +141,13 @@ class Engine:
         batch = self.queue.popleft()
         while not batch.done:
             self._step(batch)
+        while not self.aborts.empty():
+            self._abort(self.aborts.get_nowait())
         for _ in range(self.trace.lag):
             if not (self.queue and self._step(self.queue[0])):
                 self.clock.steps += 1
                 self._arrive()
         self.steps += batch.num_steps
-        if self.aborts:
-            self._abort(list(self.aborts))
-            self.aborts.clear()
         outputs = self.scheduler.update_from_output(batch.output, batch.result())
         for output in outputs[0].outputs if outputs else ():
             self._deliver(output)
@@ -155,7 +160,8 @@ class Engine:
         return True
 
     def _deliver(self, output: Any) -> None:
-        answer, spec = self.answers[int(output.request_id)], self._spec(output.request_id)
+        number = self.numbers[output.request_id]
+        answer, spec = self.answers[number], self.trace.specs[number]
         if answer.reason is not None:
             return
         now = self.clock.steps
@@ -169,10 +175,7 @@ class Engine:
             del answer.tokens[answer.tokens.index(spec.stop_string) + 1 :]
             answer.reason = "stop"
             if output.finish_reason is None:
-                heapq.heappush(self.events, (now, int(output.request_id), "end", output.request_id))
+                heapq.heappush(self.events, (now, number, "end"))
                 self._arrive()
         elif output.finish_reason is not None:
             answer.reason = str(output.finish_reason)
-
-    def _spec(self, req_id: str) -> Spec:
-        return self.trace.specs[int(req_id)]

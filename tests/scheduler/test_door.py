@@ -35,13 +35,25 @@ def test_who_is_on_the_way_leaves_one_step(door: Door) -> None:
     assert door.counter.count == before + 1 and door.seen(before + 1) == NONE
     door.leave(["b"])
     assert door.counter.count == before + 2
-    door.enter(["a"])
+    door.enter("a")
     assert door.seen(before + 1) == NONE
     door.is_open = False
     assert door.seen(before + 1) == before + 1
     door.is_open = True
-    door.enter(["b", "never announced"])
+    door.left(["b", "never announced"])
+    door.enter("never announced")
     assert door.seen(before + 1) == before + 1 and door.counter.exceeds(before)
+
+
+def test_an_id_comes_again_before_its_abort_is_with_the_scheduler(door: Door) -> None:
+    for _ in range(2):
+        door.arrives("a")
+    door.enter("a")
+    door.leave(["a"])
+    door.left(["a"])
+    assert door.outside == {"a"}
+    door.enter("a")
+    assert not door.outside
 
 
 class Core:
@@ -80,6 +92,10 @@ def test_the_input_thread_announces(monkeypatch: pytest.MonkeyPatch, door: Door)
     assert door.outside == {"a", "b"} and door.counter.count == before + 1
     core.aborts_queue.put_nowait(["a"])
     assert aborts == [["a"]] and core.aborts_queue.get_nowait() == ["a"]
+    in_its_place = ["a", "c"]
+    core.aborts_queue.put_nowait(in_its_place)
+    core.preprocess_add_request(request)  # the abort was of the one before
+    assert core.aborts_queue.get_nowait() == ["c"] and in_its_place == ["a", "c"]
 
     stock: Any = EngineCore(SimpleNamespace())
     assert stock.preprocess_add_request(request) == (request, 0)
@@ -119,6 +135,7 @@ def test_stock_steps_for_what_the_device_cannot_do() -> None:
     engine = running(Trace((LONG, Spec((1,), 1000, 3)), max_model_len=400))
     request = make_request(engine.trace, 1)
     request.sampling_params.logprobs = -1
+    engine.numbers["1"] = 1
     engine.scheduler.add_request(request)
     decisions = set()
     with engine._device_time():

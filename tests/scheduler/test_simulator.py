@@ -44,7 +44,7 @@ def test_same_answers_as_stock_in_busy_engines(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_fixed_at_one_is_stock(seed: int) -> None:
     """Every turn is AsyncScheduler's own."""
-    trace = make_trace(Random(seed), 30)
+    trace = make_trace(Random(seed), 30).with_ids_of_their_own()
     turns: list[list[Any]] = []
     for kind in (FusedStepScheduler, STOCK[True]):
         engine = Engine(replace(trace, asynchronous=True, decode_steps="1", cut=0.0, lag=0), kind)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 VOCABULARY = 60
@@ -26,6 +26,7 @@ class Spec:
     aborted_after: int | None = None  # steps after its arrival
     priority: int = 0
     streams: bool = False
+    reuses: int | None = None  # number of an earlier, aborted request whose id it takes
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Trace:
     cut: float = 0.0  # probability that a window ends after any of its steps
     gives_way: float = 1.0  # that it ends before its first, if a request has come
     seed: int = field(default=0, compare=False)  # of the two above
+
+    def name(self, number: int) -> str:
+        """The request's id."""
+        before = self.specs[number].reuses
+        return str(number) if before is None else self.name(before)
+
+    def with_ids_of_their_own(self) -> Trace:
+        """The same requests; none takes the id of another."""
+        return replace(self, specs=tuple(replace(spec, reuses=None) for spec in self.specs))
 
 
 def next_hash(before: int, half: int, position: int, token: int) -> int:
@@ -114,6 +124,12 @@ def make_trace(random: Random, num_requests: int) -> Trace:
     for _ in range(num_requests):
         times += random.randint(0, gap)
         specs.append(_spec(random, times, max_model_len, streams, aborts))
+    for number in range(num_requests):
+        after = specs[number].aborted_after
+        if after is not None and random.random() < 0.6:  # at once, with the same id
+            times = specs[number].arrives + after
+            again = _spec(random, times, max_model_len, streams, aborts=False)
+            specs.append(replace(again, reuses=number))
     return Trace(
         specs=tuple(specs),
         block_size=block_size,

@@ -114,13 +114,14 @@ def make_request(trace: Trace, number: int) -> Request:
         ignore_eos=spec.ignore_eos,
         stop_token_ids=list(spec.stop_token_ids),
         output_kind=RequestOutputKind.DELTA if spec.streams else RequestOutputKind.FINAL_ONLY,
+        extra_args={"number": number},
     )
     params.update_from_generation_config({}, None if spec.ignore_eos else EOS)
     if spec.stop_string is not None:
         params.stop = ["a string"]
     hasher = get_request_block_hasher(trace.block_size, sha256) if trace.prefix_caching else None
     return Request(
-        request_id=str(number),
+        request_id=trace.name(number),
         prompt_token_ids=list(spec.prompt),
         sampling_params=params,
         pooling_params=None,

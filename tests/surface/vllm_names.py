@@ -53,7 +53,12 @@ _CONFIG = {
         "CompilationConfig": "cudagraph_mode: CUDAGraphMode",
         "CUDAGraphMode": "FULL\ndecode_mode()",
     },
-    "vllm.envs": {"VLLM_USE_MODELSCOPE": ""},
+    "vllm.envs": {
+        "VLLM_USE_MODELSCOPE": "",
+        "VLLM_MAX_NUM_BAD_WORDS": "",
+        "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": "",
+    },
+    "vllm.exceptions": {"VLLMValidationError": "(message)"},
     "vllm.sampling_params": {
         "SamplingParams": """
             (**params)
@@ -62,6 +67,8 @@ _CONFIG = {
             eos_token_id, logprob_token_ids, logprobs, max_tokens, output_kind, stop
             stop_token_ids, structured_outputs, thinking_token_budget, repetition_detection
             temperature, top_p, top_k, repetition_penalty, frequency_penalty, presence_penalty
+            allowed_token_ids, all_stop_token_ids, bad_words_token_ids, logit_bias, min_tokens, n
+            seed, stream_interval
         """,
         "RequestOutputKind": "FINAL_ONLY",
     },
@@ -141,7 +148,22 @@ _PLATFORM = {
 }
 
 _ENGINE = {
-    "vllm.v1.engine": {"EngineCoreRequest": "request_id"},
+    "vllm.v1.engine": {
+        "EngineCoreRequest": """
+            request_id, priority, prompt_token_ids
+            sampling_params: sampling_params.SamplingParams
+        """,
+        "EngineCoreOutput": "(request_id=_, new_token_ids=_, finish_reason=_)\nrequest_id",
+        "EngineCoreOutputs": "()",
+        "FinishReason": "LENGTH, ERROR",
+    },
+    "vllm.v1.engine.input_processor": {
+        "InputProcessor": "process_inputs, vllm_config, model_config",
+    },
+    "vllm.v1.engine.output_processor": {
+        "OutputProcessor": "add_request, request_states",
+        "RequestState": "streaming_input, input_chunk_queue",
+    },
     "vllm.v1.engine.core": {
         "EngineCore": """
             def __init__(*args, **kwargs)
@@ -155,9 +177,12 @@ _ENGINE = {
             is_prefill_chunk, max_tokens, next_decode_eligible_step, num_computed_tokens
             num_output_placeholders, num_output_tokens, num_prompt_tokens, num_stale_output_tokens
             num_tokens, request_id, spec_token_ids, status
+            client_index, prompt_token_ids, resumable, streaming_queue
             sampling_params: sampling_params.SamplingParams
         """,
-        "RequestStatus": "WAITING, PREEMPTED, WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR",
+        "RequestStatus": """
+            WAITING, PREEMPTED, WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR, WAITING_FOR_STREAMING_REQ
+        """,
     },
     "vllm.v1.core.sched.async_scheduler": {
         "AsyncScheduler": """
@@ -169,6 +194,9 @@ _ENGINE = {
             def finish_requests(request_ids, finished_status) -> Request
             def make_spec_decoding_stats(*args, **kwargs)
             def _free_request(request, *args, **kwargs)
+            def _handle_stopped_request(request)
+            def has_requests()
+            finished_req_ids_dict
             current_step, max_model_len, max_num_active_reqs, max_num_scheduled_tokens
             num_spec_tokens, num_waiting_for_streaming_input, policy, requests
             vllm_config: VllmConfig

@@ -73,7 +73,7 @@ RUNNER = {
             cudagraph_manager: ModelCudaGraphManager
             input_buffers: InputBuffers
             kv_cache_config: KVCacheConfig
-            req_states: states.RequestState
+            req_states: gpu.states.RequestState
             sampler: gpu.sample.sampler.Sampler
             +stats, use_form
         """,
@@ -164,6 +164,9 @@ SAMPLING = {
         """,
     },
     f"{GPU}.sample.logit_bias": {
+        "MAX_NUM_ALLOWED_TOKEN_IDS": "",
+        "MAX_NUM_LOGIT_BIAS_TOKENS": "",
+        "MAX_NUM_STOP_TOKEN_IDS": "",
         "LogitBiasState": """
             use_logit_bias
             min_lens, num_allowed_token_ids, num_logit_bias, num_stop_token_ids: UvaBackedTensor

@@ -24,7 +24,6 @@ class House:
 
     def __init__(self, scheduler: AsyncScheduler) -> None:
         self.scheduler = scheduler
-        self.by_priority = scheduler.policy == SchedulingPolicy.PRIORITY
         self.turned_away = False  # all who could start, and nothing has got free since
         self.crowded = False  # the same, but for blocks that running requests hold ahead
         self.room = 0  # free blocks that were too few for the next request
@@ -60,7 +59,8 @@ class House:
     def is_open(self) -> bool:
         """Could a request that comes now be admitted, or is it the first to wait?"""
         known = self.turned_away or self.crowded
-        joins = self.num_places > 0 and (self.by_priority or not known)
+        by_priority = self.scheduler.policy == SchedulingPolicy.PRIORITY
+        joins = self.num_places > 0 and (by_priority or not known)
         return joins or self.num_startable == 0
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,16 @@ class Door:
     def __init__(self, counter: arrivals.ArrivalCounter) -> None:
         self.counter = counter
         self.is_open = True  # a request that comes now can be admitted (the scheduler says)
-        self.outside: set[str] = set()  # announced, not yet with the scheduler
+        # Announced, not yet with the scheduler. An id may come again before its abort has.
+        self.arriving: Counter[str] = Counter()
+        self.leaving: set[str] = set()
         self._lock = threading.Lock()
+
+    @property
+    def outside(self) -> set[str]:
+        """Ids of requests and aborts on their way."""
+        with self._lock:
+            return {*self.arriving, *self.leaving}
 
     def arrives(self, request_id: str) -> None:
         """Input thread: a request is on its way to the scheduler. Windows end if it can be let in.
@@ -32,20 +42,27 @@ class Door:
         Asked in this order: the scheduler opens the door before it looks who is outside.
         """
         with self._lock:
-            self.outside.add(request_id)
+            self.arriving[request_id] += 1
         if self.is_open:
             self.wake()
 
     def leave(self, request_ids: Iterable[str]) -> None:
         """Input thread: aborts that windows end for are on their way to the scheduler."""
         with self._lock:
-            self.outside.update(request_ids)
+            self.leaving.update(request_ids)
         self.wake()
 
-    def enter(self, request_ids: Iterable[str]) -> None:
-        """The scheduler has them."""
+    def enter(self, request_id: str) -> None:
+        """The scheduler has the request."""
         with self._lock:
-            self.outside.difference_update(request_ids)
+            self.arriving[request_id] -= 1
+            if self.arriving[request_id] <= 0:
+                del self.arriving[request_id]
+
+    def left(self, request_ids: Iterable[str]) -> None:
+        """The scheduler has the aborts."""
+        with self._lock:
+            self.leaving.difference_update(request_ids)
 
     def wake(self) -> None:
         """End the windows that are scheduled, each after the step in flight."""
@@ -55,7 +72,8 @@ class Door:
     def seen(self, count: int) -> int:
         """What a window has seen that was scheduled when the counter was at ``count``."""
         with self._lock:
-            return arrivals.NONE if self.is_open and self.outside else count
+            outside = self.arriving or self.leaving
+            return arrivals.NONE if self.is_open and outside else count
 
 
 def announce_arrivals() -> None:
@@ -83,9 +101,22 @@ def announce_arrivals() -> None:
         preprocessed = stock(self, request)
         door = getattr(self.scheduler, "door", None)
         if door is not None:
+            forget_aborts(self.aborts_queue, request.request_id)
             door.arrives(request.request_id)
         return preprocessed
 
     preprocess_add_request.announces = True  # type: ignore[attr-defined]
     EngineCore.__init__ = __init__
     EngineCore.preprocess_add_request = preprocess_add_request
+
+
+def forget_aborts(aborts: queue.Queue[list[str]], request_id: str) -> None:
+    """Input thread: a request comes with an id that was aborted before.
+
+    vLLM handles an abort twice: from this queue as soon as it can, and in its place among the
+    requests. If the first came late, it would abort the new request.
+    """
+    with aborts.mutex:
+        for n, ids in enumerate(aborts.queue):
+            if request_id in ids:  # the list is also the one that comes in its place
+                aborts.queue[n] = [other for other in ids if other != request_id]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from fusedstep.policy import Decision, StepTimes
 
@@ -19,10 +20,26 @@ class Batch:
     """A batch that was scheduled and has not come back."""
 
     output: SchedulerOutput
+    requests: dict[str, Any]  # id -> the Request that was scheduled
     decision: Decision
     num_steps: int  # that were reserved
     timed_size: int  # requests of a batch that decodes on the device, else 0
     since: float  # seconds
+
+    def output_for(self, known: Mapping[str, Any]) -> SchedulerOutput:
+        """What was scheduled, for the requests that the scheduler knows now.
+
+        A request's id may be used again while its tokens are under way: they are not the new
+        request's.
+        """
+        others = {i for i, one in self.requests.items() if known.get(i, one) is not one}
+        if not others:
+            return self.output
+        scheduled = self.output.num_scheduled_tokens
+        return replace(
+            self.output,
+            num_scheduled_tokens={i: n for i, n in scheduled.items() if i not in others},
+        )
 
 
 class InFlight:
@@ -39,13 +56,20 @@ class InFlight:
         return any(batch.num_steps > 1 for batch in self._batches)
 
     def leaves(
-        self, output: SchedulerOutput, decision: Decision, *, on_device: bool, since: float
+        self,
+        output: SchedulerOutput,
+        known: Mapping[str, Any],
+        decision: Decision,
+        *,
+        on_device: bool,
+        since: float,
     ) -> None:
         """``on_device``: it can be a window; else it takes one step, whose time does not count."""
         scheduled = output.num_scheduled_tokens
         steps = max(scheduled.values(), default=0) if on_device else 1
         size = len(scheduled) if on_device else 0
-        self._batches.append(Batch(output, decision, steps, size, since))
+        requests = {request_id: known[request_id] for request_id in scheduled}
+        self._batches.append(Batch(output, requests, decision, steps, size, since))
 
     def comes_back(self, output: SchedulerOutput, result: ModelRunnerOutput) -> Batch | None:
         """Note its time from completion to completion; what was idle before does not count.

@@ -12,21 +12,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind
-from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from fusedstep.errors import ConfigError
-from fusedstep.policy import MAX_STEPS, Decision, Turn, decide
+from fusedstep.policy import MAX_STEPS, Decision, DecodeSteps, Turn, decide
 from fusedstep.vllm_plugin import compat, reasons
 from fusedstep.vllm_plugin.scheduler.admission import House
 from fusedstep.vllm_plugin.scheduler.blocks import Blocks
 from fusedstep.vllm_plugin.scheduler.counts import WindowCounts
 from fusedstep.vllm_plugin.scheduler.door import Door
 from fusedstep.vllm_plugin.scheduler.in_flight import InFlight
+from fusedstep.vllm_plugin.scheduler.refusals import Refusals
 from fusedstep.vllm_plugin.shared import arrival_counter, counts_page
+from fusedstep.window.arrivals import ArrivalCounter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,7 +53,39 @@ class Running:
 
 
 class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
-    """With K fixed at 1 this is exactly vLLM's AsyncScheduler."""
+    """With K fixed at 1 this takes exactly the turns of vLLM's AsyncScheduler.
+
+    So does one that ``__init__`` has not seen, as tests of vLLM make it.
+    """
+
+    decode_steps = DecodeSteps(1)
+    engine_reason: str | None = None
+    has_freed = False  # a request has ended since the last turn
+
+    @cached_property
+    def stock_reasons(self) -> dict[str, str]:
+        """request_id -> why its batch takes stock steps."""
+        return {}
+
+    @cached_property
+    def counts(self) -> WindowCounts:
+        return WindowCounts()
+
+    @cached_property
+    def in_flight(self) -> InFlight:
+        return InFlight()
+
+    @cached_property
+    def house(self) -> House:
+        return House(self)
+
+    @cached_property
+    def refusals(self) -> Refusals:
+        return Refusals(self)
+
+    @cached_property
+    def door(self) -> Door:
+        return Door(ArrivalCounter(None))
 
     reserves_windows = True  # for the frontend: an output may hold several tokens
 
@@ -62,7 +96,6 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         if self.decode_steps.fixed != 1:
             refuse_foreign_worker(self.vllm_config)
         self.engine_reason = reasons.engine_reason(self.vllm_config)
-        self.stock_reasons: dict[str, str] = {}  # request_id -> why its batch takes stock steps
         self.last_decision = Decision(1, "nothing scheduled yet")
         self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
         counter = arrival_counter(self.vllm_config)
@@ -71,19 +104,19 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         # An unrolled graph runs to its end; Ray's workers may be on another machine.
         executor = self.vllm_config.parallel_config.distributed_executor_backend
         self.stoppable = options.loop != "unrolled" and executor != "ray"
-        self.in_flight = InFlight()
-        self.house = House(self)
-        self.has_freed = False  # a request has ended since the last turn
         rank = self.vllm_config.parallel_config.data_parallel_index
-        self.counts = WindowCounts(counts_page(self.vllm_config, rank))
+        self.counts.page = counts_page(self.vllm_config, rank)
         if self.engine_reason is not None:
             logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         with self.counts.on_host():
-            if self.engine_reason is not None or self.decode_steps.fixed == 1:
-                return super().schedule(throttle_prefills)
-            return self._schedule_window(throttle_prefills)
+            if self.engine_reason is None and self.decode_steps.fixed != 1:
+                return self._schedule_window(throttle_prefills)
+            output = super().schedule(throttle_prefills)
+            decision = Decision(1, self.engine_reason or "fixed at 1")
+            self.in_flight.leaves(output, self.requests, decision, on_device=False, since=0.0)
+            return output
 
     def _schedule_window(self, throttle_prefills: bool) -> SchedulerOutput:
         """Decide K at the start of the turn, where the waiting queue is in view."""
@@ -104,7 +137,9 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         on_device = not (
             batch.prefilling or scheduler_output.scheduled_new_reqs or self._stock_reason()
         )
-        self.in_flight.leaves(scheduler_output, decision, on_device=on_device, since=since)
+        self.in_flight.leaves(
+            scheduler_output, self.requests, decision, on_device=on_device, since=since
+        )
         return scheduler_output
 
     def update_from_output(
@@ -112,16 +147,20 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     ) -> Any:
         with self.counts.on_host():
             batch = self.in_flight.comes_back(scheduler_output, model_runner_output)
+            if batch is not None:
+                scheduler_output = batch.output_for(self.requests)
             if batch and batch.num_steps > 1 and not any(model_runner_output.sampled_token_ids):
                 self._take_back(scheduler_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
+            self.refusals.deliver(outputs)
             self._cut_windows_short()
         self.counts.came_back(
             batch.decision.reason if batch else self.engine_reason or "fixed at 1",
             batch.num_steps if batch else 1,
             [len(tokens) for tokens in model_runner_output.sampled_token_ids],
         )
-        self.counts.publish(now=not self.running)
+        if self.counts.page is not None:
+            self.counts.publish(now=not self.running)
         return outputs
 
     def shutdown(self) -> None:
@@ -130,9 +169,14 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             self.counts.page.unlink()
         super().shutdown()
 
+    def has_requests(self) -> bool:
+        return self.refusals.waiting or super().has_requests()
+
     def add_request(self, request: Request) -> None:
+        self.door.enter(request.request_id)
+        if self.refusals.refuses(request):
+            return
         super().add_request(request)
-        self.door.enter([request.request_id])
         self.house.comes(request)
         reason = reasons.request_reason(request.sampling_params)
         if reason is not None:
@@ -144,7 +188,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         elif request_ids is not None:
             request_ids = list(request_ids)
         finished: list[Request] = super().finish_requests(request_ids, finished_status)
-        self.door.enter(request_ids or ())
+        self.door.left(request_ids or ())
         self._cut_windows_short()
         return finished
 
@@ -161,7 +205,13 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             return None
         return super().make_spec_decoding_stats(*args, **kwargs)
 
+    def _handle_stopped_request(self, request: Request) -> bool:
+        self.refusals.refuse_pieces(request)
+        ended: bool = super()._handle_stopped_request(request)
+        return ended
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.refusals.forget(request)
         self.stock_reasons.pop(request.request_id, None)
         self.has_freed = True
         self.house.got_free()
@@ -283,12 +333,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
 def refuse_foreign_worker(vllm_config: VllmConfig) -> None:
     """Placeholders under a runner that does not know them corrupt output silently: refuse."""
-    worker_cls = vllm_config.parallel_config.worker_cls
-    if worker_cls == compat.WORKER_CLS:
-        return
-    if isinstance(worker_cls, str) and worker_cls != "auto":
-        worker_cls = resolve_obj_by_qualname(worker_cls)
-    if not getattr(worker_cls, "runs_windows", False):
+    if not compat.runs_windows(vllm_config.parallel_config.worker_cls):
         raise ConfigError(
             f"FusedStepScheduler needs fusedstep's worker: add --worker-cls {compat.WORKER_CLS} "
             "(or fix decode steps at 1)"
