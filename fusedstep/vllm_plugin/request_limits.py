@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INT32, INT64 = np.iinfo(np.int32), np.iinfo(np.int64)
 FLOAT32 = np.finfo(np.float32)
+LEAST, MOST = float(FLOAT32.tiny), float(FLOAT32.max)
 
 
 class Refusal(NamedTuple):
@@ -39,7 +40,7 @@ def fit_lengths(params: SamplingParams, max_model_len: int) -> None:
     highest = INT32.max - max_model_len  # the prompt's length is added
     if params.max_tokens is not None and params.max_tokens > highest:
         params.max_tokens = max_model_len
-    if params.min_tokens > highest:
+    if params.min_tokens > min(highest, params.max_tokens or highest):
         params.min_tokens = max_model_len
 
 
@@ -88,7 +89,7 @@ def _numbers(params: SamplingParams) -> Iterator[Refusal]:
     if params.seed is not None and not INT64.min <= params.seed <= INT64.max - params.n + 1:
         each = " for each of the n choices (seed, seed + 1, ...)" if params.n > 1 else ""
         yield Refusal("seed", f"must be a 64-bit integer{each}")
-    if not FLOAT32.smallest_subnormal <= params.repetition_penalty <= FLOAT32.max:
+    if not LEAST <= params.repetition_penalty <= MOST:
         yield Refusal("repetition_penalty", "must be a 32-bit float above 0")
     numbers = {"top_k": params.top_k, "stream_interval": params.stream_interval}
     numbers["max_tokens"], numbers["min_tokens"] = params.max_tokens, params.min_tokens
