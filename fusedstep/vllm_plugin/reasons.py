@@ -7,12 +7,28 @@ they agree; the runner asks again because a wrong window would be a wrong answer
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
+# KV caches that windows were tested with, by name: others may have metadata that needs more.
+KV_CACHES = ("FullAttentionSpec", "SlidingWindowSpec")
+# Sampling parameters that a window honours, or that concern the prompt or the frontend only.
+PARAMETERS = {
+    *("n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature"),
+    *("top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens"),
+    *("min_tokens", "logprobs", "prompt_logprobs", "prompt_logprob_token_ids"),
+    *("prompt_logprob_start", "logprob_token_ids", "flat_logprobs", "detokenize"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"),
+    *("output_kind", "stream_interval", "skip_clone", "output_text_buffer_length"),
+    *("_eos_token_id", "_all_stop_token_ids", "_watermarking_skipped", "watermarking"),
+    *("structured_outputs", "logit_bias", "allowed_token_ids", "extra_args", "bad_words"),
+    *("_bad_words_token_ids", "skip_reading_prefix_cache", "thinking_token_budget"),
+    *("repetition_detection", "routed_experts_prompt_start", "trace_decode_token_ids"),
+}
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 128
 
@@ -41,6 +57,7 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (vllm_config.kv_transfer_config is not None, "KV connector"),
         (vllm_config.ec_transfer_config is not None, "encoder-cache connector"),
         (vllm_config.aux_output_config.enabled, "auxiliary outputs"),
+        (vllm_config.cache_config.kv_sharing_fast_prefill, "fast prefill of shared KV caches"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
         (parallel.data_parallel_size > 1, "data parallelism"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
@@ -54,6 +71,16 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
     return next((words for applies, words in reasons if applies), None)
 
 
+def cache_reason(kv_cache_config: KVCacheConfig) -> str | None:
+    """Why no batch on this KV cache can decode in a window, or None."""
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        for each in getattr(spec, "kv_cache_specs", {"": spec}).values():  # or one for each layer
+            if type(each).__name__ not in KV_CACHES:
+                return f"KV cache of {type(each).__name__}"
+    return None
+
+
 def request_reason(params: SamplingParams | None) -> str | None:
     """Why a batch with this request takes a stock step, or None."""
     if params is None:
@@ -65,4 +92,8 @@ def request_reason(params: SamplingParams | None) -> str | None:
         (params.thinking_token_budget is not None, "thinking budget"),
         (len(params.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS, "more than 128 stop token ids"),
     )
-    return next((words for applies, words in reasons if applies), None)
+    struct: Any = params
+    unknown = (name for name in struct.__struct_fields__ if name not in PARAMETERS)
+    set_here = (name for name in unknown if getattr(params, name) not in (None, False))
+    first = next((f"sampling parameter {name}" for name in set_here), None)
+    return next((words for applies, words in reasons if applies), first)

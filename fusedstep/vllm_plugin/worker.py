@@ -45,6 +45,10 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
 
         return FusedStepRunner(self.vllm_config, self.device)
 
+    def no_windows_reason(self) -> str | None:
+        """Why this worker runs no windows, which its scheduler wants to know, or None."""
+        return getattr(self.model_runner, "engine_reason", None)
+
     def window_stats(self) -> dict[str, Any]:
         """Counts since start: windows, steps, tokens, and stock steps by reason."""
         stats = getattr(self.model_runner, "stats", None)

@@ -13,6 +13,7 @@ from scheduler.world import make_request
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
+from fusedstep.policy import DecodeSteps
 from fusedstep.vllm_plugin.scheduler import door as arrivals
 from fusedstep.vllm_plugin.scheduler.door import Door
 from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
@@ -63,6 +64,9 @@ class Core:
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler, self.aborts_queue = scheduler, queue.Queue[Any]()
+        self.model_executor = SimpleNamespace(
+            collective_rpc=lambda method: [None, f"asked for {method}"]
+        )
 
 
 def test_the_input_thread_announces(monkeypatch: pytest.MonkeyPatch, door: Door) -> None:
@@ -79,8 +83,15 @@ def test_the_input_thread_announces(monkeypatch: pytest.MonkeyPatch, door: Door)
     assert patched == (EngineCore.__init__, EngineCore.preprocess_add_request)
 
     aborts: list[Any] = []
-    scheduler = SimpleNamespace(door=door, announce_abort=aborts.append)
+    scheduler = SimpleNamespace(
+        door=door,
+        announce_abort=aborts.append,
+        engine_reason=None,
+        decode_steps=DecodeSteps(),
+    )
+    scheduler.ask_workers = lambda executor: FusedStepScheduler.ask_workers(scheduler, executor)
     core: Any = EngineCore(scheduler)
+    assert scheduler.engine_reason == "asked for no_windows_reason"
     before = door.counter.count
     request = SimpleNamespace(request_id="a")
     assert core.preprocess_add_request(request) == (request, 0)

@@ -32,7 +32,9 @@ _CONFIG = {
             scheduler_config: SchedulerConfig
             device_config: DeviceConfig
             aux_output_config: AuxOutputConfig
+            cache_config: CacheConfig
         """,
+        "CacheConfig": "kv_sharing_fast_prefill",
         "ModelConfig": """
             runner_type, is_encoder_decoder, supports_multimodal_inputs, enable_prompt_embeds
             uses_mrope, is_hybrid, has_inner_state, is_diffusion, rswa_window, logits_processors
@@ -168,7 +170,7 @@ _ENGINE = {
         "EngineCore": """
             def __init__(*args, **kwargs)
             def preprocess_add_request(request)
-            scheduler, aborts_queue
+            scheduler, aborts_queue, model_executor
         """,
     },
     "vllm.v1.request": {
@@ -200,6 +202,7 @@ _ENGINE = {
             current_step, max_model_len, max_num_active_reqs, max_num_scheduled_tokens
             num_spec_tokens, num_waiting_for_streaming_input, policy, requests
             vllm_config: VllmConfig
+            kv_cache_config: KVCacheConfig
             running, deferred_waiting: Request
             waiting, kv_holding_waiting: RequestQueue
             kv_cache_manager: KVCacheManager
@@ -242,7 +245,10 @@ _ENGINE = {
         "SingleTypeKVCacheManager": "block_size, req_to_blocks",
     },
     "vllm.v1.core.block_pool": {"BlockPool": "get_num_free_blocks()"},
-    "vllm.v1.kv_cache_interface": {"KVCacheConfig": "num_blocks"},
+    "vllm.v1.kv_cache_interface": {
+        "KVCacheConfig": "num_blocks\nkv_cache_groups: KVCacheGroupSpec",
+        "KVCacheGroupSpec": "kv_cache_spec",
+    },
     "vllm.v1.metrics.loggers": {
         "StatLoggerBase": """
             def __init__(vllm_config, engine_index=0)

@@ -51,7 +51,10 @@ RUNNER = {
     f"{GPU}.model_runner": {
         "GPUModelRunner": """
             def __init__(vllm_config, device)
+            def load_model(*args, **kwargs)
             def initialize_kv_cache(kv_cache_config, *args, **kwargs)
+            adaptive_verification, aux_output_connector, encoder_cache, fast_prefill, kv_connector
+            pcp_manager, pooling_runner, pp_handler, rejection_sampler, speculator, ubatch_runner
             def shutdown()
             def add_requests(scheduler_output)
             def execute_model(scheduler_output, *args, **kwargs)
@@ -75,9 +78,11 @@ RUNNER = {
             kv_cache_config: KVCacheConfig
             req_states: gpu.states.RequestState
             sampler: gpu.sample.sampler.Sampler
-            +stats, use_form
+            +stats, use_form, engine_reason
         """,
     },
+    f"{GPU}.kv_connector": {"NO_OP_KV_CONNECTOR": ""},
+    f"{GPU}.model_states.default": {"DefaultModelState": ""},
     f"{GPU}.attn_utils": {"build_slot_mappings_by_layer": "(slot_mappings, kv_cache_config)"},
     f"{GPU}.block_table": {
         "BlockTables": """

@@ -20,6 +20,7 @@ from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
 from fusedstep.vllm_plugin import compat, reasons
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
+from fusedstep.vllm_plugin.runner.parts import batch_reason, runner_reason
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
 from fusedstep.vllm_plugin.shared import arrival_counter
@@ -85,6 +86,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             self.engine_reason = self.ops_choice.reason
         self.staged: tuple[SchedulerOutput, WindowSlot, np.ndarray] | None = None
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.engine_reason = self.engine_reason or runner_reason(self)
+
     def warming_up_model(self) -> None:
         """Called by the CPU worker before it sizes the KV cache."""
         self.profile_run()
@@ -92,6 +97,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """The block tables exist from here on: build what windows need."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        reason = reasons.cache_reason(kv_cache_config) or runner_reason(self)
+        self.engine_reason = self.engine_reason or reason
         if self.engine_reason is not None:
             return
         assert self.ops_choice.name is not None
@@ -241,7 +248,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return "prefill"
         if self.tables.needs_stock[rows].any():
             return next(r for r in map(self.tables.reasons.get, rows) if r)
-        return None
+        return batch_reason(scheduler_output)
 
     def _stage_window(self, scheduler_output: SchedulerOutput) -> None:
         """Model Runner V2's bookkeeping of requests and blocks, then the window's own staging."""

@@ -77,7 +77,10 @@ class Door:
 
 
 def announce_arrivals() -> None:
-    """Let the engine core's input thread announce requests and aborts at the scheduler's door."""
+    """Let the engine core's input thread announce requests and aborts at the scheduler's door.
+
+    The scheduler also gets to know whether its workers run windows.
+    """
     from vllm.v1.engine.core import EngineCore
 
     stock_init, stock = EngineCore.__init__, EngineCore.preprocess_add_request
@@ -96,6 +99,7 @@ def announce_arrivals() -> None:
             scheduler.announce_abort(request_ids)
 
         self.aborts_queue.put_nowait = put_nowait
+        scheduler.ask_workers(self.model_executor)
 
     def preprocess_add_request(self: Any, request: EngineCoreRequest) -> Any:
         preprocessed = stock(self, request)

@@ -95,7 +95,9 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.decode_steps, self.latency_ms = options.decode_steps, options.window_latency_ms
         if self.decode_steps.fixed != 1:
             refuse_foreign_worker(self.vllm_config)
-        self.engine_reason = reasons.engine_reason(self.vllm_config)
+        self.engine_reason = reasons.engine_reason(self.vllm_config) or reasons.cache_reason(
+            self.kv_cache_config
+        )
         self.last_decision = Decision(1, "nothing scheduled yet")
         self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
         counter = arrival_counter(self.vllm_config)
@@ -108,6 +110,17 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.counts.page = counts_page(self.vllm_config, rank)
         if self.engine_reason is not None:
             logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
+
+    def ask_workers(self, executor: Any) -> None:
+        """They know what the model is made of, and may have a reason for stock steps only.
+
+        Without windows to come there is no need to reserve blocks and tokens for them.
+        """
+        if self.engine_reason is None and self.decode_steps.fixed != 1:
+            told = executor.collective_rpc("no_windows_reason")
+            self.engine_reason = next((reason for reason in told if reason), None)
+            if self.engine_reason is not None:
+                logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         with self.counts.on_host():
