@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
+from fusedstep.vllm_plugin.reasons import PARAMETERS, request_reason
 from fusedstep.vllm_plugin.request_limits import fit_lengths, refusal
 
 VOCABULARY, LONGEST = 2000, 100
@@ -173,3 +174,16 @@ def test_what_is_not_refused_is_held(hold: Any, **drawn: Any) -> None:
     fit_lengths(params, LONGEST)
     if refusal(params, [0], MODEL) is None:
         hold(params)
+
+
+class Newer(SamplingParams, dict=True):  # type: ignore[call-arg]
+    """Of a vLLM that can do something more."""
+
+    surprise: int | None = None
+
+
+def test_parameters_that_are_not_known_take_stock_steps() -> None:
+    """All of this vLLM's are known."""
+    assert set(SamplingParams.__struct_fields__) == PARAMETERS
+    assert request_reason(Newer()) is None
+    assert request_reason(Newer(surprise=1)) == "sampling parameter surprise"

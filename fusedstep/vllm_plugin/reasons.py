@@ -92,8 +92,11 @@ def request_reason(params: SamplingParams | None) -> str | None:
         (params.thinking_token_budget is not None, "thinking budget"),
         (len(params.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS, "more than 128 stop token ids"),
     )
-    struct: Any = params
-    unknown = (name for name in struct.__struct_fields__ if name not in PARAMETERS)
-    set_here = (name for name in unknown if getattr(params, name) not in (None, False))
-    first = next((f"sampling parameter {name}" for name in set_here), None)
-    return next((words for applies, words in reasons if applies), first)
+    return next((words for applies, words in reasons if applies), _unknown_parameter(params))
+
+
+def _unknown_parameter(params: Any) -> str | None:
+    """A parameter that this request sets and that we have never heard of (msgspec's fields)."""
+    unknown = (name for name in params.__struct_fields__ if name not in PARAMETERS)
+    given = (name for name in unknown if getattr(params, name) not in (None, False))
+    return next((f"sampling parameter {name}" for name in given), None)
