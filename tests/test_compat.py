@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fusedstep.errors import ConfigError, UnsupportedError
 from fusedstep.vllm_plugin import compat, reasons
@@ -63,6 +64,25 @@ def test_structured_output_takes_stock_steps():
     params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a", "b"]))
     assert reasons.request_reason(params) == "structured output"
     assert reasons.request_reason(None) == "pooling request"
+
+
+def test_kv_caches_that_windows_know():
+    """Alone, in several groups, and with a spec for each layer of a group."""
+    from vllm.v1 import kv_cache_interface as kinds
+
+    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    full = kinds.FullAttentionSpec(**shape)
+    sliding = kinds.SlidingWindowSpec(**shape, sliding_window=64)
+    latent = kinds.MLAAttentionSpec(**shape)
+
+    def reason(*specs):
+        groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+        return reasons.cache_reason(SimpleNamespace(kv_cache_groups=groups))
+
+    assert reason(full) is reason(full, sliding) is None
+    assert reason(full, latent) == "KV cache of MLAAttentionSpec"
+    mixed = kinds.UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": full, "b": latent})
+    assert reason(mixed) == "KV cache of MLAAttentionSpec"
 
 
 @pytest.mark.parametrize(
