@@ -137,7 +137,8 @@ def ask_with_own_state(
 
     class ShiftedLlama(LlamaForCausalLM):
         def forward(self, input_ids: Any, *args: Any, shift: int = 0, **kwargs: Any) -> Any:
-            return super().forward(input_ids + shift, *args, **kwargs)
+            input_ids = (input_ids + shift) % self.config.vocab_size
+            return super().forward(input_ids, *args, **kwargs)
 
         @staticmethod
         def get_model_state_cls() -> type:

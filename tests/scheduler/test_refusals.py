@@ -136,6 +136,19 @@ def test_reused_ids_with_one_step_per_turn(seed: int) -> None:
     assert left_behind(engine) == []
 
 
+def test_batches_of_text_models_have_nothing_that_a_window_leaves_out() -> None:
+    from fusedstep.vllm_plugin.runner import parts
+
+    scheduler: Any = make_scheduler(TRACE, FusedStepScheduler, "auto")
+    scheduler.add_request(make_request(TRACE, 0))
+    output = scheduler.schedule()
+    assert output.num_scheduled_tokens and parts.batch_reason(output) is None
+    for name in parts.OTHER:
+        batch = replace(output, **{name: ["something"]})
+        assert parts.batch_reason(batch) == f"a batch with {name.replace('_', ' ')}"
+    assert "kv_connector_metadata" in parts.OTHER
+
+
 def test_without_init() -> None:
     """As tests of vLLM make a scheduler: with vLLM's attributes alone it is vLLM's scheduler."""
     stock: Any = make_scheduler(TRACE, STOCK[True])
