@@ -94,7 +94,7 @@ def values(schema: dict[str, Any], whole: dict[str, Any], depth: int = 0) -> Any
 @cache
 def bodies(url: str) -> Any:
     """(path, body): a short request with one to three of its fields at an extreme."""
-    whole = httpx.get(f"{url}/openapi.json").json()
+    whole = httpx.get(f"{url}/openapi.json", timeout=60).json()
     each = []
     for path, base in BASES.items():
         post = whole["paths"][path]["post"]["requestBody"]["content"]["application/json"]
@@ -162,7 +162,7 @@ WORD = "antidisestablishmentarianism "
         ({"top_k": 1 << 70, "temperature": 1}, "top_k must be a 64-bit integer"),
         ({"priority": 1 << 70}, "less than or equal to 9223372036854775807"),
         ({"prompt": [1, 1 << 40]}, "out of vocabulary"),
-        ({"prompt": [-1]}, "out of vocabulary"),
+        ({"prompt": [-1]}, "greater than or equal to 0"),
     ),
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
