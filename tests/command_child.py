@@ -7,6 +7,7 @@ goes on after a KeyboardInterrupt; return, raise, _exit: this is how it ends by 
 """
 
 import contextlib
+import mmap
 import os
 import signal
 import subprocess
@@ -58,14 +59,16 @@ def main(how: str) -> None:
             signal.pause()
         memory = shared_memory.SharedMemory(create=True, size=64)
     named = Path(f"/dev/shm/fusedstep-test-{os.getpid()}")
-    named.touch()
+    named.write_bytes(b"x")
+    with named.open() as file:
+        mapped = mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ)
     processes.remove_at_end(named)
     Path(folder, "temporary").mkdir()
     if how == "theirs":
         subprocess.Popen(["/bin/sleep", "303"])
     while len(list(marks.iterdir())) < len(KINDS) + 1:
         time.sleep(0.02)
-    print("READY", memory.name, flush=True)
+    print("READY", memory.name, len(mapped), flush=True)
     if how in ("return", "raise", "_exit"):
         time.sleep(1)  # to be seen
         if how == "raise":

@@ -141,15 +141,19 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         process.poll()
         time.sleep(0.05)
     seconds = time.monotonic() - ended
+    kept = sorted(name for name in used if Path(name).exists())
     result = {
         "code": process.poll(),
         "started": started,
         "seconds": seconds,
         "seen": seen,
         "left": [f"{status(p)} {words(p)[:100]}" for p in left],
-        "files": sorted(name for name in used if Path(name).exists()),
+        "files": kept,
         "log": log.read_text(errors="replace")[-3000:],
     }
+    for name in kept:
+        if name.startswith("/dev/shm/"):
+            Path(name).unlink()
     return result
 
 
