@@ -103,3 +103,28 @@ def test_the_scheduler_refuses_a_foreign_worker(worker_cls, refused):
     with pytest.raises(ConfigError, match="--worker-cls") as error:
         refuse_foreign_worker(config)
     assert "\n" not in str(error.value)
+
+
+def test_options_are_no_part_of_the_key_of_compiled_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others put into ``additional_config`` is."""
+    from vllm.config import VllmConfig
+
+    from fusedstep.vllm_plugin import compile_cache
+
+    monkeypatch.setattr(VllmConfig, "compute_hash", VllmConfig.compute_hash)
+    config = VllmConfig()
+
+    def key(given: dict[str, object]) -> str:
+        config.additional_config = given
+        result = str(config.compute_hash())
+        assert config.additional_config is given
+        return result
+
+    before = key({}), key({"x": 1})
+    assert key({"fusedstep": {"loop": "eager"}}) not in before  # vLLM's own
+    compile_cache.leave_options_out()
+    compile_cache.leave_options_out()
+    assert (key({}), key({"x": 1})) == before
+    for loop in ("eager", "while"):
+        assert key({"fusedstep": {"loop": loop}}) == before[0]
+        assert key({"fusedstep": {"loop": loop}, "x": 1}) == before[1]

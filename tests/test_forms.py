@@ -11,6 +11,7 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 
 from fusedstep.vllm_plugin.runner import recording as forms
+from fusedstep.vllm_plugin.runner.decode_model import padded_rows
 from fusedstep.vllm_plugin.runner.recording import Form, GraphStore, LoopParts, choose
 from fusedstep.window.proof import WrongTokensError
 
@@ -32,8 +33,9 @@ def runner(
     mode: CUDAGraphMode | None = CUDAGraphMode.FULL_AND_PIECEWISE,
     tensor_parallel_size: int = 1,
     in_place: tuple[bool, ...] = (True, True),  # the attention's groups
+    name: str = "SOME_ATTN",
 ) -> Any:
-    attention = SimpleNamespace(get_name=lambda: "SOME_ATTN")
+    attention = SimpleNamespace(get_name=lambda: name)
     groups = [
         SimpleNamespace(supports_draft_decode_metadata_update=can, backend=attention)
         for can in in_place
@@ -61,6 +63,7 @@ def graph_store(form: Form, **options: Any) -> GraphStore:
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A GPU whose driver has WHILE nodes; ``broken`` forms cannot be recorded there."""
     machine = SimpleNamespace(broken=set(), wrong=set(), recorded=[], proved=[], free=1_000_000)
+    machine.group = SimpleNamespace(world_size=1)
 
     class Graphs:
         def __init__(self, form: str, *_: Any) -> None:
@@ -91,6 +94,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(forms, "is_global_first_rank", lambda: False)
     monkeypatch.setattr(forms, "CudaRecorder", lambda *_: None)
     monkeypatch.setattr(forms, "no_while_reason", lambda: None)
+    monkeypatch.setattr(forms, "get_tp_group", lambda: machine.group)
     monkeypatch.setattr(forms, "_free_bytes", lambda: machine.free)
     return machine
 
@@ -169,3 +173,52 @@ def test_a_backend_that_plans_on_the_host_has_no_graphs_of_ours(machine: SimpleN
     store = graph_store(Form("replay", ""), in_place=(True, False))
     assert store.record(profile_only=False) == 0
     assert store.graphs is None and machine.recorded == []
+
+
+def test_ranks_agree_on_the_form(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank cannot record what this one can: both take the next form."""
+    machine.group = SimpleNamespace(world_size=2, cpu_group="cpu")
+    others = iter([0, 1])  # the other rank's answers
+
+    def all_reduce(answer: torch.Tensor, op: Any, group: str) -> None:
+        assert group == "cpu"
+        answer.clamp_(max=next(others))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    store = graph_store(Form("unrolled", "works here"))
+    store.record(profile_only=False)
+    assert store.form == Form("replay", "unrolled: another rank could not")
+    assert next(others, None) is None
+
+
+@pytest.mark.parametrize("max_num_reqs", [5, 8, 100])
+def test_no_more_rows_than_requests(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, max_num_reqs: int
+) -> None:
+    """Of cudagraph_mode FULL, whose sizes go beyond the number of requests."""
+    store = graph_store(Form("replay", ""))
+    store.runner.max_num_reqs = max_num_reqs
+    sizes = store._batch_sizes()
+    assert max(sizes) == min(max_num_reqs, max(SIZES)) and sizes == sorted(sizes, reverse=True)
+    assert padded_rows(SimpleNamespace(num_tokens=104), 100) == 100
+
+
+@pytest.mark.parametrize(
+    ("engine", "loop", "words"),
+    [
+        ({}, "auto", None),
+        ({"mode": CUDAGraphMode.NONE}, "auto", None),
+        ({"mode": CUDAGraphMode.PIECEWISE}, "auto", "piecewise CUDA graphs only"),
+        ({"mode": CUDAGraphMode.PIECEWISE}, "eager", None),
+        ({"mode": CUDAGraphMode.PIECEWISE, "device": "cpu"}, "auto", None),
+        ({"in_place": (True, False)}, "auto", None),
+        ({"in_place": (False,), "name": "FLASHINFER"}, "auto", "only the device knows"),
+        ({"in_place": (True,), "name": "FLASHINFER"}, "auto", None),
+    ],
+)
+def test_engines_that_keep_stock_steps(
+    engine: dict[str, Any], loop: str, words: str | None
+) -> None:
+    """Where windows would be slower than stock's steps, or wrong."""
+    reason = forms.no_windows_reason(runner(**engine), loop)
+    assert reason is None if words is None else words in str(reason)

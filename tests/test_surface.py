@@ -114,7 +114,7 @@ def test_without_an_index_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ("VARIABLE = 'VLLM_TARGET_DEVICE'", "variable VLLM_TARGET_DEVICE is not listed"),
         ("    runner.req_states.max_seq_len", "RequestState.max_seq_len is not listed"),
         ("    for group in runner.attn_groups: group.backend.full()", "full is not listed with"),
-        ("    runner.profile_run(skip=True)", "profile_run is not listed with this call's"),
+        ("    runner.get_model(skip=True)", "get_model is not listed with this call's"),
         ("    for r in (s.waiting or s.kv_holding_waiting): r.clear()", "clear is not listed with"),
     ],
 )

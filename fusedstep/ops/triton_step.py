@@ -120,6 +120,7 @@ class TritonStep:
         inputs: StepInputs,
         block_tables: tuple[torch.Tensor, ...],  # per group [R, max_num_blocks] int32
         num_blocks: torch.Tensor,  # [num_kv_cache_groups, R] int32
+        scratch: _Scratch | None = None,  # made before: of ``allocate_scratch``
     ) -> None:
         self._device = requests.output_bin_counts.device
         check_state(requests, sampling, stop, inputs, block_tables, num_blocks, self._device)
@@ -145,8 +146,15 @@ class TritonStep:
             block_tables=tuple(table.stride(0) for table in block_tables),
             out_tokens=0,
         )
-        self._scratch = _allocate_scratch(self._max_num_reqs, self._vocab_size, self._device)
+        if scratch is None:
+            scratch = self.allocate_scratch(self._max_num_reqs, self._vocab_size, self._device)
+        self._scratch = scratch
         self._rows: dict[int, tuple[WindowRows, Any, _Strides]] = {}
+
+    @staticmethod
+    def allocate_scratch(max_num_reqs: int, vocab_size: int, device: torch.device) -> _Scratch:
+        """Working memory: mostly one float32 for each token id of each row."""
+        return _allocate_scratch(max_num_reqs, vocab_size, device)
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
         """Start a window of ``num_reqs`` rows, whose ``idx_mapping`` and ``budget`` are staged."""

@@ -31,6 +31,10 @@ PARAMETERS = {
 }
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 128
+PIECEWISE = "piecewise CUDA graphs only"
+# Attention backends that take the host's upper bound of a length for the length: after a window
+# that ended early it is too high.
+PLAN_FROM_BOUND = frozenset({"FLASHINFER"})
 
 
 def engine_reason(vllm_config: VllmConfig) -> str | None:

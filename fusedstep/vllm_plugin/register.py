@@ -31,12 +31,14 @@ def register() -> None:
         limits.refuse_what_cannot_be_held()
     if os.environ.get(SWITCH) != "on":
         return
+    from fusedstep.vllm_plugin.compile_cache import leave_options_out
     from fusedstep.vllm_plugin.frontend.unfold import unfold_windows
     from fusedstep.vllm_plugin.scheduler.door import announce_arrivals
 
     limits.refuse_ids_in_use()
     announce_arrivals()
     unfold_windows()
+    leave_options_out()
 
 
 def platform() -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fusedstep.ops.types import WindowRows
+from fusedstep.window.pinned import host_zeros
 
 
 class WindowBuffers:
@@ -24,7 +25,8 @@ class WindowBuffers:
         self.num_sampled = self._buffer("num_sampled", (max_num_reqs,), torch.int32)  # [B]
         self.out_tokens = self._buffer("out_tokens", (max_steps, max_num_reqs), torch.int64)
         self._reserve_logprobs((0, 0, 1))
-        self._ready = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # A thread that waits for a window sleeps: K steps of spinning would be a core.
+        self._ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def reserve_logprobs(self, num_steps: int, num_reqs: int, num_logprobs: int) -> None:
         """Room for one window; allocates only when a window asks for more than any before."""
@@ -41,7 +43,7 @@ class WindowBuffers:
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         buffer = torch.zeros(shape, dtype=dtype, device=self.device)
         pinned = self.device.type == "cuda"
-        self._host[name] = torch.zeros(shape, dtype=dtype, pin_memory=True) if pinned else buffer
+        self._host[name] = host_zeros(*shape, dtype=dtype, pinned=True) if pinned else buffer
         return buffer
 
     def keep(

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from fusedstep.ops.types import WindowRows
+from fusedstep.window.pinned import host_zeros
 
 
 class Pace(Protocol):
@@ -40,9 +41,10 @@ class AheadPace:
     def __init__(self, ahead: int = 2) -> None:
         self.ahead = ahead
         pinned = torch.cuda.is_available()
-        self._counts = torch.zeros(ahead + 1, 1, dtype=torch.int32, pin_memory=pinned)
+        self._counts = host_zeros(ahead + 1, 1, dtype=torch.int32, pinned=pinned)
         self._counts_np = self._counts.numpy()
-        self._events = [torch.cuda.Event() for _ in range(ahead + 1)]  # type: ignore[no-untyped-call]
+        # Waiting sleeps; that it wakes up late is hidden by the steps that are still enqueued.
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(ahead + 1)]  # type: ignore[no-untyped-call]
         self._in_flight: deque[int] = deque()
         self._next = 0
 

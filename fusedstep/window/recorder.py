@@ -10,7 +10,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -54,19 +54,37 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device, arrivals: ArrivalCounter) -> None:
-        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device(device.type, index)  # torch's memory pools ask for the index
         self._arrivals = arrivals
         self._pool = torch.cuda.MemPool()
+        self._body_stream: torch.cuda.Stream | None = None
         self._driver: Driver | None = None
 
     def record(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
         """One call of ``body`` as a graph."""
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        pool: Any = self._pool.id
-        with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
+        with self._recording(graph, self._pool.id, torch.cuda.current_stream()):
             body()
         return graph
+
+    @contextmanager
+    def _recording(
+        self, graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
+    ) -> Iterator[None]:
+        """``torch.cuda.graph``; one that fails leaves nothing behind.
+
+        Where the driver refuses to end it, torch's allocator is not told that it is over: it would
+        give no memory back from then on.
+        """
+        try:
+            with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            with suppress(RuntimeError):  # it had been told
+                torch._C._cuda_endAllocateToPool(self._device.index, pool)
+                torch._C._cuda_releasePool(self._device.index, pool)
+            raise
 
     def record_loop(
         self, body: Callable[[], object], num_active: torch.Tensor, seen: torch.Tensor
@@ -77,9 +95,10 @@ class CudaRecorder:
         driver = self._driver
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
-        body_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        body_stream = self._stream_beside(stream)
         with (
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            # Not the body's pool: its own recording may take no memory.
+            self._recording(graph, torch.cuda.graph_pool_handle(), stream),
             driver.while_node(stream.cuda_stream, body_stream.cuda_stream) as handle,
             torch.cuda.stream(body_stream),
             # What the body allocates: torch does not know that its stream is recorded, too.
@@ -88,6 +107,19 @@ class CudaRecorder:
             body()
             driver.set_condition(body_stream.cuda_stream, handle, num_active, seen)
         return graph
+
+    def _stream_beside(self, stream: torch.cuda.Stream) -> torch.cuda.Stream:
+        """The one stream on which this recorder records the bodies of WHILE nodes.
+
+        torch hands out 32 streams in turn, so that a new one for each recording would soon be
+        ``stream`` itself; and its allocator gives memory back to the same stream only.
+        """
+        if self._body_stream is None or self._body_stream == stream:
+            self._body_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._body_stream == stream:
+            self._body_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        assert self._body_stream != stream
+        return self._body_stream
 
 
 class Driver:

@@ -10,6 +10,7 @@ import torch
 from fusedstep.ops.types import WINDOW_ENDS, BatchNeeds, WindowRows
 from fusedstep.window import arrivals
 from fusedstep.window.output import WindowBuffers, WindowTokens
+from fusedstep.window.pinned import host_zeros
 
 
 class Staging:
@@ -17,10 +18,10 @@ class Staging:
 
     def __init__(self, max_num_reqs: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
-        self.idx_mapping = torch.empty(max_num_reqs, dtype=torch.int64, pin_memory=pinned)
-        self.budget = torch.empty(max_num_reqs, dtype=torch.int32, pin_memory=pinned)
-        self.stop_weight = torch.empty(1, dtype=torch.int32, pin_memory=pinned)
-        self.seen = torch.empty(1, dtype=torch.int64, pin_memory=pinned)
+        self.idx_mapping = host_zeros(max_num_reqs, dtype=torch.int64, pinned=pinned)
+        self.budget = host_zeros(max_num_reqs, dtype=torch.int32, pinned=pinned)
+        self.stop_weight = host_zeros(1, dtype=torch.int32, pinned=pinned)
+        self.seen = host_zeros(1, dtype=torch.int64, pinned=pinned)
         self._idx_mapping_np, self._budget_np = self.idx_mapping.numpy(), self.budget.numpy()
         self._stop_weight_np, self._seen_np = self.stop_weight.numpy(), self.seen.numpy()
 

@@ -24,7 +24,8 @@ _CONFIG = {
     "vllm.config": {
         "VllmConfig": """
             ()
-            additional_config, instance_id, use_v2_model_runner, watermark_config
+            additional_config, compute_hash, instance_id, use_v2_model_runner
+            watermark_config
             speculative_config, lora_config, kv_transfer_config, ec_transfer_config
             structured_outputs_config
             model_config: ModelConfig
@@ -53,7 +54,7 @@ _CONFIG = {
     },
     "vllm.config.compilation": {
         "CompilationConfig": "cudagraph_mode: CUDAGraphMode",
-        "CUDAGraphMode": "FULL\ndecode_mode()",
+        "CUDAGraphMode": "FULL, PIECEWISE\ndecode_mode()",
     },
     "vllm.envs": {
         "VLLM_USE_MODELSCOPE": "",

@@ -61,7 +61,7 @@ RUNNER = {
             def sample_tokens(grammar_output)
             def sample(hidden_states, input_batch, grammar_output)
             def capture_model(profile_only=False)
-            profile_run()
+            def profile_run(*args, **kwargs)
             finish_requests(scheduler_output)
             free_states(scheduler_output)
             update_requests(scheduler_output)

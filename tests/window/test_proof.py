@@ -2,6 +2,7 @@
 
 from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,3 +62,25 @@ def test_wrong_steps_are_found(engine, break_it, variant):
     break_it(list(graphs._single.values())[variant], graphs)
     with pytest.raises(WrongTokensError, match="not those of the eager loop"):
         proof(engine, graphs).check(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ("E R E E E", "not those of the eager loop"),  # the eager loop repeats itself
+        ("E R E V", None),  # it does not: other tokens mean nothing
+        ("E S V", "stops elsewhere"),  # what must be the same all the same
+    ],
+)
+def test_an_eager_loop_that_varies(monkeypatch, runs, words):
+    """Kernels that add in any order give other tokens from run to run."""
+    tokens = {"E": [[1, 2]], "R": [[1, 3]], "V": [[4, 2]], "S": [[1]]}
+    left = iter((runs + " E E").split())
+    monkeypatch.setattr(Proof, "_tokens", lambda *_: tokens[next(left)])
+    one = object.__new__(Proof)
+    one.tables, one.graphs, one.max_num_reqs = SimpleNamespace(requests=SimpleNamespace()), None, 5
+    if words is None:
+        one.check(5)
+        return
+    with pytest.raises(WrongTokensError, match=words):
+        one.check(5)

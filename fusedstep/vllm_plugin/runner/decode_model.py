@@ -29,6 +29,14 @@ def in_place(group: AttentionGroup) -> bool:
     return bool(group.supports_draft_decode_metadata_update)
 
 
+def padded_rows(graph: Any, max_num_reqs: int) -> int:
+    """Rows of a batch that takes this graph of vLLM's.
+
+    Graphs for prefills and decodes alike (cudagraph_mode FULL) have sizes above max_num_reqs.
+    """
+    return min(int(graph.num_tokens), max_num_reqs)
+
+
 class VllmDecodeModel:
     """``fusedstep.window.loop.DecodeModel`` for a text model of Model Runner V2.
 
@@ -66,17 +74,20 @@ class VllmDecodeModel:
         """Host part: lengths without asking the device. Returns the rows with padding."""
         self.num_reqs = num_reqs = len(seq_lens)
         self.graph = None
-        if self.use_graphs and num_reqs and self.runner.cudagraph_manager is not None:
-            graph = self.runner.cudagraph_manager.dispatch(
+        num_rows, runner = num_reqs, self.runner
+        if self.use_graphs and num_reqs and runner.cudagraph_manager is not None:
+            graph = runner.cudagraph_manager.dispatch(
                 num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0, max_query_len=1
             )
-            self.graph = graph if graph.cg_mode == CUDAGraphMode.FULL else None
-        num_rows = num_reqs if self.graph is None else self.graph.num_tokens
+            if graph.cg_mode == CUDAGraphMode.FULL:
+                num_rows = padded_rows(graph, runner.max_num_reqs)
+                # vLLM's own may be of more tokens than there can be rows.
+                self.graph = graph if graph.num_tokens == num_rows else None
         self.seq_lens_upper_bound[:num_reqs] = seq_lens
         self.seq_lens_upper_bound[num_reqs:num_rows] = 0
         if self.updates_in_place:  # planned once: for the last step's lengths
             self.seq_lens_upper_bound[:num_reqs] += max(num_steps - 1, 0)
-        return int(num_rows)
+        return num_rows
 
     def begin(self, num_reqs: int) -> None:
         runner, buffers = self.runner, self.buffers

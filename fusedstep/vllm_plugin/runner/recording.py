@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from tqdm import tqdm
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed.parallel_state import graph_capture, is_global_first_rank
+from vllm.distributed.parallel_state import (
+    get_tp_group,
+    graph_capture,
+    is_global_first_rank,
+)
 
+from fusedstep.vllm_plugin import reasons
 from fusedstep.vllm_plugin.runner.decode_model import (
     VllmDecodeModel,
     attention_groups,
     in_place,
+    padded_rows,
 )
 from fusedstep.vllm_plugin.runner.tables import DeviceTables
 from fusedstep.window.arrivals import ArrivalCounter
@@ -88,6 +94,19 @@ def _obstacle(runner: GPUModelRunner, form: str) -> str | None:
     return no_while_reason() if form == "while" else None
 
 
+def no_windows_reason(runner: GPUModelRunner, loop: str) -> str | None:
+    """Why decode batches take stock steps, although the step operations run here."""
+    if runner.device.type == "cpu":
+        return None
+    mode = runner.compilation_config.cudagraph_mode
+    if loop != "eager" and mode is not None and mode.decode_mode() == CUDAGraphMode.PIECEWISE:
+        return reasons.PIECEWISE  # its steps have graphs, those of a window would have none
+    planners = {g.backend.get_name() for g in attention_groups(runner) if not in_place(g)}
+    if planners & reasons.PLAN_FROM_BOUND:
+        return f"{', '.join(sorted(planners))} plans with lengths that only the device knows"
+    return None
+
+
 class GraphStore:
     """The graphs of an engine's windows, recorded when vLLM records its own."""
 
@@ -107,18 +126,16 @@ class GraphStore:
         """
         taken = 0
         while self.form.name != "eager":
-            free = _free_bytes()
+            free, began = _free_bytes(), time.perf_counter()
+            failure: Exception | None = None
             try:
-                began = time.perf_counter()
                 self.graphs, taken = self._record(PROFILED_SIZES if profile_only else None)
                 if prove and not profile_only:
                     self.prove()
             except Exception as error:
-                self.graphs = None
-                lines = str(error).splitlines() or [type(error).__name__]
-                reason = f"{self.form.name}: {lines[0]}"
-                self.form = Form(NEXT[self.form.name], reason)
-                logger.warning("fusedstep: loop form %s instead of %s", self.form.name, reason)
+                failure = error
+            if not _all_ranks(failure is None):
+                self._make_way(failure or RuntimeError("another rank could not"))
                 continue
             if not profile_only:
                 logger.info(
@@ -131,6 +148,14 @@ class GraphStore:
         if profile_only:
             self.graphs = None
         return taken
+
+    def _make_way(self, error: Exception) -> None:
+        """The next form comes instead of this one."""
+        self.graphs = None
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = f"{self.form.name}: {lines[0]}"
+        self.form = Form(NEXT[self.form.name], reason)
+        logger.warning("fusedstep: loop form %s instead of %s", self.form.name, reason)
 
     def _record(self, num_sizes: int | None) -> tuple[WindowGraphs | None, int]:
         """The graphs of the largest ``num_sizes`` batches, and the bytes that all would take."""
@@ -177,7 +202,11 @@ class GraphStore:
             dispatch(n, n, uniform_token_count=1, num_active_loras=0, max_query_len=1)
             for n in range(1, self.runner.max_num_reqs + 1)
         )
-        sizes = {graph.num_tokens for graph in graphs if graph.cg_mode == CUDAGraphMode.FULL}
+        sizes = {
+            padded_rows(graph, self.runner.max_num_reqs)
+            for graph in graphs
+            if graph.cg_mode == CUDAGraphMode.FULL
+        }
         return sorted(sizes, reverse=True)
 
     def _shown(self, sizes: list[int]) -> Iterator[int]:
@@ -186,6 +215,16 @@ class GraphStore:
             yield from tqdm(sizes, desc=f"Recording decode windows ({self.form.name})")
         else:
             yield from sizes
+
+
+def _all_ranks(fine: bool) -> bool:
+    """Is it fine on every rank of this tensor-parallel group? They must run the same form."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return fine
+    answer = torch.tensor([int(fine)], dtype=torch.int32, device="cpu")
+    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(answer.item())
 
 
 def _free_bytes() -> int:

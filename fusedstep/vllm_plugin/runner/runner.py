@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from fusedstep.policy import MAX_STEPS
 from fusedstep.vllm_plugin import compat, reasons
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.parts import batch_reason, runner_reason
-from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose
+from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
 from fusedstep.vllm_plugin.shared import arrival_counter
 from fusedstep.window import arrivals
@@ -85,6 +86,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if self.ops_choice.name is None and self.engine_reason is None:
             self.engine_reason = self.ops_choice.reason
         self.staged: tuple[SchedulerOutput, WindowSlot, np.ndarray] | None = None
+        self.scratch: Any = None  # of the step operations, where they have some
+        self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -94,6 +97,25 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         """Called by the CPU worker before it sizes the KV cache."""
         self.profile_run()
 
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM measures here what it must leave free beside the KV cache: the scratch, too."""
+        if self.engine_reason is None:
+            self._step_class()
+        super().profile_run(*args, **kwargs)
+
+    def _step_class(self) -> Any:
+        """The step operations, to be bound. Their scratch is made once: vLLM initialises its KV
+        cache twice."""
+        assert self.ops_choice.name is not None
+        step_class: Any = dispatch.load(self.ops_choice.name)
+        if self.ops_choice.name != "triton":
+            return step_class
+        if self.scratch is None:
+            self.scratch = step_class.allocate_scratch(
+                self.max_num_reqs, self.vocab_size, self.device
+            )
+        return partial(step_class, scratch=self.scratch)
+
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """The block tables exist from here on: build what windows need."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -101,27 +123,30 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.engine_reason = self.engine_reason or reason
         if self.engine_reason is not None:
             return
-        assert self.ops_choice.name is not None
         self.tables = DeviceTables(self)
-        self.ops = self.tables.bind(dispatch.load(self.ops_choice.name))
+        self.ops = self.tables.bind(self._step_class())
         self.prefill_sampler = PrefillSampler(self.tables, self.ops)
         if self.ops_choice.name == "native":
             native.warm_up(self.vocab_size, self.dtype, len(self.tables.block_tables))
-        self.arrivals = arrival_counter(self.vllm_config)
+        if not hasattr(self, "arrivals"):  # made once: a GPU's driver keeps its page
+            self.arrivals = arrival_counter(self.vllm_config)
         self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
         on_cpu = self.device.type == "cpu"
         self.pace: Pace = HostPace() if on_cpu else AheadPace()
         self.copy_stream = None if on_cpu else self.output_copy_stream
         self._choose_form(compat.options(self.vllm_config).loop)
 
+    @torch.inference_mode()
     def capture_model(self, profile_only: bool = False) -> int:
         """vLLM's graphs, then those of the windows; bytes of device memory for both."""
         size: int = super().capture_model(profile_only=profile_only)
         if self.engine_reason is None:
             size += self.graph_store.record(profile_only=profile_only)
+            self.tables.static.overwritten()  # by the proof's requests
             self._note_form()
         return size
 
+    @torch.inference_mode()
     def use_form(self, loop: str) -> None:
         """Change to another form of the loop between requests, for measurements."""
         if self.engine_reason is None:
@@ -131,6 +156,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def _choose_form(self, loop: str) -> None:
         form = choose(self, loop)
+        self.no_windows = no_windows_reason(self, loop)
         self.decode_model = VllmDecodeModel(self, use_graphs=form.name != "eager")
         parts = LoopParts(
             self.decode_model,
@@ -246,6 +272,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         rows = [req_states.req_id_to_index[req_id] for req_id in cached.req_ids]
         if (np.asarray(cached.num_computed_tokens) < req_states.prefill_len.np[rows]).any():
             return "prefill"
+        if self.no_windows is not None:
+            return self.no_windows
         if self.tables.needs_stock[rows].any():
             return next(r for r in map(self.tables.reasons.get, rows) if r)
         return batch_reason(scheduler_output)

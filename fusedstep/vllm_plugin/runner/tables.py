@@ -31,6 +31,7 @@ class StaticTensors:
     def __init__(self, device: torch.device) -> None:
         self._on_host = device.type == "cpu"
         self._copies: list[tuple[torch.Tensor, UvaBackedTensor]] = []
+        self._seen: list[torch.Tensor | None] = []  # the view that each copy was made from
 
     def of(self, tensor: UvaBackedTensor) -> torch.Tensor:
         if self._on_host:
@@ -38,13 +39,28 @@ class StaticTensors:
             return host
         copy: torch.Tensor = tensor.gpu.clone()
         self._copies.append((copy, tensor))
+        self._seen.append(tensor.gpu)
         return copy
 
     def refresh(self) -> None:
-        """Once per window, in the order of the device's work."""
-        if self._copies:
-            copies = [copy for copy, _ in self._copies]
-            torch._foreach_copy_(copies, [tensor.gpu for _, tensor in self._copies])
+        """Copy what the host has changed, in the order of the device's work.
+
+        Before every use: by a window, and by a stock step that samples with our kernels. A UVA
+        tensor has a new view whenever it was copied to. One launch for each dtype.
+        """
+        by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for i, (copy, tensor) in enumerate(self._copies):
+            if tensor.gpu is not self._seen[i]:
+                self._seen[i] = tensor.gpu
+                copies, views = by_dtype.setdefault(copy.dtype, ([], []))
+                copies.append(copy)
+                views.append(tensor.gpu)
+        for copies, views in by_dtype.values():
+            torch._foreach_copy_(copies, views)
+
+    def overwritten(self) -> None:
+        """Something else was written to the copies: the next ``refresh`` copies all."""
+        self._seen = [None] * len(self._copies)
 
 
 def untouched_zeros(like: torch.Tensor) -> torch.Tensor:
@@ -165,9 +181,13 @@ class DeviceTables:
         self.stop_token_ids.np[row, : len(stop_ids)] = stop_ids
 
     def apply_staged_writes(self) -> None:
-        """After requests were added: their stop rules to the device."""
+        """After requests were added: their stop rules to the device, and all that changed.
+
+        The stock step that follows samples from the copies.
+        """
         for tensor in (self.max_len, self.num_stop_token_ids, self.stop_token_ids):
             tensor.copy_to_uva()
+        self.static.refresh()
 
     def num_logprobs(self, rows: np.ndarray) -> int:
         """Top-n logprobs that the batch asks for, -1 for none."""

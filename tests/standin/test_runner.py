@@ -1,0 +1,84 @@
+"""What the runner does around vLLM's start on a GPU, which initialises its KV cache twice."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fusedstep.ops.dispatch import Choice
+from fusedstep.vllm_plugin.runner import runner as module
+from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A runner without a model. ``bound``: the scratch that each start's operations got."""
+    seen = SimpleNamespace(events=[], bound=[], inference=[])
+    stock = FusedStepRunner.__base__
+    monkeypatch.setattr(stock, "initialize_kv_cache", lambda *_, **__: None)
+    monkeypatch.setattr(stock, "profile_run", lambda *_: seen.events.append("profile"))
+    monkeypatch.setattr(stock, "capture_model", lambda *_, **__: 1)
+    monkeypatch.setattr(FusedStepRunner, "_choose_form", lambda *_: None)
+    monkeypatch.setattr(FusedStepRunner, "_note_form", lambda *_: None)
+    monkeypatch.setattr(module.compat, "options", lambda _: SimpleNamespace(loop="auto"))
+    monkeypatch.setattr(module.reasons, "cache_reason", lambda _: None)
+    monkeypatch.setattr(module, "runner_reason", lambda _: None)
+    monkeypatch.setattr(module, "PrefillSampler", lambda *_: None)
+    monkeypatch.setattr(module, "arrival_counter", lambda _: seen.events.append("counter"))
+
+    def bind(step_class: Any) -> None:
+        seen.bound.append(step_class.keywords["scratch"])
+
+    static = SimpleNamespace(overwritten=lambda: seen.events.append("overwritten"))
+    tables = SimpleNamespace(bind=bind, static=static, block_tables=())
+    monkeypatch.setattr(module, "DeviceTables", lambda _: tables)
+    step_class = SimpleNamespace(
+        allocate_scratch=lambda *shape: seen.events.append("scratch") or shape
+    )
+    monkeypatch.setattr(module.dispatch, "load", lambda _: type("S", (), vars(step_class)))
+
+    def record(**_: Any) -> int:
+        seen.inference.append(torch.is_inference_mode_enabled())
+        return 2
+
+    runner = object.__new__(FusedStepRunner)
+    vars(runner).update(
+        engine_reason=None,
+        ops_choice=Choice("triton", ""),
+        scratch=None,
+        max_num_reqs=3,
+        vocab_size=11,
+        device=torch.device("cpu"),
+        vllm_config=None,
+        graph_store=SimpleNamespace(record=record),
+    )
+    seen.runner = runner
+    return seen
+
+
+def test_scratch_is_made_while_vllm_measures_and_once(started: SimpleNamespace) -> None:
+    runner = started.runner
+    runner.profile_run()
+    runner.initialize_kv_cache(None, is_profiling=True)
+    runner.initialize_kv_cache(None)
+    assert started.events[:2] == ["scratch", "profile"] and started.events.count("scratch") == 1
+    assert started.bound == [(3, 11, torch.device("cpu"))] * 2
+
+
+def test_one_page_of_arrivals(started: SimpleNamespace) -> None:
+    """The driver has the first one registered: it must stay mapped."""
+    for _ in range(2):
+        started.runner.initialize_kv_cache(None)
+    assert started.events.count("counter") == 1
+
+
+def test_recording_is_inference(started: SimpleNamespace) -> None:
+    """As vLLM's own: else activations stay for a backward pass that never comes."""
+    started.runner.initialize_kv_cache(None)
+    assert started.runner.capture_model() == 3
+    started.runner.use_form("replay")
+    assert started.inference == [True, True]
+    assert "overwritten" in started.events  # by the proof: requests get their own values again
