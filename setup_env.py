@@ -80,7 +80,7 @@ def lock_alone(lock: IO[str]) -> None:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the NVIDIA driver lists a GPU."""
+    """Does the NVIDIA driver list a GPU?"""
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -88,7 +88,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def wanted_stamp(variant: str) -> dict[str, str]:
-    """What the stamp of an up-to-date environment says."""
+    """The stamp of an up-to-date environment."""
     inputs = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
     return {
         "folder": str(ROOT),
@@ -192,7 +192,7 @@ def drop_broken_media_packages() -> None:
 
 
 def can_import(*names: str, really: bool = False) -> bool:
-    """Whether the environment has these modules; with ``really``, whether they import."""
+    """Has the environment these modules? With ``really``: do they import?"""
     code = (
         f"import {', '.join(names)}"
         if really

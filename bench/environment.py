@@ -1,4 +1,4 @@
-"""Where a figure was measured: versions, device, commit."""
+"""Origin of a figure: versions, device, commit."""
 
 from __future__ import annotations
 

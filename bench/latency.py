@@ -24,7 +24,7 @@ CHOSEN = {"n", "temperature", "max_tokens", "min_tokens", "ignore_eos", "detoken
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. Lengths in tokens."""
+    """Settings of a measurement. Lengths in tokens."""
 
     batch_sizes: tuple[int, ...]
     temperatures: tuple[float, ...]
@@ -36,7 +36,7 @@ class Plan:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """What a request takes of the model's context, by option."""
+        """Share of the model's context that a request takes, by option."""
         return {"--input-len": self.input_len, "--output-len": self.output_len}
 
     def check(self, model: str, vllm_args: tuple[str, ...]) -> None:

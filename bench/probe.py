@@ -1,4 +1,4 @@
-"""What a worker can tell about itself, stock or ours: a vLLM ``worker_extension_cls``."""
+"""A vLLM ``worker_extension_cls``: lets a worker, stock or ours, tell about itself."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class WorkerProbe:
         return count
 
     def engine_facts(self) -> dict[str, Any]:
-        """What runs here: runner, CUDA graphs, scheduling, attention, dtype."""
+        """Runner, CUDA graphs, scheduling, attention and dtype of this worker."""
         config = self.model_runner.vllm_config
         mode = config.compilation_config.cudagraph_mode
         backends = {

@@ -106,7 +106,7 @@ class Server:
         return totals
 
     def wait_until_idle(self, seconds: float) -> dict[str, float]:
-        """What is not zero of requests and KV cache after at most ``seconds``: {} is idle."""
+        """Requests and KV cache in use after at most ``seconds``, if not zero: {} is idle."""
         deadline = time.monotonic() + seconds
         while True:
             found = self.metrics()
@@ -131,7 +131,7 @@ class Server:
         return total
 
     def log(self) -> str:
-        """What it has written so far."""
+        """Its output so far."""
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), size, 0).decode(errors="replace")
 

@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """What a request takes of the model's context, by option, as far as it is known."""
+        """Share of the model's context that a request takes, by option, as far as it is known."""
         prompt = {"--input-len": self.input_len} if self.dataset == "random" else {}
         return prompt | {"--output-len": self.output_len}
 
@@ -120,7 +120,7 @@ def measure(
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """What a reader needs to repeat the load."""
+    """Facts that a reader needs to repeat the load."""
     return {
         "dataset": plan.dataset if plan.path is None else plan.path.name,
         "input_len": plan.input_len if plan.dataset == "random" else None,
@@ -203,17 +203,17 @@ def _wait(tool: subprocess.Popen[bytes], server: Server) -> None:
 def _for_the_tool(vllm_args: tuple[str, ...]) -> list[str]:
     """The options by which the tool finds the server's tokenizer."""
     found: list[str] = []
-    for place, arg in enumerate(vllm_args):
+    for index, arg in enumerate(vllm_args):
         if arg.partition("=")[0] not in FOR_THE_TOOL:
             continue
         found.append(arg)
         if "=" not in arg and arg != "--trust-remote-code":
-            found += vllm_args[place + 1 : place + 2]
+            found += vllm_args[index + 1 : index + 2]
     return found
 
 
 def _card(server: Server) -> dict[str, Any]:
-    """What the server says of its model."""
+    """The server's own description of its model."""
     with urllib.request.urlopen(f"{server.url}/v1/models", timeout=30) as answer:
         card: dict[str, Any] = json.load(answer)["data"][0]
         return card

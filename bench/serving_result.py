@@ -1,4 +1,4 @@
-"""What ``vllm bench serve`` measured, parsed; rows per server and load, and their ratios."""
+"""Results of ``vllm bench serve``, parsed; rows per server and load, and their ratios."""
 
 from __future__ import annotations
 

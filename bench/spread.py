@@ -30,10 +30,10 @@ class Spread:
         ordered = sorted(values)
 
         def quantile(q: float) -> float:
-            place = q * (len(ordered) - 1)
-            low = int(place)
+            rank = q * (len(ordered) - 1)
+            low = int(rank)
             high = min(low + 1, len(ordered) - 1)
-            return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+            return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
         return cls(quantile(0.2), quantile(0.5), quantile(0.8), ordered[0], ordered[-1])
 
@@ -45,7 +45,7 @@ class Step(Protocol):
         """Back to the first step."""
 
     def fresh(self, logits: torch.Tensor) -> torch.Tensor:
-        """What to pass to ``step`` so that ``logits`` stays as it is."""
+        """Logits to pass to ``step`` so that ``logits`` stays as it is."""
 
     def step(self, logits: torch.Tensor) -> Any:
         """Take a step with logits [num_reqs, V]."""

@@ -1,4 +1,4 @@
-"""What an engine will be asked, checked when its configuration is known and nothing is loaded."""
+"""Requests that an engine will be asked, checked before anything is loaded."""
 
 from __future__ import annotations
 

@@ -157,9 +157,9 @@ def _add_load(table: Any, result: Result, stock: Row, ours: Row) -> None:
     """A line per figure; the load is named on the first."""
     reason = result.why_no_ratio(stock, ours)
     lines = zip(stock.figures(), ours.figures(), result.ratios(stock, ours), strict=True)
-    for place, ((name, quantile, a), (_, _, b), (_, _, ratio)) in enumerate(lines):
-        load = ("", "") if place else (f"{stock.rate:g}", f"{stock.concurrency:g}")
-        shown = reason if reason and not place else f"{ratio:.2f}" if ratio is not None else ""
+    for index, ((name, quantile, a), (_, _, b), (_, _, ratio)) in enumerate(lines):
+        load = ("", "") if index else (f"{stock.rate:g}", f"{stock.concurrency:g}")
+        shown = reason if reason and not index else f"{ratio:.2f}" if ratio is not None else ""
         table.add_row(*load, f"{NAMES[name]} {quantile}".rstrip(), _cell(a), _cell(b), shown)
     table.add_row("", "", "failed requests", str(stock.failed), str(ours.failed), "")
     table.add_section()

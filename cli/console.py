@@ -21,7 +21,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def stdout() -> Console:
-    """Where data goes: tables and results."""
+    """Console of data: tables and results."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -31,7 +31,7 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """Where progress, notes and errors go."""
+    """Console of progress, notes and errors."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
@@ -76,7 +76,7 @@ def write_json(json_path: str, result: object) -> None:
 
 @contextlib.contextmanager
 def progress(json_path: str | None) -> Iterator[steps.Progress]:
-    """What a long command does now, on stderr, and what it has found so far, in its JSON file.
+    """Progress of a long command, on stderr, and its findings so far, in its JSON file.
 
     A terminal shows one line that changes; a file gets a line per step, with the time.
     """

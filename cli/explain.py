@@ -1,4 +1,4 @@
-"""``fusedstep explain``: what limits the windows of a running server."""
+"""``fusedstep explain``: limits of a running server's windows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusedstep.cli import console
 from fusedstep.cli.options import Real
 
 if TYPE_CHECKING:
-    from fusedstep.explain import Windows
+    from fusedstep.counts import WindowCounts
 
 
 MAX_SECONDS = 86400.0
@@ -36,12 +36,12 @@ def explain(url: str, seconds: float, json_path: str | None) -> None:
 
     windows = explain(url, seconds)
     if json_path is not None:
-        console.write_json(json_path, windows)
+        console.write_json(json_path, windows.as_dict())
     if json_path != "-":
         _print(windows)
 
 
-def _print(windows: Windows) -> None:
+def _print(windows: WindowCounts) -> None:
     from rich.table import Table
 
     when = "since the start" if windows.seconds is None else f"in {windows.seconds:.1f} s"
@@ -49,7 +49,7 @@ def _print(windows: Windows) -> None:
     table.add_column("")
     table.add_column("turns", justify="right")
     table.add_column("share", justify="right")
-    turns = windows.windows + sum(windows.single_steps.values())
+    turns = windows.windows + sum(windows.one_step_turns.values())
 
     def row(words: str, number: int) -> None:
         if number:
@@ -57,7 +57,7 @@ def _print(windows: Windows) -> None:
 
     for reason, number in sorted(windows.limits.items(), key=lambda item: -item[1]):
         row(f"window, bound by: {reason}", number)
-    for reason, number in sorted(windows.single_steps.items(), key=lambda item: -item[1]):
+    for reason, number in sorted(windows.one_step_turns.items(), key=lambda item: -item[1]):
         row(f"one step: {reason}", number)
     out = console.stdout()
     out.print(table)

@@ -92,7 +92,7 @@ def demo_model(progress: Progress | None = None) -> Path:
 
 
 def find_gguf() -> Path | None:
-    """Where the installed package keeps the GGUF file; None when there is none. Imports nothing."""
+    """The GGUF file of the installed package; None when there is none. Imports nothing."""
     spec = importlib.util.find_spec(GGUF_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / GGUF_FILE
@@ -108,12 +108,12 @@ def find_made() -> Path | None:
 
 
 def can_convert() -> bool:
-    """Whether the packages that read and write the weights are installed."""
+    """Are the packages installed that read and write the weights?"""
     return all(importlib.util.find_spec(name) is not None for name in ("gguf", "safetensors"))
 
 
 def cache_folder() -> Path:
-    """Where the bundled model is kept."""
+    """Folder of the bundled model."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "fusedstep"
 
@@ -123,7 +123,7 @@ def _target() -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether every file of the manifest is there with its size (contents are hashed when made)."""
+    """Is every file of the manifest there with its size? (Contents are hashed when made.)"""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         return all((folder / name).stat().st_size == entry["size"] for name, entry in files.items())

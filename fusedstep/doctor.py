@@ -1,4 +1,4 @@
-"""What this machine and this installation can do, found without importing vLLM."""
+"""Diagnosis of this machine and this installation, without importing vLLM."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 from fusedstep import demo, needs
+from fusedstep.loop_forms import LoopForm
 from fusedstep.needs import Check
 from fusedstep.vllm_plugin.compat import SUPPORTED
 
-GRAPH_FORMS = ("while", "unrolled", "replay")
 MEDIA_PACKAGES = "torchvision torchaudio torchcodec"
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
-class LoopForm:
-    """One way to run the steps of a window, and why it is or is not possible here."""
+class FormCheck:
+    """A form of the loop, and why it is or is not possible here."""
 
     name: str
     possible: bool
@@ -34,7 +34,7 @@ class Diagnosis:
     """Everything ``fusedstep doctor`` shows."""
 
     checks: tuple[Check, ...]
-    loop_forms: tuple[LoopForm, ...]
+    loop_forms: tuple[FormCheck, ...]
     platform: Literal["cpu", "cuda"]
     can_serve: bool = field(init=False)
 
@@ -77,7 +77,7 @@ def _python() -> Check:
 
 
 def _fusedstep() -> Check:
-    """Whether vLLM will find the plugin: it looks for installed entry points."""
+    """Will vLLM find the plugin? It looks for installed entry points."""
     version = _version("fusedstep")
     plugins = importlib.metadata.entry_points(group="vllm.platform_plugins", name="fusedstep")
     if version is not None and plugins:
@@ -195,21 +195,22 @@ def _bundled_model() -> Check:
     return Check("bundled model", "warning", "not available", demo.NEEDS_EXTRA)
 
 
-def _loop_forms(*, has_gpu: bool) -> tuple[LoopForm, ...]:
+def _loop_forms(*, has_gpu: bool) -> tuple[FormCheck, ...]:
     """Best first; a server says at its start which one it has."""
+    return tuple(_form_check(form, has_gpu=has_gpu) for form in LoopForm)
+
+
+def _form_check(form: LoopForm, *, has_gpu: bool) -> FormCheck:
+    if not form.is_recorded:
+        return FormCheck(form, True, "works everywhere")
     if not has_gpu:
-        nowhere = [LoopForm(name, False, "needs a CUDA device") for name in GRAPH_FORMS]
-        return (*nowhere, LoopForm("eager", True, "works everywhere"))
+        return FormCheck(form, False, "needs a CUDA device")
     from fusedstep.window import recorder
 
-    no_while = recorder.no_while_reason()
-    unproven = "CUDA graphs; not yet measured on a GPU"
-    return (
-        LoopForm("while", no_while is None, no_while or unproven),
-        LoopForm("unrolled", True, f"{unproven}; only when asked for"),
-        LoopForm("replay", True, unproven),
-        LoopForm("eager", True, "works everywhere"),
-    )
+    if obstacle := recorder.missing(form):
+        return FormCheck(form, False, obstacle)
+    words = "CUDA graphs; not yet measured on a GPU"
+    return FormCheck(form, True, words if form.can_be_ended else f"{words}; only when asked for")
 
 
 def _line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a running server's windows are, out of its metrics: what limits them right now."""
+"""Counts of a running server's windows, read from its metrics: what limits them right now."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter
-from dataclasses import dataclass, field
 
+from fusedstep.counts import WindowCounts
 from fusedstep.errors import ConfigError
 
 PREFIX = "fusedstep:"
@@ -17,51 +16,7 @@ TIMEOUT = 10.0  # seconds
 LOCAL, PORT = "127.0.0.1", 8000  # where `fusedstep serve` listens
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Counts over all engines of a server, since its start or over an interval."""
-
-    seconds: float | None = None  # the interval; None: since the start
-    windows: int = 0
-    steps: int = 0
-    unused_steps: int = 0
-    early_exits: int = 0
-    tokens: int = 0
-    host_seconds: float = 0.0
-    limits: dict[str, int] = field(default_factory=dict)  # windows, by what bound their length
-    single_steps: dict[str, int] = field(default_factory=dict)  # turns of one step, by reason
-    lengths: dict[int, int] = field(default_factory=dict)  # upper bound -> windows up to it
-
-    @property
-    def steps_per_window(self) -> float:
-        return self.steps / max(self.windows, 1)
-
-    @property
-    def host_ms_per_token(self) -> float:
-        return 1e3 * self.host_seconds / max(self.tokens, 1)
-
-    def since(self, before: Windows, seconds: float) -> Windows:
-        """What was new."""
-
-        def new(name: str) -> dict[str, int]:
-            now: dict[str, int] = getattr(self, name)
-            return {k: n - getattr(before, name).get(k, 0) for k, n in now.items()}
-
-        return Windows(
-            seconds=seconds,
-            windows=self.windows - before.windows,
-            steps=self.steps - before.steps,
-            unused_steps=self.unused_steps - before.unused_steps,
-            early_exits=self.early_exits - before.early_exits,
-            tokens=self.tokens - before.tokens,
-            host_seconds=self.host_seconds - before.host_seconds,
-            limits=new("limits"),
-            single_steps=new("single_steps"),
-            lengths={bound: n - before.lengths.get(bound, 0) for bound, n in self.lengths.items()},
-        )
-
-
-def explain(url: str, seconds: float = 0.0) -> Windows:
+def explain(url: str, seconds: float = 0.0) -> WindowCounts:
     """The windows of the server at ``url``: of the next ``seconds``, or of all its time.
 
     Raises ConfigError when there is no such server, or it is not ours.
@@ -75,7 +30,7 @@ def explain(url: str, seconds: float = 0.0) -> Windows:
 
 
 def metrics_url(server: str) -> str:
-    """Where the metrics of a server are, given as URL, ``host:port``, ``host`` or port.
+    """The address of a server's metrics, given as URL, ``host:port``, ``host`` or port.
 
     Raises ConfigError for anything else.
     """
@@ -120,15 +75,13 @@ def _fetch(url: str) -> str:
     raise ConfigError(f"no metrics at {url} ({words}): {advice}")
 
 
-def read(url: str) -> Windows:
+def read(url: str) -> WindowCounts:
     """Since the server's start."""
     from prometheus_client.parser import text_string_to_metric_families
 
     url = metrics_url(url)
     text = _fetch(url)
-    totals: Counter[str] = Counter()
-    by_reason: dict[str, Counter[str]] = {"limits": Counter(), "single_steps": Counter()}
-    lengths: Counter[int] = Counter()
+    counts = WindowCounts()
     is_ours = False
     try:
         families = list(text_string_to_metric_families(text))
@@ -140,24 +93,16 @@ def read(url: str) -> Windows:
         is_ours = True
         name = family.name.removeprefix(PREFIX)
         for sample in family.samples:
-            if name in by_reason and sample.name.endswith("_total"):
-                by_reason[name][sample.labels["reason"]] += int(sample.value)
+            if "reason" in sample.labels and sample.name.endswith("_total"):
+                getattr(counts, name)[sample.labels["reason"]] += int(sample.value)
             elif name == "window_steps" and sample.name.endswith("_bucket"):
                 if sample.labels["le"] != "+Inf":
-                    lengths[int(float(sample.labels["le"]))] += int(sample.value)
+                    counts.lengths[int(float(sample.labels["le"]))] += int(sample.value)
             elif sample.name.endswith("_total"):
-                totals[name] += sample.value
+                number = type(getattr(counts, name))(sample.value)
+                setattr(counts, name, getattr(counts, name) + number)
     if not is_ours:
         if not any(family.name.startswith("vllm:") for family in families):
             raise ConfigError(f"no metrics of vLLM at {url}: it is another server's page")
         raise ConfigError(f"no windows in {url}: is it stock vLLM, or has nothing been asked yet?")
-    return Windows(
-        **{
-            name: int(totals[name])
-            for name in ("windows", "steps", "unused_steps", "early_exits", "tokens")
-        },
-        host_seconds=float(totals["host_seconds"]),
-        limits=dict(by_reason["limits"]),
-        single_steps=dict(by_reason["single_steps"]),
-        lengths=dict(lengths),
-    )
+    return counts

@@ -1,4 +1,4 @@
-"""What ``fusedstep serve`` needs of this machine beside its software: tried, not assumed."""
+"""Needs of ``fusedstep serve`` of this machine beside its software: tried, not assumed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def cache_folder() -> Check:
     """For the bundled model, until it is made, and for what vLLM keeps (compiled graphs)."""
     folder = demo.cache_folder()
     vllm = os.environ.get("VLLM_CACHE_ROOT")
-    place = Path(vllm).expanduser() if vllm else folder.parent / "vllm"
+    cache = Path(vllm).expanduser() if vllm else folder.parent / "vllm"
     made = demo.find_made() is not None
     if not made and (reason := why_not_writable(folder)):
         advice = "set XDG_CACHE_HOME to a folder with 300 MB free, or serve a model of your own"
@@ -75,9 +75,9 @@ def cache_folder() -> Check:
     if not made and (free := shutil.disk_usage(folder).free) < MODEL_BYTES:
         advice = "make room there, or set XDG_CACHE_HOME to a folder with 300 MB free"
         return Check("cache folder", "problem", f"{free >> 20} MiB free in {folder}", advice)
-    if reason := why_not_writable(place):
+    if reason := why_not_writable(cache):
         advice = "set VLLM_CACHE_ROOT to a folder that can be written: vLLM keeps compiled models"
-        return Check("cache folder", "warning", f"cannot write {place} ({reason})", advice)
+        return Check("cache folder", "warning", f"cannot write {cache} ({reason})", advice)
     return Check("cache folder", "ok", str(folder.parent))
 
 
@@ -156,7 +156,7 @@ def shared_memory(folder: Path = SHM) -> Check:
 
 
 def port() -> Check:
-    """Where `serve` listens unless it is told otherwise."""
+    """The port of `serve` unless it is told otherwise."""
     try:
         early.check_port(early.HOST, early.PORT)
     except ConfigError:

@@ -10,16 +10,17 @@ from functools import partial
 from typing import Any
 
 from fusedstep.errors import ConfigError
+from fusedstep.loop_forms import LoopForm
 from fusedstep.policy import DecodeSteps
 
 OPS = ("auto", "triton", "native", "reference")
-LOOPS = ("auto", "while", "unrolled", "replay", "eager")
+LOOPS = ("auto", *(form.value for form in LoopForm))
 WINDOW_LATENCY_MS = 50.0
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose; everything else is decided from the device and the batch."""
+    """The user's choices; everything else is decided from the device and the batch."""
 
     decode_steps: DecodeSteps
     ops: str = "auto"  # one of OPS: the implementation of the step operations
@@ -53,13 +54,13 @@ class Options:
         return cls(**values, spelled=spelled)
 
     def as_dict(self) -> dict[str, str]:
-        """What ``parse`` takes: the form for ``additional_config["fusedstep"]``."""
+        """The inverse of ``parse``: the form for ``additional_config["fusedstep"]``."""
         return {name: str(getattr(self, name)).removesuffix(".0") for name in NAMES}
 
     def check(self, *, on_cpu: bool) -> None:
         """Raises ConfigError for what this platform has not."""
-        if on_cpu and self.loop not in ("auto", "eager"):
-            raise ConfigError(f"{self.written('loop')} needs a GPU; use eager or auto")
+        if on_cpu and self.loop not in ("auto", LoopForm.EAGER):
+            raise ConfigError(f"{self.written('loop')} needs a GPU; use {LoopForm.EAGER} or auto")
         if not on_cpu and self.ops == "native":
             raise ConfigError(f"{self.written('ops')} needs a CPU; use triton or auto")
 

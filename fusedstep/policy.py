@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fusedstep.errors import ConfigError
+from fusedstep.reasons import Reason
 
 # Longest window; the static output buffers are this long.
 MAX_STEPS = 64
-# While somebody waits for a window's end and the time of a step is not known.
+# Limit while a request waits for the window's end and the time of a step is not known.
 MAX_STEPS_UNTIMED = 8
-# A slow step's time over the average; somebody who waits should in 99 of 100 windows be in time.
+# Slow steps take up to this times the average: 99 of 100 windows stay within the latency.
 SLOW_STEP = 1.2
 # Stop strings are seen by the host only, so a window may overrun one by its length.
 MAX_STEPS_HOST_STOPS = 8
@@ -46,21 +47,21 @@ def no_blocks(num_steps: int) -> int:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the scheduler sees when a turn begins."""
+    """The scheduler's view when a turn begins."""
 
     # Tokens that each request which decodes can still take, in-flight ones taken off; all >= 1.
     remaining: Sequence[int]
     prefill_in_flight: bool = False  # a running request still has prompt tokens to compute
     may_admit: bool = False  # a waiting request may join in this turn
     full_house: bool = False  # requests wait, and none can join before another stops
-    # Was one turned away because of blocks that are held ahead, then for how many tokens ahead.
+    # If a request was refused only because of blocks held ahead: how many tokens ahead they reach.
     tokens_ahead: int | None = None
-    joins_anytime: bool = False  # a waiting request gets ready at a time that nobody announces
+    joins_anytime: bool = False  # a waiting request gets ready without an announcement
     stoppable: bool = True  # an arrival ends a window that runs
     stock_reason: str | None = None  # why the device cannot decode this batch
     streams: bool = False
     host_stops: bool = False  # only the host sees where a request stops: stop strings
-    latency_ms: float = 50.0  # how much longer than for a stock step somebody may wait
+    latency_ms: float = 50.0  # how much longer than a stock step a window may keep those who wait
     step_ms: float | None = None  # time of a step, None before any was measured
     step_measured: bool = True  # at this batch size, not only at another
     token_budget: int = 1 << 30  # tokens that windows may reserve
@@ -72,7 +73,7 @@ class Turn:
 class Decision:
     """``num_steps`` of the coming window, and the reason in words.
 
-    ``ends_at_stop``: somebody waits for a place, so the window ends at the first row that stops.
+    ``ends_at_stop``: a request waits for a row, so the window ends at the first row that stops.
     """
 
     num_steps: int
@@ -83,44 +84,44 @@ class Decision:
 def decide(config: DecodeSteps, turn: Turn) -> Decision:
     """The longest window that every limit allows; the reason names the limit that bound it."""
     if config.fixed == 1:
-        return Decision(1, "fixed at 1")
+        return Decision(1, Reason.FIXED_AT_1)
     if turn.stock_reason is not None:
         return Decision(1, turn.stock_reason)
     if not turn.remaining:
-        return Decision(1, "nothing decodes")
+        return Decision(1, Reason.NOTHING_DECODES)
     if turn.prefill_in_flight:
-        return Decision(1, "a prefill is in flight")
+        return Decision(1, Reason.PREFILL)
     if turn.may_admit or turn.tokens_ahead == 0:
-        return Decision(1, "a waiting request may be admitted")
+        return Decision(1, Reason.MAY_ADMIT)
 
     limits = [
-        (config.fixed or MAX_STEPS, "fixed" if config.fixed else "longest window"),
-        (max(turn.remaining), "longest-remaining request"),
-        (turn.token_budget // len(turn.remaining), "token budget"),
+        (config.fixed or MAX_STEPS, Reason.FIXED if config.fixed else Reason.LONGEST),
+        (max(turn.remaining), Reason.REMAINING),
+        (turn.token_budget // len(turn.remaining), Reason.TOKEN_BUDGET),
     ]
     if turn.tokens_ahead is not None:
-        limits.append((turn.tokens_ahead // 4, "blocks held ahead are used first"))
+        limits.append((turn.tokens_ahead // 4, Reason.HELD_AHEAD))
     if config.fixed is None:
         limits += _waiting_limits(turn)
         if turn.host_stops:
-            limits.append((MAX_STEPS_HOST_STOPS, "a request has stop strings"))
+            limits.append((MAX_STEPS_HOST_STOPS, Reason.STOP_STRINGS))
     num_steps, reason = min(limits, key=lambda limit: limit[0])
     num_steps = max(num_steps, 1)
     fitting = _fitting(turn, num_steps)
     if fitting < num_steps:
-        num_steps, reason = fitting, "free KV-cache blocks"
+        num_steps, reason = fitting, Reason.BLOCKS
     return Decision(num_steps, reason, ends_at_stop=turn.full_house)
 
 
-def _waiting_limits(turn: Turn) -> list[tuple[int, str]]:
-    """Limits for the sake of those who wait until the window is over.
+def _waiting_limits(turn: Turn) -> list[tuple[int, Reason]]:
+    """Limits that keep the wait for the window's end short.
 
     A stock step makes them wait, too: num_steps slow steps may take ``latency_ms`` more than one.
     """
     reasons = (
-        (turn.streams, "a request streams"),
-        (turn.joins_anytime, "a waiting request may get ready"),
-        (not turn.stoppable, "the window cannot be ended"),
+        (turn.streams, Reason.STREAMS),
+        (turn.joins_anytime, Reason.JOINS_ANYTIME),
+        (not turn.stoppable, Reason.CANNOT_END),
     )
     num_steps = MAX_STEPS
     if turn.step_ms is not None and turn.step_ms * MAX_STEPS > turn.latency_ms:
@@ -133,7 +134,7 @@ def _waiting_limits(turn: Turn) -> list[tuple[int, str]]:
 def _fitting(turn: Turn, num_steps: int) -> int:
     """The most steps up to ``num_steps``, at least 1, whose blocks may be taken.
 
-    Half of what is free stays for who comes next.
+    Half of the free blocks stays for the next request.
     """
     allowed = turn.free_blocks // 2
     if turn.blocks_for(num_steps) <= allowed:

@@ -82,13 +82,13 @@ def _start_guardian(folder: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """What tells a process that it belongs to this command."""
+    """Variables that tell a process that it belongs to this command."""
     return {VARIABLE: str(begin())}
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """What this process starts meanwhile belongs to its command.
+    """Processes that this one starts meanwhile belong to its command.
 
     For a program that may start others, too, which are none of our business.
     """
@@ -145,13 +145,13 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def remove_at_end(path: Path) -> None:
     """Have a file removed with the command, if there is one, should its owner be killed."""
-    if (place := folder()) is not None:
+    if (shared := folder()) is not None:
         with contextlib.suppress(OSError):
-            (place / path.name).symlink_to(path)
+            (shared / path.name).symlink_to(path)
 
 
 def started() -> set[psutil.Process]:
-    """What this process has started, and they."""
+    """Processes that this one has started, and that those have."""
     return set(psutil.Process().children(recursive=True))
 
 

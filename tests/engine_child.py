@@ -160,6 +160,7 @@ def record_on_tapes(form: str) -> dict[str, Any]:
     from vllm.model_executor.layers.attention import attention
     from window.tape import TapeRecorder
 
+    from fusedstep.loop_forms import LoopForm
     from fusedstep.vllm_plugin.runner import recording as forms
 
     class Manager:
@@ -181,13 +182,15 @@ def record_on_tapes(form: str) -> dict[str, Any]:
         f"vllm::{name}": getattr(attention, name)
         for name in ("unified_attention_with_output", "unified_kv_cache_update")
     }
+    chosen = forms.Form(LoopForm(form), "on tapes")
     with (
-        patch.object(forms, "choose", lambda *_: forms.Form(form, "on tapes")),
+        patch.object(forms, "choose", lambda *_: chosen),
         patch.object(forms, "CudaRecorder", lambda *_: recorder),
         patch.object(forms, "graph_capture", lambda device: nullcontext()),
         patch.object(forms, "_free_bytes", lambda: 0),
         patch(
-            "fusedstep.vllm_plugin.runner.runner.choose", lambda *_: forms.Form(form, "on tapes")
+            "fusedstep.vllm_plugin.runner.runner.choose",
+            lambda *_: forms.Form(LoopForm(form), "on tapes"),
         ),
     ):
         us.cudagraph_manager = Manager()
@@ -198,7 +201,12 @@ def record_on_tapes(form: str) -> dict[str, Any]:
     reset_prefix_cache()  # the proof has used its blocks
     us.recorder = recorder
     recorder.replays = 0
-    return {"loop": us.stats.loop, "reason": us.stats.loop_reason}
+    counter = ENGINE.engine_core.engine_core.scheduler.door.counter
+    return {
+        "loop": us.stats.loop,
+        "reason": us.stats.loop_reason,
+        "scheduler can end it": counter.can_end_windows,
+    }
 
 
 def count_replays() -> int:

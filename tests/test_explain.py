@@ -18,7 +18,7 @@ from fusedstep.cli.main import group
 from fusedstep.errors import ConfigError
 from fusedstep.explain import explain, metrics_url, read
 from fusedstep.vllm_plugin import compat, metrics
-from fusedstep.vllm_plugin.scheduler.counts import WindowCounts
+from fusedstep.vllm_plugin.scheduler.counts import PublishedCounts
 from fusedstep.window.page import SIZE, Page
 
 
@@ -29,13 +29,13 @@ def page(tmp_path: Path) -> Iterator[Page]:
     page.unlink()
 
 
-def counted(page: Page | None = None) -> WindowCounts:
-    counts = WindowCounts(page)
-    counts.came_back("longest window", 64, [64, 64])
-    counts.came_back("longest window", 64, [10, 0, 10])
-    counts.came_back("a request streams", 8, [8])
-    counts.came_back("structured output", 1, [1])
-    counts.came_back("a prefill is in flight", 1, [0])
+def counted(page: Page | None = None) -> PublishedCounts:
+    counts = PublishedCounts(page)
+    counts.add_turn("longest window", 64, [64, 64])
+    counts.add_turn("longest window", 64, [10, 0, 10])
+    counts.add_turn("a request streams", 8, [8])
+    counts.add_turn("structured output", 1, [1])
+    counts.add_turn("prefill", 1, [0])
     counts.host_seconds = 0.5
     counts.publish(now=True)
     return counts
@@ -115,13 +115,14 @@ def test_reader_and_writer_at_once(page: Page) -> None:
 def test_counts(page: Page) -> None:
     counted(page)
     assert page.read() == {
+        "seconds": None,
         "windows": 3,
         "steps": 82,
         "unused_steps": 54,
         "early_exits": 1,
         "tokens": 157,
         "host_seconds": 0.5,
-        "single_steps": {"structured output": 1},
+        "one_step_turns": {"structured output": 1},
         "limits": {"longest window": 2, "a request streams": 1},
         "lengths": {"1": 0, "2": 0, "4": 0, "8": 1, "16": 2, "32": 2, "64": 3},
     }
@@ -133,7 +134,7 @@ def test_prometheus(stat_logger: metrics.WindowStatLogger, page: Page) -> None:
     text = generate_latest(metrics.REGISTRY).decode()
     for line in (
         'fusedstep:windows_total{engine="0"} 3.0',
-        'fusedstep:single_steps_total{engine="0",reason="structured output"} 1.0',
+        'fusedstep:one_step_turns_total{engine="0",reason="structured output"} 1.0',
         'fusedstep:window_steps_bucket{engine="0",le="16"} 2.0',
         'fusedstep:window_steps_bucket{engine="0",le="+Inf"} 3.0',
         'fusedstep:window_steps_sum{engine="0"} 82.0',
@@ -151,7 +152,7 @@ def test_log_line_tells_what_is_new(
         counts = counted(page)
         stat_logger.log()
         stat_logger.log()
-        counts.came_back("fixed", 4, [4])
+        counts.add_turn("fixed", 4, [4])
         counts.publish(now=True)
         stat_logger.log()
     finally:
@@ -159,9 +160,9 @@ def test_log_line_tells_what_is_new(
     lines = list(dict.fromkeys(record.getMessage() for record in caplog.records))
     assert lines == [
         "fusedstep: 3 windows of 27.3 steps, 1 ended early, 3.185 host ms per token"
-        "; single steps: 1 x structured output",
+        "; one-step turns: 1 x structured output",
         "fusedstep: 1 windows of 4.0 steps, 0 ended early, 0.000 host ms per token"
-        "; single steps: none",
+        "; one-step turns: none",
     ]
 
 
@@ -175,7 +176,7 @@ def test_explain(url: str, page: Page) -> None:
     windows = explain(url)
     assert (windows.windows, windows.steps, windows.tokens) == (3, 82, 157)
     assert windows.limits == {"longest window": 2, "a request streams": 1}
-    assert windows.single_steps == {"structured output": 1}
+    assert windows.one_step_turns == {"structured output": 1}
     assert windows.lengths[16] == 2
     assert windows.host_ms_per_token == pytest.approx(500 / 157)
     assert windows.since(read(f"{url}/v1/"), 2.0).windows == 0

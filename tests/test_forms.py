@@ -10,9 +10,11 @@ import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
 
+from fusedstep.loop_forms import LoopForm
 from fusedstep.vllm_plugin.runner import recording as forms
 from fusedstep.vllm_plugin.runner.decode_model import padded_rows
 from fusedstep.vllm_plugin.runner.recording import Form, GraphStore, LoopParts, choose
+from fusedstep.window import recorder
 from fusedstep.window.proof import WrongTokensError
 
 SIZES = (1, 2, 4, 8)
@@ -53,9 +55,8 @@ def runner(
 
 def graph_store(form: Form, **options: Any) -> GraphStore:
     model: Any = SimpleNamespace(stage=None)
-    tables: Any = SimpleNamespace(inputs=SimpleNamespace(block_sizes=(16,)))
     unused: Any = None
-    parts = LoopParts(model, unused, unused, tables, unused, unused, None)
+    parts = LoopParts(model, unused, unused, unused, unused, unused, None)
     return GraphStore(runner(**options), parts, form)
 
 
@@ -76,7 +77,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             machine.free -= num_rows * STEP_BYTES
 
     class Proof:
-        def __init__(self, tables: Any, graphs: Graphs, *_: Any) -> None:
+        def __init__(self, state: Any, graphs: Graphs, *_: Any) -> None:
             self.form = graphs.form
 
         def check(self, num_rows: int) -> None:
@@ -93,7 +94,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(forms, "graph_capture", graph_capture)
     monkeypatch.setattr(forms, "is_global_first_rank", lambda: False)
     monkeypatch.setattr(forms, "CudaRecorder", lambda *_: None)
-    monkeypatch.setattr(forms, "no_while_reason", lambda: None)
+    monkeypatch.setattr(recorder, "no_while_reason", lambda: None)
     monkeypatch.setattr(forms, "get_tp_group", lambda: machine.group)
     monkeypatch.setattr(forms, "_free_bytes", lambda: machine.free)
     return machine
@@ -121,13 +122,13 @@ def test_form_of_an_engine(engine: dict[str, Any], loop: str, form: str, words: 
 
 
 def test_no_while_node_no_while_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "no_while_reason", lambda: "needs the package cuda-bindings")
+    monkeypatch.setattr(recorder, "no_while_reason", lambda: "needs the package cuda-bindings")
     form = choose(runner(), "auto")
-    assert form == Form("replay", "while: needs the package cuda-bindings")
+    assert form == Form(LoopForm.REPLAY, "while: needs the package cuda-bindings")
 
 
 def test_all_sizes_are_recorded_the_largest_first(machine: SimpleNamespace) -> None:
-    store = graph_store(Form("replay", ""))
+    store = graph_store(Form(LoopForm.REPLAY, ""))
     assert store.record(profile_only=False) == sum(SIZES) * STEP_BYTES
     assert machine.recorded == [("replay", size) for size in sorted(SIZES, reverse=True)]
     assert store.graphs is not None and store.graphs.form == "replay"
@@ -136,7 +137,7 @@ def test_all_sizes_are_recorded_the_largest_first(machine: SimpleNamespace) -> N
 
 def test_memory_is_estimated_from_the_largest_and_nothing_kept(machine: SimpleNamespace) -> None:
     """8 + 4 rows are recorded, two more sizes are taken to need as much as the last one."""
-    store = graph_store(Form("while", ""))
+    store = graph_store(Form(LoopForm.WHILE, ""))
     assert store.record(profile_only=True) == (8 + 4 + 2 * 4) * STEP_BYTES
     assert machine.recorded == [("while", 8), ("while", 4)]
     assert store.graphs is None and not machine.proved
@@ -144,9 +145,9 @@ def test_memory_is_estimated_from_the_largest_and_nothing_kept(machine: SimpleNa
 
 def test_wrong_tokens_make_way(machine: SimpleNamespace) -> None:
     machine.wrong.add("while")
-    store = graph_store(Form("while", "works here"))
+    store = graph_store(Form(LoopForm.WHILE, "works here"))
     store.record(profile_only=False)
-    assert store.form == Form("replay", "while: its tokens are not those of the eager loop")
+    assert store.form == Form(LoopForm.REPLAY, "while: its tokens are not those of the eager loop")
     assert store.graphs is not None and store.graphs.form == "replay"
 
 
@@ -162,15 +163,15 @@ def test_a_form_that_fails_makes_way(
     machine: SimpleNamespace, broken: set[str], asked: str, form: str, reason: str
 ) -> None:
     machine.broken |= broken
-    store = graph_store(Form(asked, "works here"))
+    store = graph_store(Form(LoopForm(asked), "works here"))
     store.record(profile_only=False)
-    assert store.form == Form(form, reason)
+    assert store.form == Form(LoopForm(form), reason)
     assert (store.graphs is None) == (form == "eager")
     assert {name for name, _ in machine.recorded} == ({form} - {"eager"})
 
 
 def test_a_backend_that_plans_on_the_host_has_no_graphs_of_ours(machine: SimpleNamespace) -> None:
-    store = graph_store(Form("replay", ""), in_place=(True, False))
+    store = graph_store(Form(LoopForm.REPLAY, ""), in_place=(True, False))
     assert store.record(profile_only=False) == 0
     assert store.graphs is None and machine.recorded == []
 
@@ -185,9 +186,9 @@ def test_ranks_agree_on_the_form(machine: SimpleNamespace, monkeypatch: pytest.M
         answer.clamp_(max=next(others))
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    store = graph_store(Form("unrolled", "works here"))
+    store = graph_store(Form(LoopForm.UNROLLED, "works here"))
     store.record(profile_only=False)
-    assert store.form == Form("replay", "unrolled: another rank could not")
+    assert store.form == Form(LoopForm.REPLAY, "unrolled: another rank could not")
     assert next(others, None) is None
 
 
@@ -196,7 +197,7 @@ def test_no_more_rows_than_requests(
     machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, max_num_reqs: int
 ) -> None:
     """Of cudagraph_mode FULL, whose sizes go beyond the number of requests."""
-    store = graph_store(Form("replay", ""))
+    store = graph_store(Form(LoopForm.REPLAY, ""))
     store.runner.max_num_reqs = max_num_reqs
     sizes = store._batch_sizes()
     assert max(sizes) == min(max_num_reqs, max(SIZES)) and sizes == sorted(sizes, reverse=True)

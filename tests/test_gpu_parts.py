@@ -22,6 +22,7 @@ from fusedstep.bench.gpu_check.measure import OURS, STOCK
 from fusedstep.bench.kernels import loop_cost
 from fusedstep.bench.probe import WorkerProbe
 from fusedstep.bench.spread import Spread
+from fusedstep.loop_forms import LoopForm
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_random_weights_are_the_same_again() -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton for this platform")
-@pytest.mark.parametrize("form", loop_cost.FORMS)
+@pytest.mark.parametrize("form", LoopForm)
 def test_loop_cost_runs_all_steps_of_its_windows(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,4 +189,4 @@ def test_loop_cost_runs_all_steps_of_its_windows(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_loop_cost_without_a_gpu() -> None:
-    assert loop_cost.measure() == dict.fromkeys(loop_cost.FORMS, "needs CUDA")
+    assert loop_cost.measure() == dict.fromkeys(map(str, LoopForm), "needs CUDA")

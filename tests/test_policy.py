@@ -41,7 +41,7 @@ def test_parse_refuses_in_one_line(value):
         (DecodeSteps(7), turn(1000), 7, "fixed"),
         (DecodeSteps(7), turn(2), 2, "longest-remaining request"),
         (DecodeSteps(1), turn(1000), 1, "fixed at 1"),
-        (AUTO, turn(1000, prefill_in_flight=True), 1, "a prefill is in flight"),
+        (AUTO, turn(1000, prefill_in_flight=True), 1, "prefill"),
         (AUTO, turn(1000, may_admit=True), 1, "a waiting request may be admitted"),
         (DecodeSteps(7), turn(1000, may_admit=True), 1, "a waiting request may be admitted"),
         (AUTO, turn(1000, stock_reason="LoRA"), 1, "LoRA"),

@@ -46,7 +46,7 @@ def advance(
 ):
     """Emit ``token``, apply vLLM's ``check_stop``, stop the row or write its next input."""
     step = tl.load(rows.num_sampled + batch_idx)
-    budget = tl.load(rows.budget + batch_idx)
+    steps_allowed = tl.load(rows.steps_allowed + batch_idx)
     total_len = tl.load(requests.total_len + req)
     position = tl.load(requests.num_computed_tokens + req) + 1
     count_ptr = requests.output_bin_counts + req * strides.output_bin_counts + token
@@ -71,7 +71,7 @@ def advance(
             other=-1,
         )
         must_stop = must_stop | (tl.max((ids == token).to(tl.int32)) > 0)
-    active = (step + 1 < budget) & (must_stop == 0)
+    active = (step + 1 < steps_allowed) & (must_stop == 0)
     if must_stop:
         tl.store(requests.stopped + req, True)
     if active:
@@ -125,7 +125,7 @@ def prepare_kernel(
             tl.store(slot, PAD_SLOT_ID)
         return
     position = tl.load(requests.num_computed_tokens + req)
-    active = (tl.load(requests.stopped + req) == 0) & (tl.load(rows.budget + batch_idx) > 0)
+    active = (tl.load(requests.stopped + req) == 0) & (tl.load(rows.steps_allowed + batch_idx) > 0)
     tl.store(rows.active + batch_idx, active)
     _place_input(batch_idx, tl.load(requests.last_sampled_tokens + req), position, inputs)
     for group in tl.static_range(len(BLOCK_SIZES)):
@@ -150,8 +150,8 @@ def _count_active(rows, num_reqs, requests, BLOCK: tl.constexpr):
         req = tl.load(rows.idx_mapping + batch_idx, mask=in_batch, other=-1)
         valid = req >= 0
         stopped = tl.load(requests.stopped + req, mask=valid, other=True)
-        budget = tl.load(rows.budget + batch_idx, mask=in_batch, other=0)
-        active = valid & (stopped == 0) & (budget > 0)
+        steps_allowed = tl.load(rows.steps_allowed + batch_idx, mask=in_batch, other=0)
+        active = valid & (stopped == 0) & (steps_allowed > 0)
         num_active += tl.sum(active.to(tl.int32))
     tl.store(rows.num_active, num_active)
 

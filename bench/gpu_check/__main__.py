@@ -22,10 +22,10 @@ from fusedstep.bench.gpu_check.models import SHAPES, TINY
 from fusedstep.bench.gpu_check.report import Report, print_report
 from fusedstep.bench.gpu_check.run import Check
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, ConfigError, FusedStepError
-from fusedstep.options import LOOPS
+from fusedstep.loop_forms import LoopForm
 from fusedstep.vllm_plugin.launch import wiring
 
-FORMS = LOOPS[1:]  # without auto
+FORMS = tuple(form.value for form in LoopForm)
 TEMPERATURES = (0.0, 1.0)
 
 

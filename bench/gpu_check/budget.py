@@ -27,7 +27,7 @@ class Budget:
         self._expected = dict(GUESS)
 
     def divide(self, parts: int) -> None:
-        """What comes next may take the first of ``parts`` equal shares of the time that is left."""
+        """The next part may take the first of ``parts`` equal shares of the time that is left."""
         self._share = self._clock() + (self._end - self._clock()) / parts
 
     def fits(self, kind: str) -> bool:

@@ -1,4 +1,4 @@
-"""Are the tokens of one form of the loop stock vLLM's? Where they differ: how near was it?
+"""Compares the tokens of one form of the loop with stock vLLM's: how near is a difference?.
 
 The requests of a comparison carry no logprobs: those would take eager steps, not the recorded ones.
 So a difference is looked at afterwards, in stock vLLM alone: the same batch once more, with the
@@ -73,15 +73,15 @@ def make_batch(
     max_tokens: list[int],
     vocab_size: int,
 ) -> Batch:
-    """One request per entry; its random prompt and its seed follow from ``name`` and its place."""
+    """One request per entry; its random prompt and its seed follow from ``name`` and its index."""
     rng = random.Random(name)
     prompts = [
         {"prompt_token_ids": [rng.randrange(vocab_size) for _ in range(n)]} for n in prompt_lens
     ]
     fixed = {"ignore_eos": True, "detokenize": False, "min_tokens": 0}
     params = [
-        fixed | fields | {"max_tokens": n, "seed": 1000 + place}
-        for place, (fields, n) in enumerate(zip(sampling, max_tokens, strict=True))
+        fixed | fields | {"max_tokens": n, "seed": 1000 + index}
+        for index, (fields, n) in enumerate(zip(sampling, max_tokens, strict=True))
     ]
     return Batch(name, prompts, params)
 
@@ -89,11 +89,11 @@ def make_batch(
 def equality_batches(vocab_size: int, num_requests: int, max_tokens: int) -> list[Batch]:
     """Single requests, and batches in which rows end at different steps, of both variants."""
     n = num_requests
-    lens = [3 + 11 * place % 37 for place in range(n)]
-    ends = [max(max_tokens - 5 * place % max_tokens, 1) for place in range(n)]
+    lens = [3 + 11 * index % 37 for index in range(n)]
+    ends = [max(max_tokens - 5 * index % max_tokens, 1) for index in range(n)]
 
     def cycle(cases: tuple[dict[str, Any], ...]) -> list[dict[str, Any]]:
-        return [cases[place % len(cases)] for place in range(n)]
+        return [cases[index % len(cases)] for index in range(n)]
 
     return [
         make_batch("one greedy", [{"temperature": 0.0}], [17], [max_tokens], vocab_size),
@@ -107,7 +107,7 @@ def equality_batches(vocab_size: int, num_requests: int, max_tokens: int) -> lis
 def differences(
     batch: Batch, want: Outputs, have: Outputs, dtype: str, stock: Generate
 ) -> list[Difference]:
-    """What of ``have`` is not ``want``, stock's; in float32 nothing is a near-tie."""
+    """Differences of ``have`` from ``want``, stock's; in float32 nothing is a near-tie."""
     items = {
         request: item
         for request, (w, h) in enumerate(zip(want, have, strict=True))
@@ -174,7 +174,7 @@ def _at_the_cut(
 ) -> list[Difference]:
     """Near-ties of the other kind: stock gives our token when its top-p moves a little."""
     prompts, params, asked = [], [], []
-    for place, difference in enumerate(found):
+    for index, difference in enumerate(found):
         fields = batch.params[difference.request]
         cuts = 0 < fields.get("top_p", 1.0) < 1 and fields["temperature"] > 0
         if difference.verdict != "DIFFERENT" or difference.gap is None or not cuts:
@@ -182,18 +182,18 @@ def _at_the_cut(
         tokens = want[difference.request]["completions"][0]["token_ids"][: difference.at]
         prompt = batch.prompts[difference.request]["prompt_token_ids"] + list(tokens)
         for nudge in (-TOP_P_NUDGE, TOP_P_NUDGE):
-            asked.append(place)
+            asked.append(index)
             prompts.append({"prompt_token_ids": prompt})
             top_p = min(fields["top_p"] + nudge, 1.0)
             params.append(fields | {"top_p": top_p, "max_tokens": 1, "min_tokens": 0})
     if not asked:
         return found
     result = list(found)
-    for place, output in zip(asked, stock(prompts, params), strict=True):
-        ours = result[place].fusedstep_token
+    for index, output in zip(asked, stock(prompts, params), strict=True):
+        ours = result[index].fusedstep_token
         if output["completions"][0]["token_ids"][0] == ours:
             why = f"stock gives it, too, when top-p moves by {TOP_P_NUDGE:g}"
-            result[place] = replace(result[place], verdict="near-tie", why=why)
+            result[index] = replace(result[index], verdict="near-tie", why=why)
     return result
 
 

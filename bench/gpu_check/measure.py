@@ -23,6 +23,7 @@ from fusedstep.bench.gpu_check.equality import (
 from fusedstep.bench.gpu_check.models import SEED, Model
 from fusedstep.bench.spread import Spread
 from fusedstep.errors import FusedStepError
+from fusedstep.loop_forms import LoopForm
 from fusedstep.options import Options
 
 # Stock with Model Runner V2, whose random numbers are ours; on CUDA that is vLLM as it comes.
@@ -36,7 +37,7 @@ OpenEngine = Callable[[Kind, str, Options, tuple[str, ...]], Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run, and how long that may take. Lengths in tokens."""
+    """Settings of a run, and how long it may take. Lengths in tokens."""
 
     device: str  # cuda or cpu
     models: tuple[str, ...]
@@ -115,7 +116,7 @@ class Pair:
         self.killed = False
         self.engines: dict[Kind, Any] = {}
         # Forms are chosen later, one by one: none of them can keep the engine from starting.
-        options = Options.parse({"decode_steps": "auto", "ops": "auto", "loop": "eager"})
+        options = Options.parse({"decode_steps": "auto", "ops": "auto", "loop": LoopForm.EAGER})
 
         def start(kind: Kind) -> None:
             args = vllm_args(model, plan, kind)

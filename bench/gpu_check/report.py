@@ -78,7 +78,7 @@ class Report:
         return targets(self.rows, next(iter(self.forms)), self.on_gpu, self.lacking())
 
     def lacking(self) -> list[str]:
-        """Where stock did not run as it should on a GPU."""
+        """Models with which stock did not run as it should on a GPU."""
         if not self.on_gpu:
             return []
         return [

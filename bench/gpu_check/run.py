@@ -1,4 +1,4 @@
-"""The order of ``gpu_check``'s work, within its time: what fails or does not fit costs no more."""
+"""Runs the parts of ``gpu_check`` in order of value within the time limit; skips what fails."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ class Check:
             models = [gpu_models.load(name, Path(folder)) for name in self.plan.models]
             if len({model.name for model in models}) < len(models):
                 raise ConfigError("--models: two of the same name")
-            for place, model in enumerate(models):
-                self.budget.divide(len(models) - place)
+            for index, model in enumerate(models):
+                self.budget.divide(len(models) - index)
                 self._model(model)
-                if place == 0:
+                if index == 0:
                     self.budget.divide(1)
                     self._loop_cost()
         self.report.complete = True
@@ -158,7 +158,7 @@ class Check:
                 self._skip(what, f"runs as {ran}, like {first[ran]}")
 
     def _idle_shares(self, pair: Pair, forms: list[str]) -> None:
-        """Late: a profiler may do harm."""
+        """Traced last, because the profiler can crash an engine."""
         for form in self._distinct(pair, forms) if self._traces else ():
             for size in self.plan.batch_sizes:
                 what = f"{pair.model.name}: trace of {form}, batch {size}"
@@ -209,10 +209,10 @@ class Check:
     def _trace(self, size: int, pair: Pair, form: str) -> None:
         """Idle shares of stock and this form, into the greedy row of this batch size."""
         rows = self.report.rows
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             point = row.model, row.form, row.batch_size, row.temperature
             if point == (pair.model.name, form, size, 0.0):
-                rows[place] = _traced(
+                rows[index] = _traced(
                     row, trace_point(pair, STOCK, size), trace_point(pair, OURS, size)
                 )
 

@@ -53,7 +53,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure."""
+    """Settings of a measurement."""
 
     device: torch.device
     cases: tuple[Case, ...]
@@ -330,7 +330,7 @@ class Decode:
 
 
 def _baselines(ours: Decode) -> Iterator[tuple[str, Decode]]:
-    """What the installed vLLM can run here."""
+    """Backends that the installed vLLM can run here."""
     if ours.query.device.type != "cuda":
         return
     from vllm.v1.attention.backends import fa_utils

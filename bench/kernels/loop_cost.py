@@ -1,4 +1,4 @@
-"""What one decode step costs in each form of the loop, beside its own work: without vLLM.
+"""Cost of one decode step in each form of the loop, beside its own work: without vLLM.
 
 A model of two small matrices stands in for a real one. It needs CUDA, and prints a JSON object:
 ``python -m fusedstep.bench.kernels.loop_cost``.
@@ -18,13 +18,14 @@ import torch
 
 from fusedstep.bench.kernels.step_state import build_state
 from fusedstep.bench.spread import Spread
+from fusedstep.loop_forms import LoopForm
 from fusedstep.ops import dispatch
 from fusedstep.ops.types import StepInputs
 from fusedstep.window.arrivals import ArrivalCounter
 from fusedstep.window.graphs import VARIANTS, Recorder, WindowGraphs
 from fusedstep.window.loop import run_window
 from fusedstep.window.pace import AheadPace, Pace
-from fusedstep.window.recorder import CudaRecorder, no_while_reason
+from fusedstep.window.recorder import CudaRecorder, missing
 from fusedstep.window.state import WindowState
 
 NUM_STEPS = 32  # K
@@ -33,7 +34,6 @@ REPEATS = 10
 HIDDEN, VOCAB = 64, 4096
 ONE_ROW = np.zeros(1, dtype=np.int64)
 FULL_BUDGET = np.full(1, NUM_STEPS, dtype=np.int32)
-FORMS = ("eager", "replay", "unrolled", "while")
 
 
 class SmallModel:
@@ -69,18 +69,18 @@ class SmallModel:
 def measure() -> dict[str, Any]:
     """Microseconds per step (``Spread``) by form, batch 1; a form that fails says why instead."""
     if not torch.cuda.is_available():
-        return dict.fromkeys(FORMS, "needs CUDA")
+        return dict.fromkeys((form.value for form in LoopForm), "needs CUDA")
     result: dict[str, Any] = {}
-    for form in FORMS:
+    for form in LoopForm:
         try:
-            result[form] = vars(_measure(form))
+            result[form.value] = vars(_measure(form))
         except Exception as error:
-            result[form] = f"{type(error).__name__}: {error}".splitlines()[0]
+            result[form.value] = f"{type(error).__name__}: {error}".splitlines()[0]
     return result
 
 
-def _measure(form: str) -> Spread:
-    if form == "while" and (reason := no_while_reason()):
+def _measure(form: LoopForm) -> Spread:
+    if reason := missing(form):
         raise RuntimeError(reason)
     device = torch.device("cuda")
     arrivals = ArrivalCounter(f"loop-cost-{time.time_ns()}")
@@ -90,25 +90,18 @@ def _measure(form: str) -> Spread:
         return time_form(form, device, CudaRecorder(device, arrivals), AheadPace())
 
 
-def time_form(form: str, device: torch.device, recorder: Recorder, pace: Pace) -> Spread:
+def time_form(form: LoopForm, device: torch.device, recorder: Recorder, pace: Pace) -> Spread:
     """Microseconds per step of windows of NUM_STEPS steps, WINDOWS of them in a row.
 
     Each window starts at the same length again: the request never ends.
     """
     with torch.device(device):
         state = build_state({"temperature": 0.0}, 1, VOCAB, NUM_STEPS, device)
-        ops = dispatch.load("triton")(
-            state.requests,
-            state.sampling,
-            state.stop,
-            state.inputs,
-            state.block_tables,
-            state.num_blocks,
-        )
+        ops = dispatch.load("triton")(state)
         model = SmallModel(state.inputs, device)
         windows = WindowState.allocate(1, NUM_STEPS, device)
         graphs = None
-        if form != "eager":
+        if form.is_recorded:
             graphs = WindowGraphs(form, model, ops, windows)
             graphs.record(recorder, 1)
     lengths = state.requests.num_computed_tokens, state.requests.total_len

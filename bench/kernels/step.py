@@ -86,7 +86,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure."""
+    """Settings of a measurement."""
 
     device: torch.device
     cases: tuple[Case, ...]

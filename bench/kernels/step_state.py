@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from fusedstep.ops.types import (
     RequestState,
     SamplingState,
     StepInputs,
+    StepState,
     StopState,
     WindowRows,
 )
 from fusedstep.vllm_plugin.reasons import MAX_STOP_TOKEN_IDS
-from fusedstep.window.state import allocate_rows
 
 PROMPT_LEN, CONTEXT_LEN = 512, 1024  # tokens of every request before the first step
 BLOCK_SIZE = 16  # tokens of a KV cache block
@@ -28,15 +28,9 @@ Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]  # token
 
 
 @dataclass(frozen=True)
-class State:
-    """What our step is bound to: one request per row, alike but for their tokens and seeds."""
+class State(StepState):
+    """One request per row, alike but for their tokens and seeds."""
 
-    requests: RequestState
-    sampling: SamplingState
-    stop: StopState
-    inputs: StepInputs
-    block_tables: tuple[torch.Tensor, ...]
-    num_blocks: torch.Tensor
     rows: WindowRows
 
     def for_stock(self) -> tuple[Any, ...]:
@@ -65,9 +59,13 @@ def build_state(
     counts = torch.zeros(num_reqs, vocab_size, dtype=torch.int32)
     outputs = tokens[:, PROMPT_LEN:CONTEXT_LEN]
     counts.scatter_add_(1, outputs, torch.ones_like(outputs, dtype=torch.int32))
-    rows = allocate_rows(num_reqs, num_steps + 1, device)
+    rows = WindowRows.allocate(num_reqs, num_steps + 1, device)
     rows.idx_mapping.copy_(torch.arange(num_reqs))
-    rows.budget.fill_(num_steps + 1)
+    rows.steps_allowed.fill_(num_steps + 1)
+    # All rows with ``params``, every other option off and its table as wide as vLLM's widest.
+    sampling = SamplingState.off(num_reqs, vocab_size, device, width=1024)
+    for name, value in params.items():
+        getattr(sampling, name).fill_(value)
     return State(
         requests=RequestState(
             last_sampled_tokens=tokens[:, CONTEXT_LEN - 1 : CONTEXT_LEN].contiguous().to(device),
@@ -79,7 +77,7 @@ def build_state(
             output_bin_counts=counts.to(device),
             stopped=full(0, num_reqs, dtype=torch.bool),
         ),
-        sampling=_sampling(params, vocab_size, random(1 << 62, num_reqs).to(device)),
+        sampling=replace(sampling, seeds=random(1 << 62, num_reqs).to(device)),
         stop=StopState(
             max_len=full(max_model_len + 1, num_reqs),
             num_stop_token_ids=full(1, num_reqs),
@@ -99,21 +97,6 @@ def build_state(
     )
 
 
-def _sampling(params: dict[str, Any], vocab_size: int, seeds: torch.Tensor) -> SamplingState:
-    """All rows with ``params``, every other option off and its table as wide as vLLM's widest."""
-    ones = dict.fromkeys(("temperature", "top_p", "repetition_penalty"), 1.0)
-    zeros = dict.fromkeys(("min_p", "frequency_penalty", "presence_penalty", "logit_bias"), 0.0)
-    values = ones | zeros | {"top_k": vocab_size} | params
-    tables = ("_token_ids", "logit_bias", "bad_word_offsets")
-    state = {}
-    for name in (option.name for option in fields(SamplingState)):
-        is_table = name.endswith(tables) and not name.startswith("num_")
-        dtype = torch.float32 if isinstance(values.get(name), float) else torch.int32
-        shape = (len(seeds), 1024) if is_table else (len(seeds),)
-        state[name] = torch.full(shape, values.get(name, 0), dtype=dtype, device=seeds.device)
-    return SamplingState(**state | {"seeds": seeds})
-
-
 class FusedStep:
     """Our step on its own state."""
 
@@ -121,14 +104,7 @@ class FusedStep:
         self.requests, self.sampling = state.requests, state.sampling
         self.rows, self.needs = state.rows, needs
         self.num_reqs = len(state.rows.idx_mapping)
-        self.ops = dispatch.load(name)(
-            state.requests,
-            state.sampling,
-            state.stop,
-            state.inputs,
-            state.block_tables,
-            state.num_blocks,
-        )
+        self.ops = dispatch.load(name)(state)
         self._first = [tensor.clone() for tensor in self._moving()]
 
     def rewind(self) -> None:

@@ -39,7 +39,7 @@ from fusedstep.ops.types import RequestState, SamplingState, StepInputs
 
 
 class Sampled(NamedTuple):
-    """What one step gives its rows."""
+    """Results of one step, by row."""
 
     tokens: torch.Tensor  # [num_reqs] int64
     logprobs: torch.Tensor | None  # [num_reqs] float32, when asked

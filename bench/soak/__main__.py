@@ -80,7 +80,7 @@ BAD_LINE = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback \(most recent call last
 
 @dataclass
 class Report:
-    """What was seen. Memory in MiB, times in seconds."""
+    """Observations of a soak. Memory in MiB, times in seconds."""
 
     env: dict[str, Any]
     asked: dict[str, int]  # requests by kind
@@ -99,7 +99,7 @@ class Report:
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong, in words; [] is a soak that was passed."""
+        """Faults, in words; [] is a soak that was passed."""
         growth = self.rss_mib["growth"]
         found = {
             f"{self.lost} requests did not end as they should": self.lost,

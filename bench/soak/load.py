@@ -45,7 +45,7 @@ class Answer:
 
 @dataclass
 class Tally:
-    """What happened, by kind of request."""
+    """Counts of outcomes, by kind of request."""
 
     asked: Counter[str] = field(default_factory=Counter)
     ended: Counter[str] = field(default_factory=Counter)  # as its kind should
@@ -187,14 +187,14 @@ def _add(answer: Answer, part: dict[str, Any]) -> None:
     if part.get("usage"):
         answer.completion_tokens = part["usage"]["completion_tokens"]
     for choice in part["choices"]:
-        place = choice["index"]
+        index = choice["index"]
         message = choice.get("message") or choice.get("delta") or {}
         text = choice.get("text") or message.get("content") or ""
         logprobs = choice.get("logprobs") or {}
         tokens = logprobs.get("content") or logprobs.get("tokens") or []
-        answer.texts[place] += text
-        answer.num_logprobs[place] += len(tokens)
-        answer.ends[place] = choice.get("finish_reason") or answer.ends[place]
+        answer.texts[index] += text
+        answer.num_logprobs[index] += len(tokens)
+        answer.ends[index] = choice.get("finish_reason") or answer.ends[index]
         answer.events += bool(text or tokens)
 
 

@@ -1,85 +1,45 @@
-"""What a step operation demands of its tensors; each error names the tensor."""
+"""Checks of the tensors that a step operation takes; each error names the tensor."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import fields
 
 import torch
 
 from fusedstep.errors import TensorError
-from fusedstep.ops.types import (
-    RequestState,
-    SamplingState,
-    StepInputs,
-    StopState,
-    WindowRows,
-)
+from fusedstep.ops.types import StepState, WindowRows, dtypes
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Everything that is not int32.
-_DTYPES = {
-    "last_sampled_tokens": torch.int64,
-    "stopped": torch.bool,
-    "temperature": torch.float32,
-    "seeds": torch.int64,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "repetition_penalty": torch.float32,
-    "frequency_penalty": torch.float32,
-    "presence_penalty": torch.float32,
-    "logit_bias": torch.float32,
-    "positions": torch.int64,
-    "slot_mappings": torch.int64,
-    "idx_mapping": torch.int64,
-    "active": torch.bool,
-    "sampled": torch.int64,
-    "logprobs": torch.float32,
-    "ranks": torch.int64,
-    "out_tokens": torch.int64,
-}
 
-
-def check_state(
-    requests: RequestState,
-    sampling: SamplingState,
-    stop: StopState,
-    inputs: StepInputs,
-    block_tables: tuple[torch.Tensor, ...],
-    num_blocks: torch.Tensor,
-    device: torch.device,
-) -> None:
+def check_state(state: StepState, device: torch.device) -> None:
     """Raise TensorError unless the state fits together, is contiguous and lies on ``device``."""
+    requests, inputs = state.requests, state.inputs
     max_num_reqs, vocab_size = _matrix("output_bin_counts", requests.output_bin_counts)
-    for state in (requests, sampling, stop):
-        for name, tensor in _tensors(state):
-            _check(name, tensor, device)
-            _expect(name, tensor, 0, max_num_reqs)
+    for part in (requests, state.sampling, state.stop):
+        for name in _check_all(part, device):
+            _expect(name, getattr(part, name), 0, max_num_reqs)
     _expect("prompt_bin_mask", requests.prompt_bin_mask, 1, -(-vocab_size // 32))
     _expect("last_sampled_tokens", requests.last_sampled_tokens, 1, 1)
-    for name, tensor in _tensors(inputs):
-        _check(name, tensor, device)
+    _check_all(inputs, device)
     num_groups = len(inputs.block_sizes)
     _expect("slot_mappings", inputs.slot_mappings, 0, num_groups)
-    _check("num_blocks", num_blocks, device)
-    _expect("num_blocks", num_blocks, 0, num_groups)
+    _check("num_blocks", state.num_blocks, device, torch.int32)
+    _expect("num_blocks", state.num_blocks, 0, num_groups)
     for name, tables in (
-        ("block_tables", block_tables),
+        ("block_tables", state.block_tables),
         ("input_block_tables", inputs.input_block_tables),
     ):
         if len(tables) != num_groups:
             raise TensorError(f"{name}: {len(tables)} tables for {num_groups} block sizes")
         for group, table in enumerate(tables):
             _check(f"{name}[{group}]", table, device, torch.int32)
-            _expect(f"{name}[{group}]", table, 1, block_tables[group].shape[1])
+            _expect(f"{name}[{group}]", table, 1, state.block_tables[group].shape[1])
 
 
 def check_rows(rows: WindowRows, device: torch.device) -> None:
     """Raise TensorError unless all tensors of ``rows`` have one batch size and fit a step."""
     (batch_size,) = rows.idx_mapping.shape
-    for name, tensor in _tensors(rows):
-        _check(name, tensor, device)
+    for name in _check_all(rows, device):
+        tensor = getattr(rows, name)
         size = 1 if name in ("stop_weight", "num_active") else batch_size
         _expect(name, tensor, tensor.dim() - 1, size)
 
@@ -117,17 +77,15 @@ def check_token_ids(token_ids: torch.Tensor, device: torch.device) -> None:
     _check_device("token_ids", token_ids, device)
 
 
-def _tensors(state: object) -> Iterator[tuple[str, torch.Tensor]]:
-    for field in fields(state):  # type: ignore[arg-type]
-        value = getattr(state, field.name)
-        if isinstance(value, torch.Tensor):
-            yield field.name, value
+def _check_all(state: object, device: torch.device) -> list[str]:
+    """Check each tensor of one of the state's classes; returns their names."""
+    expected = dtypes(type(state))
+    for name, dtype in expected.items():
+        _check(name, getattr(state, name), device, dtype)
+    return list(expected)
 
 
-def _check(
-    name: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None
-) -> None:
-    dtype = dtype or _DTYPES.get(name, torch.int32)
+def _check(name: str, tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype:
         raise TensorError(f"{name}: dtype {tensor.dtype}, expected {dtype}")
     if not tensor.is_contiguous():

@@ -30,7 +30,7 @@ def resolve(device: torch.device, ops: str = "auto") -> Choice:
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The class of an implementation; it is bound to state tensors when it is called."""
+    """The class of an implementation: its instances are bound to a StepState."""
     if name == "reference":
         from fusedstep.ops.reference import ReferenceStep
 
@@ -45,7 +45,7 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def _no_triton(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on ``device``."""
+    """The reason that Triton kernels cannot run on ``device``, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

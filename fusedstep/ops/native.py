@@ -28,6 +28,7 @@ from fusedstep.ops.types import (
     RequestState,
     SamplingState,
     StepInputs,
+    StepState,
     StopState,
     WindowRows,
 )
@@ -85,31 +86,24 @@ def flat_logits(logits: torch.Tensor) -> npt.NDArray[Any]:
 class NativeStep:
     """``prepare``, then ``step`` once per decode step, on bound state."""
 
-    def __init__(
-        self,
-        requests: RequestState,
-        sampling: SamplingState,
-        stop: StopState,
-        inputs: StepInputs,
-        block_tables: tuple[torch.Tensor, ...],  # per group [R, max_num_blocks] int32
-        num_blocks: torch.Tensor,  # [num_kv_cache_groups, R] int32
-    ) -> None:
-        check_state(requests, sampling, stop, inputs, block_tables, num_blocks, CPU)
-        vocab_size = requests.output_bin_counts.shape[1]
+    def __init__(self, state: StepState) -> None:
+        check_state(state, CPU)
+        inputs = state.inputs
+        vocab_size = state.requests.output_bin_counts.shape[1]
         self._vocab_size = vocab_size
-        self._requests = _views(RequestStateViews, requests)
-        self._sampling = _views(SamplingStateViews, sampling)
-        self._stop = _views(StopStateViews, stop)
+        self._requests = _views(RequestStateViews, state.requests)
+        self._sampling = _views(SamplingStateViews, state.sampling)
+        self._stop = _views(StopStateViews, state.stop)
         self._inputs = _views(StepInputsViews, inputs)
         self._groups = [
             _Group(
                 block_table=block_table.numpy(),
-                num_blocks=num_blocks[group].numpy(),
+                num_blocks=state.num_blocks[group].numpy(),
                 input_block_table=inputs.input_block_tables[group].numpy(),
                 slots=inputs.slot_mappings[group].numpy(),
                 block_size=inputs.block_sizes[group],
             )
-            for group, block_table in enumerate(block_tables)
+            for group, block_table in enumerate(state.block_tables)
         ]
         self._scratch = tuple(
             np.empty(size, np.float32) for size in (vocab_size, vocab_size, native_sample.BLOCK)
@@ -117,10 +111,10 @@ class NativeStep:
         self._rows: dict[int, tuple[WindowRows, Any]] = {}
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
-        """Start a window of ``num_reqs`` rows, whose ``idx_mapping`` and ``budget`` are staged.
+        """Start a window of ``num_reqs`` rows; ``idx_mapping`` and ``steps_allowed`` are staged.
 
-        A row is active if its request has not stopped and its budget is positive. Gathers the
-        block tables and writes the first step's inputs; an inactive row gets PAD_SLOT_ID, places
+        A row is active if its request has not stopped and it may take steps. Gathers the
+        block tables and writes the first step's inputs; an inactive row gets PAD_SLOT_ID, rows
         beyond the batch get ``seq_lens`` 0 and PAD_SLOT_ID.
         """
         views = self._views_of(rows, num_reqs)
@@ -145,7 +139,7 @@ class NativeStep:
     ) -> None:
         """``sample``, then emit the tokens, apply the stop rule and place the next inputs.
 
-        A row ends when its request stops (``StopState``) or its budget is used; it then keeps its
+        A row ends when its request stops (``StopState``) or has taken its steps; it then keeps its
         position and gets PAD_SLOT_ID.
         """
         self.sample(logits, rows, num_reqs, needs)
@@ -228,7 +222,7 @@ def warm_up(vocab_size: int, dtype: torch.dtype, num_groups: int = 1) -> None:
 
 
 def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, WindowRows]:
-    """A step of one greedy request with one token of room; all of its state is zero."""
+    """A step of one greedy request with one token of room."""
 
     def int32(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32)
@@ -254,36 +248,14 @@ def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, Window
         input_block_tables=tuple(int32(1, 1) for _ in range(num_groups)),
         block_sizes=(1,) * num_groups,
     )
-    rows = WindowRows(
-        idx_mapping=int64(1),
-        budget=int32(1) + 1,
-        active=torch.zeros(1, dtype=torch.bool),
-        sampled=int64(1),
-        logprobs=torch.zeros(1),
-        ranks=int64(1),
-        num_sampled=int32(1),
-        out_tokens=int64(1, 1),
-        stop_weight=int32(1),
-        num_active=int32(1),
-    )
-    step = NativeStep(
+    rows = WindowRows.allocate(1, 1)
+    rows.steps_allowed.fill_(1)
+    state = StepState(
         requests,
-        _no_sampling_options(),
+        SamplingState.off(1, vocab_size, width=1),
         StopState(max_len=int32(1), num_stop_token_ids=int32(1), stop_token_ids=int32(1, 1)),
         inputs,
         block_tables=tuple(int32(1, 1) for _ in range(num_groups)),
         num_blocks=int32(num_groups, 1),
     )
-    return step, rows
-
-
-def _no_sampling_options() -> SamplingState:
-    scalars = torch.zeros(1)
-    floats = ("temperature", "top_p", "min_p")
-    penalties = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-    tables = ("allowed_token_ids", "logit_bias_token_ids", "min_stop_token_ids")
-    bad_words = ("bad_word_token_ids", "bad_word_offsets")
-    state = {field.name: scalars.int() for field in fields(SamplingState)}
-    state |= {name: scalars.clone() for name in (*floats, *penalties)}
-    state |= {name: scalars.int()[None] for name in (*tables, *bad_words)}
-    return SamplingState(**state | {"seeds": scalars.long(), "logit_bias": scalars[None].clone()})
+    return NativeStep(state), rows

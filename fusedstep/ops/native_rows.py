@@ -27,7 +27,7 @@ def _place_input(batch_idx, req, requests, inputs):
 
 @_kernel
 def prepare_rows(num_reqs, rows, requests, inputs):
-    """Starts a window: who is active, and the first step's inputs."""
+    """Starts a window: active flags, and the first step's inputs."""
     rows.num_active[0] = 0
     for batch_idx in range(num_reqs):
         req = rows.idx_mapping[batch_idx]
@@ -38,7 +38,7 @@ def prepare_rows(num_reqs, rows, requests, inputs):
             inputs.positions[batch_idx] = 0
             inputs.seq_lens[batch_idx] = 0
             continue
-        active = not requests.stopped[req] and rows.budget[batch_idx] > 0
+        active = not requests.stopped[req] and rows.steps_allowed[batch_idx] > 0
         rows.active[batch_idx] = active
         rows.num_active[0] += active
         _place_input(batch_idx, req, requests, inputs)
@@ -102,7 +102,7 @@ def advance_rows(num_reqs, rows, requests, stop, inputs):
             requests.stopped[req] = True
             rows.active[batch_idx] = False
             rows.num_active[0] -= rows.stop_weight[0]
-        elif rows.num_sampled[batch_idx] >= rows.budget[batch_idx]:
+        elif rows.num_sampled[batch_idx] >= rows.steps_allowed[batch_idx]:
             rows.active[batch_idx] = False
             rows.num_active[0] -= 1
         else:

@@ -13,7 +13,7 @@ from fusedstep.ops.types import (
     BatchNeeds,
     RequestState,
     SamplingState,
-    StepInputs,
+    StepState,
     StopState,
     WindowRows,
 )
@@ -24,21 +24,13 @@ _UINT32 = 0xFFFFFFFF
 class ReferenceStep:
     """``prepare``, then ``step`` once per decode step, on bound state."""
 
-    def __init__(
-        self,
-        requests: RequestState,
-        sampling: SamplingState,
-        stop: StopState,
-        inputs: StepInputs,
-        block_tables: tuple[torch.Tensor, ...],  # per group [R, max_num_blocks] int32
-        num_blocks: torch.Tensor,  # [num_kv_cache_groups, R] int32
-    ) -> None:
-        self.requests = requests
-        self.sampling = sampling
-        self.stop = stop
-        self.inputs = inputs
-        self.block_tables = block_tables
-        self.num_blocks = num_blocks
+    def __init__(self, state: StepState) -> None:
+        self.requests = state.requests
+        self.sampling = state.sampling
+        self.stop = state.stop
+        self.inputs = state.inputs
+        self.block_tables = state.block_tables
+        self.num_blocks = state.num_blocks
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
         """Start a window of ``num_reqs`` rows."""
@@ -51,7 +43,9 @@ class ReferenceStep:
                 for tensor in (inputs.input_ids, inputs.positions, inputs.seq_lens):
                     tensor[batch_idx] = 0
                 continue
-            rows.active[batch_idx] = not self.requests.stopped[req] and rows.budget[batch_idx] > 0
+            rows.active[batch_idx] = (
+                not self.requests.stopped[req] and rows.steps_allowed[batch_idx] > 0
+            )
             for group, block_table in enumerate(self.block_tables):
                 num_blocks = int(self.num_blocks[group, req])
                 inputs.input_block_tables[group][batch_idx, :num_blocks] = block_table[
@@ -102,7 +96,7 @@ class ReferenceStep:
                 requests.stopped[req] = True
                 rows.active[batch_idx] = False
                 rows.num_active.sub_(rows.stop_weight)
-            elif rows.num_sampled[batch_idx] >= rows.budget[batch_idx]:
+            elif rows.num_sampled[batch_idx] >= rows.steps_allowed[batch_idx]:
                 rows.active[batch_idx] = False
                 rows.num_active.sub_(1)
             else:

@@ -38,13 +38,13 @@ def reference_attention(
         states = _numbers(torch.cat([_numbers(old), _numbers(new)]), layer, kv_cache.dtype)
         keys, values = states[..., :size], states[..., size:]
         seen_at = positions[first_seen:].to(query.device)
-        for number, place in enumerate(range(tokens.start, tokens.stop)):
+        for number, token in enumerate(range(tokens.start, tokens.stop)):
             position = context + number
             seen = seen_at <= position
             if layer.window:
                 seen &= position - seen_at < layer.window
-            output[place] = _attend(
-                layer, query[place].double(), keys[seen], values[seen], seen_at[seen] - context
+            output[token] = _attend(
+                layer, query[token].double(), keys[seen], values[seen], seen_at[seen] - context
             )
         for number, slot in enumerate(slots[tokens].tolist()):
             if slot >= 0:

@@ -29,7 +29,7 @@ from fusedstep.ops.types import (
     BatchNeeds,
     RequestState,
     SamplingState,
-    StepInputs,
+    StepState,
     StopState,
     WindowRows,
 )
@@ -114,24 +114,20 @@ class TritonStep:
 
     def __init__(
         self,
-        requests: RequestState,
-        sampling: SamplingState,
-        stop: StopState,
-        inputs: StepInputs,
-        block_tables: tuple[torch.Tensor, ...],  # per group [R, max_num_blocks] int32
-        num_blocks: torch.Tensor,  # [num_kv_cache_groups, R] int32
+        state: StepState,
         scratch: _Scratch | None = None,  # made before: of ``allocate_scratch``
     ) -> None:
-        self._device = requests.output_bin_counts.device
-        check_state(requests, sampling, stop, inputs, block_tables, num_blocks, self._device)
+        self._device = state.requests.output_bin_counts.device
+        check_state(state, self._device)
+        requests, sampling, stop, inputs = state.requests, state.sampling, state.stop, state.inputs
         self._max_num_reqs, self._vocab_size = requests.output_bin_counts.shape
         self._requests = _of(_Requests, requests)
         self._sampling = _of(_Sampling, sampling)
         self._stop = _of(_Stop, stop)
         self._inputs = _of(_Inputs, inputs)
         self._block_sizes = inputs.block_sizes
-        self._block_tables = block_tables
-        self._num_blocks = num_blocks
+        self._block_tables = state.block_tables
+        self._num_blocks = state.num_blocks
         self._strides = _Strides(
             all_token_ids=requests.all_token_ids.stride(0),
             prompt_bin_mask=requests.prompt_bin_mask.stride(0),
@@ -143,7 +139,7 @@ class TritonStep:
             bad_word_offsets=sampling.bad_word_offsets.stride(0),
             stop_token_ids=stop.stop_token_ids.stride(0),
             slot_mappings=inputs.slot_mappings.stride(0),
-            block_tables=tuple(table.stride(0) for table in block_tables),
+            block_tables=tuple(table.stride(0) for table in state.block_tables),
             out_tokens=0,
         )
         if scratch is None:
@@ -157,7 +153,7 @@ class TritonStep:
         return _allocate_scratch(max_num_reqs, vocab_size, device)
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
-        """Start a window of ``num_reqs`` rows, whose ``idx_mapping`` and ``budget`` are staged."""
+        """Start a window of ``num_reqs`` rows; ``idx_mapping`` and ``steps_allowed`` are staged."""
         for launch in self.prepare_launches(rows, num_reqs):
             launch()
 
@@ -242,11 +238,10 @@ class TritonStep:
             "SPLITS": _power_of_two(num_splits),
             "BLOCK_SIZES": self._block_sizes,
         }
-        restricts = needs.min_p or needs.truncation
         features = {
             "BUCKETS": _num_buckets(self._vocab_size),
             "ADJUST": needs.adjustment,
-            "RESTRICT": restricts,
+            "RESTRICT": needs.restriction,
         }
         sample = Launch(
             sample_kernel,
@@ -254,7 +249,7 @@ class TritonStep:
             args,
             shape | features,
             num_warps=8,
-            max_registers=80 if needs.adjustment else 64 if restricts else None,
+            max_registers=80 if needs.adjustment else 64 if needs.restriction else None,
         )
         if not needs.truncation:
             return (sample,)

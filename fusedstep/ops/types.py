@@ -1,20 +1,49 @@
-"""What the step operations read and write: plain tensors with static addresses.
+"""The tensors that the step operations read and write; their addresses are static.
 
 Two index spaces: ``req_state_idx`` is a request's permanent row in the device state, ``batch_idx``
-its place in this window's batch. ``R`` is max_num_reqs, ``V`` the vocabulary size, ``B`` the batch.
+its row in this window's batch. ``R`` is max_num_reqs, ``V`` the vocabulary size, ``B`` the batch.
 Each class says who writes it; nobody else does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 
+# A tensor of one dtype: the only place that says so.
+Bool = Annotated[torch.Tensor, torch.bool]
+Int32 = Annotated[torch.Tensor, torch.int32]
+Int64 = Annotated[torch.Tensor, torch.int64]
+Float32 = Annotated[torch.Tensor, torch.float32]
+
 # A row that stopped writes its key and value nowhere.
 PAD_SLOT_ID = -1
-# More than a batch has rows: one such stop leaves no row to go on for.
+# Larger than any batch: subtracting it from num_active once makes it <= 0 and ends the window.
 WINDOW_ENDS = 1 << 16
+# Off-value of top-k: the size of the vocabulary.
+ALL_TOKENS = -1
+
+
+class Parameter(NamedTuple):
+    """A sampling parameter: its value where a request does not ask for it, and what it needs."""
+
+    off: float = 0.0
+    on: float | None = None  # a value with an effect, for requests that are made up
+    need: str | None = None  # the field of BatchNeeds that a value other than ``off`` requires
+    width: int | None = None  # columns of a table, as vLLM allocates it by default
+
+
+def dtypes(state_class: type) -> dict[str, torch.dtype]:
+    """The dtype of each tensor of one of the classes below, by the name of its field."""
+    hints = get_type_hints(state_class, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if is_tensor(hint)}
+
+
+def is_tensor(hint: Any) -> bool:
+    """Does this annotation of a field stand for one tensor?"""
+    return getattr(hint, "__origin__", None) is torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -25,42 +54,65 @@ class RequestState:
     inside a window.
     """
 
-    last_sampled_tokens: torch.Tensor  # [R, 1] int64
-    num_computed_tokens: torch.Tensor  # [R] int32
-    total_len: torch.Tensor  # [R] int32, prompt plus output tokens
-    prompt_len: torch.Tensor  # [R] int32
-    all_token_ids: torch.Tensor  # [R, max_model_len] int32
-    prompt_bin_mask: torch.Tensor  # [R, ceil(V / 32)] int32, one bit per token id
-    output_bin_counts: torch.Tensor  # [R, V] int32
-    stopped: torch.Tensor  # [R] bool, set by ``step``, cleared when a request enters the row
+    last_sampled_tokens: Int64  # [R, 1]
+    num_computed_tokens: Int32  # [R]
+    total_len: Int32  # [R], prompt plus output tokens
+    prompt_len: Int32  # [R]
+    all_token_ids: Int32  # [R, max_model_len]
+    prompt_bin_mask: Int32  # [R, ceil(V / 32)], one bit per token id
+    output_bin_counts: Int32  # [R, V]
+    stopped: Bool  # [R], set by ``step``, cleared when a request enters the row
 
 
 @dataclass(frozen=True)
 class SamplingState:
     """Sampling parameters of every request, row = req_state_idx. Written by the runner.
 
-    Names, shapes and meaning are those of vLLM's model runner V2 (``v1/worker/gpu/sample``).
+    Names, shapes and meaning are those of vLLM's model runner V2 (``v1/worker/gpu/sample``): [R],
+    or [R, width] for tables, of which the ``num_`` field beside it says how much a row uses.
     """
 
-    temperature: torch.Tensor  # [R] float32, 0 = greedy
-    seeds: torch.Tensor  # [R] int64
-    top_k: torch.Tensor  # [R] int32, V = off
-    top_p: torch.Tensor  # [R] float32, 1 = off
-    min_p: torch.Tensor  # [R] float32, 0 = off
-    repetition_penalty: torch.Tensor  # [R] float32, 1 = off
-    frequency_penalty: torch.Tensor  # [R] float32, 0 = off
-    presence_penalty: torch.Tensor  # [R] float32, 0 = off
-    num_allowed_token_ids: torch.Tensor  # [R] int32, 0 = all allowed
-    allowed_token_ids: torch.Tensor  # [R, 1024] int32
-    num_logit_bias: torch.Tensor  # [R] int32
-    logit_bias_token_ids: torch.Tensor  # [R, 1024] int32
-    logit_bias: torch.Tensor  # [R, 1024] float32
-    min_lens: torch.Tensor  # [R] int32, prompt_len + min_tokens
-    num_min_stop_token_ids: torch.Tensor  # [R] int32, ids masked while shorter than min_lens
-    min_stop_token_ids: torch.Tensor  # [R, 128] int32
-    num_bad_words: torch.Tensor  # [R] int32
-    bad_word_token_ids: torch.Tensor  # [R, max_total_bad_word_tokens] int32, flattened
-    bad_word_offsets: torch.Tensor  # [R, max_num_bad_words + 1] int32
+    temperature: Annotated[Float32, Parameter()]  # 0: greedy
+    seeds: Annotated[Int64, Parameter()]
+    top_k: Annotated[Int32, Parameter(off=ALL_TOKENS, need="truncation")]
+    top_p: Annotated[Float32, Parameter(off=1.0, on=0.9, need="truncation")]
+    min_p: Annotated[Float32, Parameter(on=0.01, need="min_p")]
+    repetition_penalty: Annotated[Float32, Parameter(off=1.0, on=1.1, need="adjustment")]
+    frequency_penalty: Annotated[Float32, Parameter(need="adjustment")]
+    presence_penalty: Annotated[Float32, Parameter(need="adjustment")]
+    num_allowed_token_ids: Annotated[Int32, Parameter(need="adjustment")]  # 0: all are allowed
+    allowed_token_ids: Annotated[Int32, Parameter(width=1024)]
+    num_logit_bias: Annotated[Int32, Parameter(need="adjustment")]
+    logit_bias_token_ids: Annotated[Int32, Parameter(width=1024)]
+    logit_bias: Annotated[Float32, Parameter(width=1024)]
+    min_lens: Annotated[Int32, Parameter()]  # prompt_len + min_tokens
+    num_min_stop_token_ids: Annotated[Int32, Parameter(need="adjustment")]
+    min_stop_token_ids: Annotated[Int32, Parameter(width=128)]  # masked while shorter than min_lens
+    num_bad_words: Annotated[Int32, Parameter(need="adjustment")]
+    bad_word_token_ids: Annotated[Int32, Parameter(width=100)]  # flattened
+    bad_word_offsets: Annotated[Int32, Parameter(width=11)]
+
+    @staticmethod
+    def parameters() -> dict[str, Parameter]:
+        """By the name of the field."""
+        hints = get_type_hints(SamplingState, include_extras=True)
+        return {name: hint.__metadata__[1] for name, hint in hints.items()}
+
+    @classmethod
+    def off(
+        cls, num_rows: int, vocab_size: int, device: Any = None, width: int | None = None
+    ) -> SamplingState:
+        """Greedy requests that ask for nothing; ``width``: columns of all tables."""
+        tensors = {}
+        for name, spec in cls.parameters().items():
+            shape = (num_rows,) if spec.width is None else (num_rows, width or spec.width)
+            value = off_value(spec, vocab_size)
+            tensors[name] = torch.full(shape, value, dtype=dtypes(cls)[name], device=device)
+        return cls(**tensors)
+
+
+def off_value(spec: Parameter, vocab_size: int) -> float:
+    return vocab_size if spec.off == ALL_TOKENS else spec.off
 
 
 @dataclass(frozen=True)
@@ -71,47 +123,73 @@ class StopState:
     one of them unless ignore_eos), or ``total_len`` has reached ``max_len``.
     """
 
-    max_len: torch.Tensor  # [R] int32, min(prompt_len + max_tokens, max_model_len)
-    num_stop_token_ids: torch.Tensor  # [R] int32
-    stop_token_ids: torch.Tensor  # [R, MAX_STOP_TOKEN_IDS] int32
+    max_len: Int32  # [R], min(prompt_len + max_tokens, max_model_len)
+    num_stop_token_ids: Int32  # [R]
+    stop_token_ids: Int32  # [R, MAX_STOP_TOKEN_IDS]
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What the model and the attention read in the next step, by batch_idx.
+    """Inputs of the model and the attention in the next step, by batch_idx.
 
     Written by ``prepare`` for a window's first step and by ``step`` for the others. An inactive row
     writes its key and value to no slot (PAD_SLOT_ID); a padding row has position and length 0.
     """
 
-    input_ids: torch.Tensor  # [max_num_tokens] int32
-    positions: torch.Tensor  # [max_num_tokens] int64
-    seq_lens: torch.Tensor  # [R] int32
-    slot_mappings: torch.Tensor  # [num_kv_cache_groups, max_num_tokens] int64
+    input_ids: Int32  # [max_num_tokens]
+    positions: Int64  # [max_num_tokens]
+    seq_lens: Int32  # [R]
+    slot_mappings: Int64  # [num_kv_cache_groups, max_num_tokens]
     input_block_tables: tuple[torch.Tensor, ...]  # per group [R, max_num_blocks] int32
     block_sizes: tuple[int, ...]  # per group, tokens
 
 
 @dataclass(frozen=True)
-class WindowRows:
-    """One window's batch, by batch_idx. ``idx_mapping``, ``budget`` and ``stop_weight`` are staged
-    by the host, the rest is written by ``prepare`` and ``step``."""
+class StepState:
+    """All that a step is bound to, once: what outlives a window."""
 
-    idx_mapping: torch.Tensor  # [B] int64, batch_idx -> req_state_idx, -1 for a padding row
-    budget: torch.Tensor  # [B] int32, steps this row may take (its reserved KV slots)
-    active: torch.Tensor  # [B] bool
-    sampled: torch.Tensor  # [B] int64, this step's token of each active row
-    logprobs: torch.Tensor  # [B] float32, its log softmax in the raw logits, when asked
-    ranks: torch.Tensor  # [B] int64, how many raw logits are at least its own, when asked
-    num_sampled: torch.Tensor  # [B] int32, tokens emitted in this window
-    out_tokens: torch.Tensor  # [max_num_steps, B] int64, [step, batch_idx]
-    stop_weight: torch.Tensor  # [1] int32, staged: 1, or WINDOW_ENDS to end at the first stop
-    num_active: torch.Tensor  # [1] int32, less the weight of each stop: the window ends at <= 0
+    requests: RequestState
+    sampling: SamplingState
+    stop: StopState
+    inputs: StepInputs
+    block_tables: tuple[torch.Tensor, ...]  # per group [R, max_num_blocks] int32
+    num_blocks: torch.Tensor  # [num_kv_cache_groups, R] int32
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """One window's batch, by batch_idx.
+
+    ``idx_mapping``, ``steps_allowed`` and ``stop_weight`` are staged by the host, the rest is
+    written by ``prepare`` and ``step``.
+    """
+
+    idx_mapping: Int64  # [B], batch_idx -> req_state_idx, -1 for a padding row
+    steps_allowed: Int32  # [B], of this row: its reserved KV slots
+    active: Bool  # [B]
+    sampled: Int64  # [B], this step's token of each active row
+    logprobs: Float32  # [B], its log softmax in the raw logits, when asked
+    ranks: Int64  # [B], how many raw logits are at least its own, when asked
+    num_sampled: Int32  # [B], tokens emitted in this window
+    out_tokens: Int64  # [max_num_steps, B], [step, batch_idx]
+    stop_weight: Int32  # [1], staged: 1, or WINDOW_ENDS to end at the first stop
+    num_active: Int32  # [1], less the weight of each stop: the window ends at <= 0
+
+    @classmethod
+    def allocate(cls, max_num_reqs: int, max_steps: int, device: Any = None) -> WindowRows:
+        """Static tensors, all zero but for ``stop_weight``."""
+        shapes = {"out_tokens": (max_steps, max_num_reqs), "stop_weight": (1,), "num_active": (1,)}
+        tensors = {
+            name: torch.zeros(shapes.get(name, (max_num_reqs,)), dtype=dtype, device=device)
+            for name, dtype in dtypes(cls).items()
+        }
+        tensors["stop_weight"].fill_(1)
+        return cls(**tensors)
 
 
 @dataclass(frozen=True)
 class BatchNeeds:
-    """What the rows of a batch may ask of a step; the host knows it when it stages the window.
+    """Work that the rows of a batch may ask of a step; known when the window is staged.
 
     A kernel leaves out what nobody asks for. Too much costs time, too little gives wrong tokens.
     """
@@ -120,3 +198,13 @@ class BatchNeeds:
     min_p: bool = True  # at a temperature above 0
     truncation: bool = True  # top-k or top-p at a temperature above 0
     logprobs: bool = False  # logprob and rank of the sampled tokens
+
+    @property
+    def restriction(self) -> bool:
+        """Some tokens are left out of the draw."""
+        return self.min_p or self.truncation
+
+    @classmethod
+    def none(cls) -> BatchNeeds:
+        """Temperature and seeds alone."""
+        return cls(adjustment=False, min_p=False, truncation=False)

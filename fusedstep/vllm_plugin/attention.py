@@ -92,7 +92,7 @@ class FusedStepAttentionImpl(TritonAttentionImpl):  # type: ignore[misc]
         self._is_fp8 = self.kv_cache_dtype.startswith("fp8") and not self._is_per_token_head_quant
 
     def decode_layer(self, layer: Any = None) -> AttentionLayer:
-        """What our kernel takes for this layer; the scales of an fp8 cache are ``layer``'s."""
+        """This layer as our kernel takes it; the scales of an fp8 cache are ``layer``'s."""
         has_scales = self._is_fp8 and layer is not None
         return AttentionLayer(
             num_heads=self.num_heads,

@@ -1,8 +1,8 @@
 """Windows in vLLM's Prometheus endpoint and in the server's log: a vLLM stat logger.
 
-The engine core writes its counts into shared memory (``counts.py``); they are read when somebody
-asks. With several API servers vLLM's endpoint shows what prometheus_client writes itself, and not
-these; with an engine on another machine there is nothing to read.
+The engine core writes its counts into shared memory (``scheduler/counts.py``); they are read when
+somebody asks. With several API servers vLLM's endpoint shows what prometheus_client writes itself,
+and not these; with an engine on another machine there is nothing to read.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from fusedstep.counts import WindowCounts
 from fusedstep.vllm_plugin import compat
 from fusedstep.vllm_plugin.shared import counts_page
 
@@ -46,7 +47,7 @@ class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.engine = str(engine_index)
         self.is_ours = vllm_config.scheduler_config.scheduler_cls == compat.SCHEDULER_CLS
-        self.logged: dict[str, Any] = {}
+        self.logged = WindowCounts()
         if not self.is_ours:
             return
         self.page = counts_page(vllm_config, engine_index)
@@ -62,51 +63,50 @@ class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
 
     def log(self) -> None:
         """One line for the last interval, if there were windows in it."""
-        counts = self.page.read() if self.is_ours else None
+        counts = self._read() if self.is_ours else None
         if counts is None:
             return
-        before, self.logged = self.logged, counts
-        new = {name: counts[name] - before.get(name, 0) for name in COUNTERS}
-        if not new["windows"]:
+        new, self.logged = counts.since(self.logged), counts
+        if not new.windows:
             return
-        single = _difference(counts, before, "single_steps")
-        reasons = ", ".join(f"{n} x {reason}" for reason, n in sorted(single.items()) if n)
+        turns = sorted(new.one_step_turns.items())
+        reasons = ", ".join(f"{n} x {reason}" for reason, n in turns if n)
         logger.info(
             "fusedstep: %d windows of %.1f steps, %d ended early, %.3f host ms per token"
-            "; single steps: %s",
-            new["windows"],
-            new["steps"] / new["windows"],
-            new["early_exits"],
-            1e3 * new["host_seconds"] / max(new["tokens"], 1),
+            "; one-step turns: %s",
+            new.windows,
+            new.steps_per_window,
+            new.early_exits,
+            new.host_ms_per_token,
             reasons or "none",
         )
 
     def collect(self) -> Iterator[Metric]:
         """Called at every scrape."""
-        counts = self.page.read()
+        counts = self._read()
         if counts is None:
             return
         for name, words in COUNTERS.items():
             family = CounterMetricFamily(f"fusedstep:{name}", words, labels=["engine"])
-            family.add_metric([self.engine], counts[name])
+            family.add_metric([self.engine], getattr(counts, name))
             yield family
         for name, words in (
-            ("single_steps", "Turns of one decode step, by reason"),
+            ("one_step_turns", "Turns of one decode step, by reason"),
             ("limits", "Windows, by what bound their length"),
         ):
             family = CounterMetricFamily(f"fusedstep:{name}", words, labels=["engine", "reason"])
-            for reason, value in counts[name].items():
+            for reason, value in getattr(counts, name).items():
                 family.add_metric([self.engine, reason], value)
             yield family
         histogram = HistogramMetricFamily(
             "fusedstep:window_steps", "Steps of a window that gave tokens", labels=["engine"]
         )
-        buckets = [(bound, n) for bound, n in counts["lengths"].items()]
+        buckets = [(str(bound), n) for bound, n in counts.lengths.items()]
         histogram.add_metric(
-            [self.engine], [*buckets, ("+Inf", counts["windows"])], sum_value=counts["steps"]
+            [self.engine], [*buckets, ("+Inf", counts.windows)], sum_value=counts.steps
         )
         yield histogram
 
-
-def _difference(now: dict[str, Any], before: dict[str, Any], name: str) -> dict[str, int]:
-    return {key: n - before.get(name, {}).get(key, 0) for key, n in now[name].items()}
+    def _read(self) -> WindowCounts | None:
+        values = self.page.read()
+        return None if values is None else WindowCounts.from_dict(values)

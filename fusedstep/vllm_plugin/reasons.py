@@ -1,4 +1,4 @@
-"""Why a batch takes a stock step, in words.
+"""Tests of an engine and of a request: can the device decode them, and if not, for which reason?
 
 The scheduler (engine core process) and the runner (worker process) ask the same functions, so
 they agree; the runner asks again because a wrong window would be a wrong answer.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from fusedstep.ops.types import SamplingState
+from fusedstep.reasons import Reason
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
 KV_CACHES = ("FullAttentionSpec", "SlidingWindowSpec")
 # Sampling parameters that a window honours, or that concern the prompt or the frontend only.
 PARAMETERS = {
-    *("n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature"),
-    *("top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens"),
+    *SamplingState.parameters(),
+    *("n", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens"),
     *("min_tokens", "logprobs", "prompt_logprobs", "prompt_logprob_token_ids"),
     *("prompt_logprob_start", "logprob_token_ids", "flat_logprobs", "detokenize"),
     *("skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"),
@@ -31,52 +34,51 @@ PARAMETERS = {
 }
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 128
-PIECEWISE = "piecewise CUDA graphs only"
 # Attention backends that take the host's upper bound of a length for the length: after a window
 # that ended early it is too high.
 PLAN_FROM_BOUND = frozenset({"FLASHINFER"})
 
 
 def engine_reason(vllm_config: VllmConfig) -> str | None:
-    """Why no batch of this engine can decode in a window, or None."""
+    """The reason that no batch of this engine can decode in a window, or None."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     reasons = (
-        (not vllm_config.use_v2_model_runner, "Model Runner V1"),
-        (model.runner_type != "generate", "pooling model"),
-        (model.is_encoder_decoder, "encoder-decoder model"),
-        (model.supports_multimodal_inputs, "multimodal model"),
-        (model.enable_prompt_embeds, "prompt embeddings"),
-        (model.uses_mrope, "M-RoPE positions"),
-        (model.is_hybrid or model.has_inner_state, "recurrent state"),
-        (model.is_diffusion, "diffusion model"),
-        (model.rswa_window is not None, "reference sliding-window attention"),
-        (model.logits_processors, "custom logits processors"),
-        (model.logprobs_mode != "raw_logprobs", f"logprobs mode {model.logprobs_mode}"),
-        (model.return_sampling_mask, "sampling masks"),
-        (model.enable_trace_replay, "trace replay"),
-        (model.use_fp64_gumbel, "float64 Gumbel noise"),
-        (vllm_config.watermark_config is not None, "watermarking"),
-        (vllm_config.speculative_config is not None, "speculative decoding"),
-        (vllm_config.lora_config is not None, "LoRA"),
-        (vllm_config.kv_transfer_config is not None, "KV connector"),
-        (vllm_config.ec_transfer_config is not None, "encoder-cache connector"),
-        (vllm_config.aux_output_config.enabled, "auxiliary outputs"),
-        (vllm_config.cache_config.kv_sharing_fast_prefill, "fast prefill of shared KV caches"),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
-        (parallel.data_parallel_size > 1, "data parallelism"),
-        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
-        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
-        (parallel.enable_dbo, "dual-batch overlap"),
-        (parallel.enable_eplb, "expert-parallel load balancing"),
-        (os.environ.get("VLLM_COMPUTE_NANS_IN_LOGITS", "0") == "1", "NaN counting"),
+        (not vllm_config.use_v2_model_runner, Reason.MODEL_RUNNER_V1),
+        (model.runner_type != "generate", Reason.POOLING_MODEL),
+        (model.is_encoder_decoder, Reason.ENCODER_DECODER),
+        (model.supports_multimodal_inputs, Reason.MULTIMODAL),
+        (model.enable_prompt_embeds, Reason.PROMPT_EMBEDS),
+        (model.uses_mrope, Reason.MROPE),
+        (model.is_hybrid or model.has_inner_state, Reason.RECURRENT),
+        (model.is_diffusion, Reason.DIFFUSION),
+        (model.rswa_window is not None, Reason.RSWA),
+        (model.logits_processors, Reason.LOGITS_PROCESSORS),
+        (model.logprobs_mode != "raw_logprobs", f"{Reason.LOGPROBS_MODE} {model.logprobs_mode}"),
+        (model.return_sampling_mask, Reason.SAMPLING_MASK),
+        (model.enable_trace_replay, Reason.TRACE_REPLAY),
+        (model.use_fp64_gumbel, Reason.FP64_GUMBEL),
+        (vllm_config.watermark_config is not None, Reason.WATERMARK),
+        (vllm_config.speculative_config is not None, Reason.SPECULATION),
+        (vllm_config.lora_config is not None, Reason.LORA),
+        (vllm_config.kv_transfer_config is not None, Reason.KV_CONNECTOR),
+        (vllm_config.ec_transfer_config is not None, Reason.EC_CONNECTOR),
+        (vllm_config.aux_output_config.enabled, Reason.AUX_OUTPUT),
+        (vllm_config.cache_config.kv_sharing_fast_prefill, Reason.FAST_PREFILL),
+        (parallel.pipeline_parallel_size > 1, Reason.PIPELINE_PARALLEL),
+        (parallel.data_parallel_size > 1, Reason.DATA_PARALLEL),
+        (parallel.decode_context_parallel_size > 1, Reason.DECODE_CONTEXT_PARALLEL),
+        (parallel.prefill_context_parallel_size > 1, Reason.PREFILL_CONTEXT_PARALLEL),
+        (parallel.enable_dbo, Reason.DBO),
+        (parallel.enable_eplb, Reason.EPLB),
+        (os.environ.get("VLLM_COMPUTE_NANS_IN_LOGITS", "0") == "1", Reason.NANS),
         # It would take a window's tokens for one step's: it does not run our unfolding.
-        (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") == "1", "frontend in Rust"),
+        (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") == "1", Reason.RUST_FRONTEND),
     )
     return next((words for applies, words in reasons if applies), None)
 
 
 def cache_reason(kv_cache_config: KVCacheConfig) -> str | None:
-    """Why no batch on this KV cache can decode in a window, or None."""
+    """The reason that no batch on this KV cache can decode in a window, or None."""
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
         for each in getattr(spec, "kv_cache_specs", {"": spec}).values():  # or one for each layer
@@ -86,15 +88,15 @@ def cache_reason(kv_cache_config: KVCacheConfig) -> str | None:
 
 
 def request_reason(params: SamplingParams | None) -> str | None:
-    """Why a batch with this request takes a stock step, or None."""
+    """The reason that a batch with this request takes a stock step, or None."""
     if params is None:
-        return "pooling request"
+        return Reason.POOLING_REQUEST
     reasons = (
-        (params.structured_outputs is not None, "structured output"),
-        (params.logprobs == -1 or (params.logprobs or 0) > MAX_LOGPROBS, "logprobs of all tokens"),
-        (params.logprob_token_ids, "logprobs of given token ids"),
-        (params.thinking_token_budget is not None, "thinking budget"),
-        (len(params.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS, "more than 128 stop token ids"),
+        (params.structured_outputs is not None, Reason.STRUCTURED_OUTPUT),
+        (params.logprobs == -1 or (params.logprobs or 0) > MAX_LOGPROBS, Reason.ALL_LOGPROBS),
+        (params.logprob_token_ids, Reason.LOGPROB_TOKEN_IDS),
+        (params.thinking_token_budget is not None, Reason.THINKING_BUDGET),
+        (len(params.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS, Reason.STOP_TOKEN_IDS),
     )
     return next((words for applies, words in reasons if applies), _unknown_parameter(params))
 

@@ -1,4 +1,4 @@
-"""What Model Runner V2 can hold of a request: the widths and number ranges of its tables.
+"""Limits of Model Runner V2 for a request: the widths and number ranges of its tables.
 
 Beyond them vLLM's worker raises, which ends the engine for everybody, or writes elsewhere. The
 frontend refuses such a request with a client error; the scheduler asks again, for requests that
@@ -47,7 +47,7 @@ def fit_lengths(params: SamplingParams, max_model_len: int) -> None:
 def refusal(
     params: SamplingParams | None, prompt_token_ids: Sequence[int] | None, model: ModelConfig
 ) -> Refusal | None:
-    """Why the runner cannot hold this request, or None."""
+    """The reason that the runner cannot hold this request, or None."""
     return next(_refusals(params, prompt_token_ids, model), None)
 
 

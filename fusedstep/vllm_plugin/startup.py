@@ -1,4 +1,4 @@
-"""Why an engine did not start, in one line, out of vLLM's processes; and an end without noise.
+"""One-line start-up errors collected from vLLM's child processes, and a quiet shutdown.
 
 vLLM's engine core and workers log a traceback each and the parent only learns that something
 failed. While a command starts an engine, the first process that fails writes its error into a
@@ -86,8 +86,8 @@ def end_quietly() -> None:
     """
     warnings = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
-    for place in (*logging.getLogger("vllm").handlers, logging.getLogger("uvicorn.error")):
-        place.addFilter(_tells_more_than_the_end)
+    for source in (*logging.getLogger("vllm").handlers, logging.getLogger("uvicorn.error")):
+        source.addFilter(_tells_more_than_the_end)
     atexit.register(_close_stderr)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

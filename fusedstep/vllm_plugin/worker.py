@@ -46,7 +46,7 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
         return FusedStepRunner(self.vllm_config, self.device)
 
     def no_windows_reason(self) -> str | None:
-        """Why this worker runs no windows, which its scheduler wants to know, or None."""
+        """The reason that this worker runs no windows, for its scheduler, or None."""
         return getattr(self.model_runner, "engine_reason", None)
 
     def window_stats(self) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import numpy as np
 from fusedstep.window.page import shared_file
 
 # A window that carries this as the number of arrivals seen is never cut short.
-ALL = 1 << 62
+NEVER_END = 1 << 62
 # With this it ends after its first step.
-NONE = -1
+END_AFTER_ONE_STEP = -1
 
 
 class ArrivalCounter:
@@ -28,8 +28,9 @@ class ArrivalCounter:
             self._count = np.zeros(1, dtype=np.int64)
             return
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-            file.truncate(8)
-            self._count = np.memmap(file, dtype=np.int64, mode="r+", shape=(1,))
+            file.truncate(16)
+            words = np.memmap(file, dtype=np.int64, mode="r+", shape=(2,))
+        self._count, self._cannot_end = words[:1], words[1:]
 
     @property
     def count(self) -> int:
@@ -37,8 +38,17 @@ class ArrivalCounter:
 
     @property
     def address(self) -> int:
-        """Where this process has the count: the start of a page."""
+        """Address of the count in this process: the start of a page."""
         return int(self._count.ctypes.data)
+
+    @property
+    def can_end_windows(self) -> bool:
+        """Can the form of the loop that runs be ended? Its workers write it; until then it can."""
+        return not self._cannot_end[0]
+
+    @can_end_windows.setter
+    def can_end_windows(self, can_be_ended: bool) -> None:
+        self._cannot_end[0] = not can_be_ended
 
     def add(self, n: int = 1) -> None:
         self._count[0] += n

@@ -8,15 +8,13 @@ from typing import Protocol
 
 import torch
 
+from fusedstep.loop_forms import LoopForm
 from fusedstep.ops.types import BatchNeeds, WindowRows
 from fusedstep.window.loop import DecodeModel, StepOps, Steps, decode_step
 from fusedstep.window.state import WindowSlot, WindowState
 
 # What a recorded step can do: nothing but temperature and seeds, or everything.
-VARIANTS = (
-    BatchNeeds(adjustment=False, min_p=False, truncation=False, logprobs=False),
-    BatchNeeds(adjustment=True, min_p=True, truncation=True, logprobs=False),
-)
+VARIANTS = (BatchNeeds.none(), BatchNeeds())
 # Steps of one graph of the unrolled form. It cannot be stopped within them.
 UNROLLED_STEPS = 8
 
@@ -49,7 +47,7 @@ def variant(needs: BatchNeeds) -> BatchNeeds:
 
     More than the needs costs a little time, less gives wrong tokens.
     """
-    return VARIANTS[needs.adjustment or needs.min_p or needs.truncation]
+    return VARIANTS[needs.adjustment or needs.restriction]
 
 
 class WindowGraphs:
@@ -58,8 +56,10 @@ class WindowGraphs:
     A batch that wants logprobs has none: it takes eager steps.
     """
 
-    def __init__(self, form: str, model: DecodeModel, ops: StepOps, state: WindowState) -> None:
-        """``form``: replay, unrolled or while."""
+    def __init__(
+        self, form: LoopForm, model: DecodeModel, ops: StepOps, state: WindowState
+    ) -> None:
+        """``form``: one that is recorded."""
         self.form = form
         self.model, self.ops, self.state = model, ops, state
         self._recorder: Recorder | None = None
@@ -76,23 +76,23 @@ class WindowGraphs:
             self._idle_rows(rows, num_rows)
             with self.model.capturing(num_rows):
                 step()
-            if self.form == "while":
+            if self.form is LoopForm.WHILE:
                 with self.model.capturing(num_rows):
                     self._many[key] = recorder.record_loop(step, rows.num_active, self.state.seen)
                 continue
             with self.model.capturing(num_rows):
                 self._single[key] = recorder.record(step)
-            if self.form == "unrolled":
+            if self.form is LoopForm.UNROLLED:
                 with self.model.capturing(num_rows):
                     self._many[key] = recorder.record(partial(_repeat, step))
 
     def steps(self, slot: WindowSlot) -> Steps | None:
-        """What ``run_window`` enqueues for this window's batch, or None."""
+        """The steps that ``run_window`` enqueues for this window's batch, or None."""
         if slot.needs.logprobs:
             return None
         key = slot.num_rows, variant(slot.needs)
         single, many = self._single.get(key), self._many.get(key)
-        if self.form == "while":
+        if self.form is LoopForm.WHILE:
             return None if many is None else partial(_whole_window, many)
         return None if single is None else partial(_one_or_more, single, many)
 
@@ -108,7 +108,7 @@ def _repeat(step: Callable[[], object]) -> None:
 
 
 def _whole_window(loop: Graph, remaining: int) -> int:
-    """The device ends it: a row has no budget beyond the window."""
+    """The device ends it: no row may take more steps than the window has."""
     loop.replay()
     return remaining
 

@@ -22,7 +22,7 @@ class StepOps(Protocol):
     """The fused step between lm_head and the next forward (``fusedstep.ops``)."""
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
-        """First step's inputs from the request state, and who is active."""
+        """First step's inputs from the request state, and the active flags."""
 
     def step(
         self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
@@ -77,9 +77,9 @@ def run_window(
 ) -> None:
     """Run one window: enqueue up to ``slot.num_steps`` steps.
 
-    It ends when no row is active, or after the step in which ``cut_short`` begins to say so; one
-    that has not begun by then gives way if it may. Where the host runs ahead of the device,
-    ``pace`` says by how much, and with it how many steps too many there may be; those give nothing.
+    Stops when no row is active, or after the step during which ``cut_short()`` became true. If it
+    is already true before the first step and the slot allows it, no step runs. On a GPU up to
+    ``pace.ahead`` extra steps may run; they emit no token.
     """
     rows = slot.rows
     pace.begin()

@@ -1,4 +1,4 @@
-"""What a window leaves for the host: tokens and logprobs of its steps, read once at its end."""
+"""A window's result for the host: tokens and logprobs of its steps, read once at its end."""
 
 from __future__ import annotations
 

@@ -52,10 +52,10 @@ class AheadPace:
         self._in_flight.clear()
 
     def goes_on(self, rows: WindowRows) -> bool:
-        place, self._next = self._next, (self._next + 1) % (self.ahead + 1)
-        self._counts[place].copy_(rows.num_active, non_blocking=True)
-        self._events[place].record()
-        self._in_flight.append(place)
+        index, self._next = self._next, (self._next + 1) % (self.ahead + 1)
+        self._counts[index].copy_(rows.num_active, non_blocking=True)
+        self._events[index].record()
+        self._in_flight.append(index)
         if len(self._in_flight) <= self.ahead:
             return True
         oldest = self._in_flight.popleft()

@@ -1,4 +1,4 @@
-"""A page of memory that one process writes and others read: what an engine's windows were."""
+"""Shared memory with one writer and many readers; holds one JSON object."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE = 0.1  # seconds that a reader waits for a writer
 
 
 def shared_file(name: str) -> Path:
-    """Where processes of this machine find memory by name."""
+    """The file through which processes of this machine share memory by name."""
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
     path = Path(folder, f"fusedstep-{name}")
     processes.remove_at_end(path)
@@ -47,7 +47,7 @@ class Page:
         self._header[0] += 1
 
     def read(self) -> Any:
-        """What was written last; None before the first time, or if the writer died writing."""
+        """The last object written; None before the first, or if the writer died writing."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             times, length = int(self._header[0]), int(self._header[1])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from fusedstep.errors import FusedStepError
-from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StopState
+from fusedstep.ops.types import BatchNeeds, SamplingState, StepState, off_value
 from fusedstep.window.graphs import UNROLLED_STEPS, VARIANTS, WindowGraphs
 from fusedstep.window.loop import HOST_PACE, Graphs, run_window
 from fusedstep.window.pace import Pace
@@ -21,35 +20,27 @@ STOPS_AFTER = 3  # steps, the second request
 RUNS_AGAIN = 3  # of the eager loop, where recorded steps gave other tokens
 
 
-class Tables(Protocol):
-    """The state that the step operations are bound to; nobody's requests are in it."""
-
-    requests: RequestState
-    sampling: SamplingState
-    stop: StopState
-    block_tables: tuple[torch.Tensor, ...]  # per group [R, max_num_blocks] int32
-    num_blocks: torch.Tensor  # [num_kv_cache_groups, R] int32
-
-
 class WrongTokensError(FusedStepError):
     """Recorded steps did not do what the steps do that they were recorded from."""
 
 
 class Proof:
-    """Runs the same requests eagerly and recorded. Uses KV blocks from 1 on: nobody's, either."""
+    """Runs the same requests eagerly and recorded.
+
+    Uses KV blocks 1, 2, ...: no request owns them yet (block 0 is vLLM's null block).
+    """
 
     def __init__(
         self,
-        tables: Tables,
+        state: StepState,  # no request is in it yet
         graphs: WindowGraphs,
-        block_sizes: tuple[int, ...],  # per group, tokens
         max_num_blocks: int,  # that may be used
         stage: Callable[[np.ndarray, int], int],  # (seq_lens, steps) -> rows with padding
         stream: torch.cuda.Stream | None = None,  # of the copies to the host
         pace: Pace = HOST_PACE,
     ) -> None:
-        self.tables, self.graphs, self.state = tables, graphs, graphs.state
-        self.widths = [-(-(CONTEXT + STEPS) // size) for size in block_sizes]
+        self.state, self.graphs = state, graphs
+        self.widths = [-(-(CONTEXT + STEPS) // size) for size in state.inputs.block_sizes]
         self.max_num_reqs = max_num_blocks // sum(self.widths)
         self.stage, self.stream, self.pace = stage, stream, pace
 
@@ -57,7 +48,7 @@ class Proof:
         """Raises WrongTokensError unless a batch of up to ``num_rows`` requests gives the same."""
         num_reqs = min(num_rows, self.max_num_reqs)
         # On the host: counts of each token id take as much memory as logits.
-        before = [t[:num_reqs].to("cpu", copy=True) for t in vars(self.tables.requests).values()]
+        before = [t[:num_reqs].to("cpu", copy=True) for t in vars(self.state.requests).values()]
         try:
             for needs in VARIANTS:
                 eager = self._tokens(num_reqs, needs, None)
@@ -69,7 +60,7 @@ class Proof:
                 if list(map(len, recorded)) != list(map(len, eager)):
                     raise WrongTokensError("it stops elsewhere than the eager loop")
         finally:
-            for tensor, was in zip(vars(self.tables.requests).values(), before, strict=True):
+            for tensor, was in zip(vars(self.state.requests).values(), before, strict=True):
                 tensor[:num_reqs] = was
 
     def _varies(self, eager: list[list[int]], num_reqs: int, needs: BatchNeeds) -> bool:
@@ -78,19 +69,19 @@ class Proof:
         return any(self._tokens(num_reqs, needs, None) != eager for _ in range(RUNS_AGAIN))
 
     def _tokens(self, num_reqs: int, needs: BatchNeeds, graphs: Graphs | None) -> list[list[int]]:
-        """What a window of all requests gives."""
+        """The tokens that a window of all requests gives."""
         self._make_up(num_reqs, needs)
-        budget = np.full(num_reqs, STEPS, dtype=np.int32)
-        budget[2::3] -= 1
+        steps_allowed = np.full(num_reqs, STEPS, dtype=np.int32)
+        steps_allowed[2::3] -= 1
         num_rows = self.stage(np.full(num_reqs, CONTEXT + 1, dtype=np.int32), STEPS)
-        slot = self.state.next_slot()
-        slot.stage(np.arange(num_reqs), budget, -1, needs, num_rows)
+        slot = self.graphs.state.next_slot()
+        slot.stage(np.arange(num_reqs), steps_allowed, -1, needs, num_rows)
         run_window(self.graphs.model, self.graphs.ops, slot, lambda: False, self.pace, graphs)
         return Fetched(slot, self.stream).tokens().token_ids
 
     def _make_up(self, num_reqs: int, needs: BatchNeeds) -> None:
         """Requests in the first rows: every other one samples, the second one stops early."""
-        requests, sampling, stop = self.tables.requests, self.tables.sampling, self.tables.stop
+        requests, sampling, stop = self.state.requests, self.state.sampling, self.state.stop
         rows = torch.arange(num_reqs, device=requests.stopped.device)
         requests.last_sampled_tokens[:num_reqs, 0] = 1 + rows
         requests.num_computed_tokens[:num_reqs] = CONTEXT
@@ -99,24 +90,22 @@ class Proof:
         requests.all_token_ids[:num_reqs, : CONTEXT + 1] = 1 + rows[:, None].int()
         for untouched in (requests.prompt_bin_mask, requests.output_bin_counts, requests.stopped):
             untouched[:num_reqs] = 0
-        for name, tensor in vars(sampling).items():
-            if name.startswith("num_") or name.endswith("_penalty"):
-                tensor[:num_reqs] = 0
-        restricted = needs.truncation
+        vocab_size = requests.output_bin_counts.shape[1]
+        for name, spec in SamplingState.parameters().items():
+            if spec.width is None:
+                asked = spec.on is not None and spec.need is not None and getattr(needs, spec.need)
+                value = spec.on if asked else off_value(spec, vocab_size)
+                getattr(sampling, name)[:num_reqs] = value
         sampling.temperature[:num_reqs] = (rows % 2).float()
         sampling.seeds[:num_reqs] = 1000 + rows
-        sampling.top_k[:num_reqs] = requests.output_bin_counts.shape[1]
-        sampling.top_p[:num_reqs] = 0.9 if restricted else 1.0
-        sampling.min_p[:num_reqs] = 0.01 if restricted else 0.0
-        sampling.repetition_penalty[:num_reqs] = 1.1 if needs.adjustment else 1.0
         stop.max_len[:num_reqs] = 1 << 30
         stop.max_len[1:2] = CONTEXT + 1 + STOPS_AFTER
         stop.num_stop_token_ids[:num_reqs] = 0
         first = 1
         for group, (table, width) in enumerate(
-            zip(self.tables.block_tables, self.widths, strict=True)
+            zip(self.state.block_tables, self.widths, strict=True)
         ):
             blocks = torch.arange(num_reqs * width, dtype=torch.int32, device=table.device)
             table[:num_reqs, :width] = first + blocks.view(num_reqs, width)
-            self.tables.num_blocks[group, :num_reqs] = width
+            self.state.num_blocks[group, :num_reqs] = width
             first += num_reqs * width

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fusedstep.kernels.condition import PTX
+from fusedstep.loop_forms import LoopForm
 from fusedstep.window.arrivals import ArrivalCounter
 
 MIN_DRIVER = 12040  # the first with WHILE nodes
@@ -32,8 +33,13 @@ def driver_version() -> int | None:
     return version.value
 
 
+def missing(form: LoopForm) -> str | None:
+    """The reason that this torch, driver and environment, which have CUDA graphs, lack a form."""
+    return no_while_reason() if form is LoopForm.WHILE else None
+
+
 def no_while_reason() -> str | None:
-    """Why the WHILE form cannot be had with this torch, driver and environment."""
+    """The reason that this torch, driver and environment have no WHILE nodes, or None."""
     version = driver_version()
     if torch.version.cuda is None or version is None:
         return "needs CUDA"

@@ -19,10 +19,11 @@ class Staging:
     def __init__(self, max_num_reqs: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self.idx_mapping = host_zeros(max_num_reqs, dtype=torch.int64, pinned=pinned)
-        self.budget = host_zeros(max_num_reqs, dtype=torch.int32, pinned=pinned)
+        self.steps_allowed = host_zeros(max_num_reqs, dtype=torch.int32, pinned=pinned)
         self.stop_weight = host_zeros(1, dtype=torch.int32, pinned=pinned)
         self.seen = host_zeros(1, dtype=torch.int64, pinned=pinned)
-        self._idx_mapping_np, self._budget_np = self.idx_mapping.numpy(), self.budget.numpy()
+        self._idx_mapping_np = self.idx_mapping.numpy()
+        self._steps_allowed_np = self.steps_allowed.numpy()
         self._stop_weight_np, self._seen_np = self.stop_weight.numpy(), self.seen.numpy()
 
     def copy_to(
@@ -30,7 +31,7 @@ class Staging:
         rows: WindowRows,
         seen: torch.Tensor,  # [1] int64
         idx_mapping: np.ndarray,  # [num_reqs] int64
-        budget: np.ndarray,  # [num_reqs] int32
+        steps_allowed: np.ndarray,  # [num_reqs] int32
         num_rows: int,
         arrivals_seen: int,
         ends_at_stop: bool,
@@ -39,12 +40,12 @@ class Staging:
         num_reqs = len(idx_mapping)
         self._idx_mapping_np[:num_reqs] = idx_mapping
         self._idx_mapping_np[num_reqs:num_rows] = -1
-        self._budget_np[:num_reqs] = budget
-        self._budget_np[num_reqs:num_rows] = 0
+        self._steps_allowed_np[:num_reqs] = steps_allowed
+        self._steps_allowed_np[num_reqs:num_rows] = 0
         self._stop_weight_np[0] = WINDOW_ENDS if ends_at_stop else 1
         self._seen_np[0] = arrivals_seen
         rows.idx_mapping[:num_rows].copy_(self.idx_mapping[:num_rows], non_blocking=True)
-        rows.budget[:num_rows].copy_(self.budget[:num_rows], non_blocking=True)
+        rows.steps_allowed[:num_rows].copy_(self.steps_allowed[:num_rows], non_blocking=True)
         rows.stop_weight.copy_(self.stop_weight, non_blocking=True)
         seen.copy_(self.seen, non_blocking=True)
 
@@ -63,25 +64,25 @@ class WindowSlot:
     staging: Staging
     num_reqs: int = 0
     num_rows: int = 0  # with padding rows
-    num_steps: int = 0  # longest budget of any row
+    num_steps: int = 0  # the most that any row may take
     num_logprobs: int = -1  # top-n beside the sampled token; -1: nobody asked
     needs: BatchNeeds = field(default_factory=BatchNeeds)
-    arrivals_seen: int = arrivals.ALL
+    arrivals_seen: int = arrivals.NEVER_END
     steps_run: int = 0  # enqueued, written by the loop
 
     @property
     def may_give_way(self) -> bool:
-        """May it end before its first step? A turn of one step may not: somebody must get on."""
-        return self.num_steps > 1 and self.arrivals_seen != arrivals.NONE
+        """May it end before its first step? Not a one-step turn: each turn must get somewhere."""
+        return self.num_steps > 1 and self.arrivals_seen != arrivals.END_AFTER_ONE_STEP
 
     def stage(
         self,
         idx_mapping: np.ndarray,  # [num_reqs] int64, batch_idx -> req_state_idx
-        budget: np.ndarray,  # [num_reqs] int32, steps each row may take
+        steps_allowed: np.ndarray,  # [num_reqs] int32, steps each row may take
         num_logprobs: int,
         needs: BatchNeeds,
         num_rows: int | None = None,  # with padding rows, num_reqs without
-        arrivals_seen: int = arrivals.ALL,
+        arrivals_seen: int = arrivals.NEVER_END,
         ends_at_stop: bool = False,
     ) -> None:
         """Host part of a window; everything else happens on the device.
@@ -90,7 +91,7 @@ class WindowSlot:
         """
         self.num_reqs = len(idx_mapping)
         self.num_rows = self.num_reqs if num_rows is None else num_rows
-        self.num_steps = int(budget.max(initial=0))
+        self.num_steps = int(steps_allowed.max(initial=0))
         self.num_logprobs = num_logprobs
         self.needs = needs
         self.arrivals_seen = arrivals_seen
@@ -99,7 +100,7 @@ class WindowSlot:
             self.rows,
             self.seen,
             idx_mapping,
-            budget,
+            steps_allowed,
             self.num_rows,
             arrivals_seen,
             ends_at_stop,
@@ -110,7 +111,7 @@ class WindowSlot:
 
 @dataclass
 class WindowState:
-    """What the running window works on, and the slots: window n uses slot n mod 2."""
+    """Tensors of the running window, and the slots: window n uses slot n mod 2."""
 
     rows: WindowRows
     seen: torch.Tensor  # [1] int64
@@ -120,7 +121,7 @@ class WindowState:
     @classmethod
     def allocate(cls, max_num_reqs: int, max_steps: int, device: torch.device) -> WindowState:
         """Buffers for windows of up to ``max_steps`` steps of up to ``max_num_reqs`` rows."""
-        rows = allocate_rows(max_num_reqs, max_steps, device)
+        rows = WindowRows.allocate(max_num_reqs, max_steps, device)
         seen = torch.zeros(1, dtype=torch.int64, device=device)
 
         def slot() -> WindowSlot:
@@ -138,26 +139,6 @@ class WindowState:
         slot = self.slots[self._count % 2]
         self._count += 1
         return slot
-
-
-def allocate_rows(max_num_reqs: int, max_steps: int, device: torch.device) -> WindowRows:
-    """Static per-row tensors."""
-
-    def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    return WindowRows(
-        idx_mapping=zeros(max_num_reqs, dtype=torch.int64),
-        budget=zeros(max_num_reqs, dtype=torch.int32),
-        active=zeros(max_num_reqs, dtype=torch.bool),
-        sampled=zeros(max_num_reqs, dtype=torch.int64),
-        logprobs=zeros(max_num_reqs, dtype=torch.float32),
-        ranks=zeros(max_num_reqs, dtype=torch.int64),
-        num_sampled=zeros(max_num_reqs, dtype=torch.int32),
-        out_tokens=zeros(max_steps, max_num_reqs, dtype=torch.int64),
-        stop_weight=torch.ones(1, dtype=torch.int32, device=device),
-        num_active=zeros(1, dtype=torch.int32),
-    )
 
 
 class Fetched:

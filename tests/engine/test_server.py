@@ -207,7 +207,7 @@ def test_windows_are_counted_where_vllm_shows_its_metrics(
     assert answer.usage.completion_tokens == new.tokens == 129
     assert new.windows >= 2 and new.steps == 128
     assert sum(new.limits.values()) == new.windows
-    assert sum(new.single_steps.values()) == 1  # the prefill
+    assert sum(new.one_step_turns.values()) == 1  # the prefill
     assert 0 < new.host_ms_per_token < 100
 
 

@@ -163,10 +163,10 @@ def test_transposed_batch_of_one_logit(implementation: Implementation) -> None:
 
 
 def test_inactive_rows_are_left_alone(implementation: Implementation) -> None:
-    """No budget, stopped, padding: nothing is sampled, no state of the request moves."""
+    """No steps, stopped, padding: nothing is sampled, no state of the request moves."""
     logits = random_logits(6, 63).half()
     world = build_world(63, 6, padding=(3, 5))
-    world.rows.budget[1] = 0
+    world.rows.steps_allowed[1] = 0
     world.requests.stopped[world.rows.idx_mapping[2]] = True
     tokens = compare(world, logits, implementation, needs=world.needs(logprobs=True))
     assert [token == POISON for token in tokens] == [False, True, True, True, False, True]

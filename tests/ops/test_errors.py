@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from fusedstep.ops.types import (
     StepInputs,
     StopState,
     WindowRows,
+    dtypes,
 )
 
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -45,7 +46,7 @@ PARTS = {"requests": RequestState, "sampling": SamplingState, "stop": StopState}
 
 
 def tensor_fields(state_class: type) -> list[str]:
-    return [field.name for field in fields(state_class) if field.type == "torch.Tensor"]
+    return list(dtypes(state_class))
 
 
 STATE = [(part, name) for part, cls in PARTS.items() for name in tensor_fields(cls)]
@@ -130,7 +131,7 @@ def test_rows(implementation: Implementation, call: str, name: str, change: Chan
     if call != "prepare":
         args = (random_logits(3, 64).to(implementation.device), *args, BatchNeeds())
     # The mapping says how many rows there are: the next tensor is then too long.
-    named = name if (name, change) != ("idx_mapping", fewer_rows) else "budget"
+    named = name if (name, change) != ("idx_mapping", fewer_rows) else "steps_allowed"
     with pytest.raises(TensorError, match=f"^{named}: "):
         getattr(world.bind(implementation.step_class), call)(*args)
 

@@ -104,7 +104,7 @@ def test_fifty_steps(implementation: Implementation, block_sizes: tuple[int, ...
         rows.idx_mapping[:n] = torch.randperm(size, generator=generator)[:n]
         pair.num_reqs = n - window % 3
         rows.idx_mapping[[window % n, pair.num_reqs - 1]] = -1
-        rows.budget[:n] = torch.randint(0, 9, (n,), generator=generator).int()
+        rows.steps_allowed[:n] = torch.randint(0, 9, (n,), generator=generator).int()
         pair.copy_to_device()
         pair.prepare()
         for _ in range(8):
@@ -115,11 +115,11 @@ def test_fifty_steps(implementation: Implementation, block_sizes: tuple[int, ...
 
 
 def test_windows_of_many_budgets(implementation: Implementation) -> None:
-    """A row goes on for its budget, then waits: it keeps its position and has no slot."""
+    """A row takes its steps, then waits: it keeps its position and has no slot."""
     pair = Pair(build_world(63, 4, block_sizes=(16, 8)), implementation)
     world = pair.out
     for rows in (pair.ref.rows, world.rows):
-        rows.budget[:4] = torch.tensor([1, 0, 2, 3]).int()
+        rows.steps_allowed[:4] = torch.tensor([1, 0, 2, 3]).int()
     pair.prepare()
     assert world.rows.num_active.item() == 3
     slots = world.inputs.slot_mappings
@@ -145,7 +145,7 @@ def test_a_stop_may_end_the_window(implementation: Implementation) -> None:
     pair = Pair(build_world(63, 4), implementation)
     for world in (pair.ref, pair.out):
         world.rows.stop_weight.fill_(WINDOW_ENDS)
-        world.rows.budget[3] = 1
+        world.rows.steps_allowed[3] = 1
         row = int(world.rows.idx_mapping[1])
         world.stop.max_len[row] = int(world.requests.total_len[row]) + 2
     pair.prepare()
@@ -172,12 +172,12 @@ def test_padding_rows(implementation: Implementation) -> None:
 
 @pytest.mark.parametrize("num_reqs", [0, 1, 64])
 def test_prepare(implementation: Implementation, num_reqs: int) -> None:
-    """Some rows stopped, some without budget, block tables of every length."""
+    """Some rows stopped, some without steps, block tables of every length."""
     world = build_world(63, num_reqs, block_sizes=(4, 16, 1), max_model_len=1500)
     generator = torch.Generator().manual_seed(num_reqs)
     size = len(world.requests.stopped)
     world.requests.stopped[:] = torch.rand(size, generator=generator) < 0.3
-    world.rows.budget[:] = torch.randint(0, 3, (size,), generator=generator).int()
+    world.rows.steps_allowed[:] = torch.randint(0, 3, (size,), generator=generator).int()
     for group, table in enumerate(world.block_tables):
         most = table.shape[1]
         fewest = -(-24 // world.inputs.block_sizes[group])

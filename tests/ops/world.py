@@ -13,8 +13,10 @@ from fusedstep.ops.types import (
     RequestState,
     SamplingState,
     StepInputs,
+    StepState,
     StopState,
     WindowRows,
+    off_value,
 )
 
 POISON = -77  # what outputs hold before a call
@@ -24,15 +26,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
-class World:
+class World(StepState):
     """Everything a step is bound to, and one window's rows, of which ``num_reqs`` are used."""
 
-    requests: RequestState
-    sampling: SamplingState
-    stop: StopState
-    inputs: StepInputs
-    block_tables: tuple[torch.Tensor, ...]
-    num_blocks: torch.Tensor
     rows: WindowRows
     num_reqs: int
 
@@ -41,14 +37,7 @@ class World:
         return self.requests.output_bin_counts.shape[1]
 
     def bind(self, step_class: type) -> Any:
-        return step_class(
-            self.requests,
-            self.sampling,
-            self.stop,
-            self.inputs,
-            self.block_tables,
-            self.num_blocks,
-        )
+        return step_class(self)
 
     def clone(self, device: str = "cpu") -> World:
         def copied(value: Any) -> Any:
@@ -78,22 +67,15 @@ class World:
     def needs(self, *, logprobs: bool = False) -> BatchNeeds:
         """What the host would stage for these rows: nothing that no row has."""
         sampling, reqs = self.sampling, self.rows.idx_mapping[: self.num_reqs]
-        random = sampling.temperature > 0
-        counts = [getattr(sampling, f.name) for f in fields(sampling) if f.name[:4] == "num_"]
-        adjusted = torch.stack(counts).sum(0) > 0
-        adjusted |= sampling.repetition_penalty != 1
-        adjusted |= (sampling.frequency_penalty != 0) | (sampling.presence_penalty != 0)
-        truncated = (sampling.top_k < self.vocab_size) | (sampling.top_p < 1)
-
-        def any_row(has: torch.Tensor) -> bool:
-            return bool(has[reqs[reqs >= 0]].any())
-
-        return BatchNeeds(
-            adjustment=any_row(adjusted),
-            min_p=any_row((sampling.min_p > 0) & random),
-            truncation=any_row(truncated & random),
-            logprobs=logprobs,
-        )
+        rows = reqs[reqs >= 0]
+        needs = {"logprobs": logprobs}
+        for name, spec in SamplingState.parameters().items():
+            if spec.need is not None:
+                asks = getattr(sampling, name) != off_value(spec, self.vocab_size)
+                if spec.need != "adjustment":  # a greedy row's token is not drawn
+                    asks &= sampling.temperature > 0
+                needs[spec.need] = needs.get(spec.need, False) or bool(asks[rows].any())
+        return BatchNeeds(**needs)
 
 
 @dataclass(frozen=True)
@@ -223,7 +205,11 @@ def build_world(
             output_bin_counts=int32(size, vocab_size),
             stopped=torch.zeros(size, dtype=torch.bool),
         ),
-        sampling=_neutral_sampling(size, vocab_size, randint(-(2**63), 2**63 - 1, size)),
+        sampling=replace(
+            SamplingState.off(size, vocab_size),
+            temperature=torch.ones(size),
+            seeds=randint(-(2**63), 2**63 - 1, size),
+        ),
         stop=StopState(
             max_len=int32(size, value=max_model_len),
             num_stop_token_ids=int32(size),
@@ -239,12 +225,12 @@ def build_world(
         ),
         block_tables=tuple(randint(1, 10**6, size, width).int() for width in widths),
         num_blocks=torch.tensor(widths, dtype=torch.int32)[:, None].repeat(1, size),
-        rows=_poisoned_rows(size, num_steps),
+        rows=poisoned_rows(size, num_steps),
         num_reqs=num_reqs,
     )
     world.rows.idx_mapping[:num_reqs] = torch.randperm(size, generator=generator)[:num_reqs]
     world.rows.idx_mapping[list(padding)] = -1
-    world.rows.budget[:num_reqs] = num_steps
+    world.rows.steps_allowed[:num_reqs] = num_steps
     for req in range(size):
         count_tokens(world, req)
     return world
@@ -263,46 +249,10 @@ def count_tokens(world: World, req: int) -> None:
     requests.prompt_bin_mask[req] = packed.to(torch.int32)
 
 
-def _poisoned_rows(size: int, num_steps: int) -> WindowRows:
-    def full(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.full(shape, POISON, dtype=dtype)
-
-    return WindowRows(
-        idx_mapping=full(size),
-        budget=full(size, dtype=torch.int32),
-        active=torch.ones(size, dtype=torch.bool),
-        sampled=full(size),
-        logprobs=torch.full((size,), torch.nan),
-        ranks=full(size),
-        num_sampled=full(size, dtype=torch.int32),
-        out_tokens=full(num_steps, size),
-        stop_weight=torch.ones(1, dtype=torch.int32),
-        num_active=full(1, dtype=torch.int32),
-    )
-
-
-def _neutral_sampling(size: int, vocab_size: int, seeds: torch.Tensor) -> SamplingState:
-    def int32(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32)
-
-    return SamplingState(
-        temperature=torch.ones(size),
-        seeds=seeds,
-        top_k=torch.full((size,), vocab_size, dtype=torch.int32),
-        top_p=torch.ones(size),
-        min_p=torch.zeros(size),
-        repetition_penalty=torch.ones(size),
-        frequency_penalty=torch.zeros(size),
-        presence_penalty=torch.zeros(size),
-        num_allowed_token_ids=int32(size),
-        allowed_token_ids=int32(size, 1024),
-        num_logit_bias=int32(size),
-        logit_bias_token_ids=int32(size, 1024),
-        logit_bias=torch.zeros(size, 1024),
-        min_lens=int32(size),
-        num_min_stop_token_ids=int32(size),
-        min_stop_token_ids=int32(size, 128),
-        num_bad_words=int32(size),
-        bad_word_token_ids=int32(size, 100),
-        bad_word_offsets=int32(size, 11),
-    )
+def poisoned_rows(size: int, num_steps: int) -> WindowRows:
+    rows = WindowRows.allocate(size, num_steps)
+    for tensor in vars(rows).values():
+        tensor.fill_(POISON)
+    rows.logprobs.fill_(torch.nan)
+    rows.stop_weight.fill_(1)
+    return rows

@@ -10,7 +10,7 @@ from typing import Any
 from scheduler.trace import Spec, Trace, device_stop, next_hash, next_token
 from vllm.v1.outputs import ModelRunnerOutput
 
-from fusedstep.window.arrivals import NONE
+from fusedstep.window.arrivals import END_AFTER_ONE_STEP
 
 
 @dataclass
@@ -118,7 +118,10 @@ class Device:
 
     def _gives_way(self, seen: int) -> bool:
         """Has somebody come since the window was scheduled? Some devices miss it."""
-        return NONE < seen < self.arrivals() and self.random.random() < self.trace.gives_way
+        return (
+            END_AFTER_ONE_STEP < seen < self.arrivals()
+            and self.random.random() < self.trace.gives_way
+        )
 
     def _stock_step(self, batch: Batch) -> None:
         placeholders = batch.output.scheduled_spec_decode_tokens

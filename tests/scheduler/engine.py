@@ -106,7 +106,7 @@ class Engine:
             if kind == "add":
                 if self.fused:
                     forget_aborts(self.aborts, req_id)
-                    self.scheduler.door.arrives(req_id)
+                    self.scheduler.door.announce_request(req_id)
             else:
                 self.aborts.put_nowait([req_id])
                 if self.fused:

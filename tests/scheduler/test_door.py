@@ -13,11 +13,12 @@ from scheduler.world import make_request
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
+from fusedstep.loop_forms import LoopForm
 from fusedstep.policy import DecodeSteps
 from fusedstep.vllm_plugin.scheduler import door as arrivals
 from fusedstep.vllm_plugin.scheduler.door import Door
 from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
-from fusedstep.window.arrivals import NONE, ArrivalCounter
+from fusedstep.window.arrivals import END_AFTER_ONE_STEP, ArrivalCounter
 
 LONG = Spec((1, 2, 3), 0, 390, ignore_eos=True)
 
@@ -32,28 +33,28 @@ def door() -> Door:
 def test_who_is_on_the_way_leaves_one_step(door: Door) -> None:
     before = door.counter.count
     assert door.seen(before) == before
-    door.arrives("a")
-    assert door.counter.count == before + 1 and door.seen(before + 1) == NONE
-    door.leave(["b"])
+    door.announce_request("a")
+    assert door.counter.count == before + 1 and door.seen(before + 1) == END_AFTER_ONE_STEP
+    door.announce_abort(["b"])
     assert door.counter.count == before + 2
-    door.enter("a")
-    assert door.seen(before + 1) == NONE
+    door.received("a")
+    assert door.seen(before + 1) == END_AFTER_ONE_STEP
     door.is_open = False
     assert door.seen(before + 1) == before + 1
     door.is_open = True
-    door.left(["b", "never announced"])
-    door.enter("never announced")
+    door.aborts_received(["b", "never announced"])
+    door.received("never announced")
     assert door.seen(before + 1) == before + 1 and door.counter.exceeds(before)
 
 
 def test_an_id_comes_again_before_its_abort_is_with_the_scheduler(door: Door) -> None:
     for _ in range(2):
-        door.arrives("a")
-    door.enter("a")
-    door.leave(["a"])
-    door.left(["a"])
+        door.announce_request("a")
+    door.received("a")
+    door.announce_abort(["a"])
+    door.aborts_received(["a"])
     assert door.outside == {"a"}
-    door.enter("a")
+    door.received("a")
     assert not door.outside
 
 
@@ -172,3 +173,17 @@ def test_all_are_aborted_at_once() -> None:
     scheduler = running(Trace((LONG,), max_model_len=400)).scheduler
     assert len(scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)) == 1
     assert not scheduler.running
+
+
+def test_the_form_that_runs_says_whether_a_window_can_be_ended() -> None:
+    """Not the option: a worker may have fallen back to another form. Nor one on another machine."""
+    trace = Trace([LONG])
+    scheduler = Engine(trace, FusedStepScheduler, "auto").scheduler
+    worker = scheduler.door.counter  # the same memory
+    assert scheduler._turn(scheduler._look()).stoppable
+    worker.can_end_windows = LoopForm.UNROLLED.can_be_ended
+    assert not scheduler._turn(scheduler._look()).stoppable
+    worker.can_end_windows = LoopForm.REPLAY.can_be_ended
+    assert scheduler._turn(scheduler._look()).stoppable
+    scheduler.shares_memory = False
+    assert not scheduler._turn(scheduler._look()).stoppable

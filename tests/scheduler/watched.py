@@ -40,7 +40,7 @@ class Watched(FusedStepScheduler):  # type: ignore[misc]
 
     def _watch_the_door(self, free: int, output: Any) -> None:
         """Is the next request still out, with a place and blocks that stock's would have?"""
-        could = self.waiting and self.house.num_places > 0 and not output.preempted_req_ids
+        could = self.waiting and self.admission.num_places > 0 and not output.preempted_req_ids
         could = could and output.total_num_scheduled_tokens < self.max_num_scheduled_tokens
         head = self.waiting.peek_request() if could else None
         if head is None or self.blocks.needed(head, head.num_tokens) > free:

@@ -24,8 +24,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(FusedStepRunner, "_choose_form", lambda *_: None)
     monkeypatch.setattr(FusedStepRunner, "_note_form", lambda *_: None)
     monkeypatch.setattr(module.compat, "options", lambda _: SimpleNamespace(loop="auto"))
-    monkeypatch.setattr(module.reasons, "cache_reason", lambda _: None)
-    monkeypatch.setattr(module, "runner_reason", lambda _: None)
     monkeypatch.setattr(module, "PrefillSampler", lambda *_: None)
     monkeypatch.setattr(module, "arrival_counter", lambda _: seen.events.append("counter"))
 

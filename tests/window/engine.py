@@ -1,22 +1,29 @@
 """A small torch model instead of vLLM, and requests that it decodes in windows."""
 
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import replace
 from itertools import chain
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StepInputs, StopState
-from fusedstep.window.arrivals import ALL
+from fusedstep.loop_forms import LoopForm
+from fusedstep.ops.types import (
+    BatchNeeds,
+    RequestState,
+    SamplingState,
+    StepInputs,
+    StepState,
+    StopState,
+)
+from fusedstep.window.arrivals import NEVER_END
 from fusedstep.window.graphs import WindowGraphs
 from fusedstep.window.loop import HOST_PACE, run_window
 from fusedstep.window.state import Fetched, WindowState
 
 VOCAB, BLOCK, MAX_LEN, ROWS = 97, 4, 64, 5
 EOS = 11
-FORMS = ("replay", "unrolled", "while")
+FORMS = tuple(form for form in LoopForm if form.is_recorded)
 PROMPTS = [[5, 9, 2], [1], [40, 41, 42, 43, 44], [7] * 9, [3, 1, 4, 1, 5, 9, 2, 6]]
 MAX_TOKENS = [30, 45, 1, 60, 17]
 
@@ -101,15 +108,15 @@ class Engine:
             input_block_tables=(torch.zeros_like(blocks),),
             block_sizes=(BLOCK,),
         )
-        self.tables = SimpleNamespace(
+        self.state = StepState(
             requests=self.requests,
-            sampling=greedy_sampling(),
+            sampling=SamplingState.off(ROWS, VOCAB, width=2),
             stop=stop,
             inputs=self.inputs,
             block_tables=(blocks,),
             num_blocks=int32(1, ROWS) + blocks.shape[1],
         )
-        self.ops = step_class(**vars(self.tables))
+        self.ops = step_class(self.state)
         self.model = PagedModel(self.inputs)
         self.windows = WindowState.allocate(ROWS, 16, device)
         self.outputs = [[] for _ in prompts]
@@ -132,13 +139,13 @@ class Engine:
         rows=None,
         num_rows=None,
         logprobs=True,
-        arrivals_seen=ALL,
+        arrivals_seen=NEVER_END,
         ends_at_stop=False,
     ):
         """One window over ``rows`` (all), budgets by row; returns the steps that gave tokens."""
         slot = self.windows.next_slot()
         rows = np.arange(len(budget)) if rows is None else np.asarray(rows)
-        needs = BatchNeeds(adjustment=False, min_p=False, truncation=False, logprobs=logprobs)
+        needs = replace(BatchNeeds.none(), logprobs=logprobs)
         budget = np.asarray(budget, dtype=np.int32)
         slot.stage(
             rows, budget, 1 if logprobs else -1, needs, num_rows, arrivals_seen, ends_at_stop
@@ -158,30 +165,11 @@ class Engine:
 
 def recorded(form, engine, recorder, sizes=(ROWS,)):
     """The graphs of a form for batches of these sizes."""
-    graphs = WindowGraphs(form, engine.model, engine.ops, engine.windows)
+    graphs = WindowGraphs(LoopForm(form), engine.model, engine.ops, engine.windows)
     for num_rows in sizes:
         graphs.record(recorder, num_rows)
     engine.model.begun = engine.model.forwards = 0
     return graphs
-
-
-def greedy_sampling():
-    tables = {"allowed_token_ids", "logit_bias_token_ids", "logit_bias", "min_stop_token_ids"}
-    tables |= {"bad_word_token_ids", "bad_word_offsets"}
-    floats = {f.name for f in fields(SamplingState) if "penalty" in f.name}
-    floats |= {"temperature", "top_p", "min_p", "logit_bias"}
-    state = {
-        f.name: torch.zeros(
-            (ROWS, 2) if f.name in tables else ROWS,
-            dtype=torch.float32 if f.name in floats else torch.int32,
-        )
-        for f in fields(SamplingState)
-    }
-    state["seeds"] = torch.zeros(ROWS, dtype=torch.int64)
-    state["repetition_penalty"] += 1
-    state["top_p"] += 1
-    state["top_k"] += VOCAB
-    return SamplingState(**state)
 
 
 def emitted():

@@ -119,7 +119,7 @@ class Loop:
             arrived = self.arrivals.count if self.arrivals else 0
             if int(self.num_active) <= 0 or arrived > int(self.seen):
                 return
-        raise AssertionError("no row has a budget beyond the longest window")
+        raise AssertionError("no row may take more steps than the longest window has")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from window.engine import MAX_TOKENS, PROMPTS, Engine, emitted
 
 from fusedstep.ops.dispatch import load
-from fusedstep.window.arrivals import ALL, NONE, ArrivalCounter
+from fusedstep.window.arrivals import END_AFTER_ONE_STEP, NEVER_END, ArrivalCounter
 from fusedstep.window.pace import AheadPace
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def test_windows_of_any_length(engine, num_steps):
 
 
 def test_budgets_differ_by_row(engine):
-    """A row whose budget ends early waits; its tokens go on in the next window."""
+    """A row with fewer steps waits; its tokens go on in the next window."""
     for turn in range(40):
         engine.window([1 + (turn + row) % 5 for row in range(len(PROMPTS))])
     assert engine.outputs == emitted()
@@ -59,11 +59,16 @@ def test_an_arrival_ends_the_window_after_its_step(engine, tmp_path):
     budget = [16] * len(PROMPTS)
     assert engine.window(budget, lambda: counter.exceeds(0)) == 3
     assert engine.window(budget, lambda: counter.exceeds(0), arrivals_seen=0) == 0  # gives way
-    assert engine.window(budget, lambda: counter.exceeds(NONE), arrivals_seen=NONE) == 1
+    assert (
+        engine.window(
+            budget, lambda: counter.exceeds(END_AFTER_ONE_STEP), arrivals_seen=END_AFTER_ONE_STEP
+        )
+        == 1
+    )
     assert engine.window([1, 1, 1], lambda: counter.exceeds(0), arrivals_seen=0) == 1
     assert engine.window(budget, lambda: counter.exceeds(1)) == 16  # the scheduler has seen it
     for _ in range(5):
-        engine.window(budget, lambda: counter.exceeds(ALL))
+        engine.window(budget, lambda: counter.exceeds(NEVER_END))
     assert engine.outputs == emitted()
 
 
@@ -113,6 +118,9 @@ def test_two_processes_share_the_counter(tmp_path):
     ours.unlink()
     ours.add(3)
     assert theirs.count == 3 and theirs.exceeds(2) and not theirs.exceeds(3)
+    assert ours.can_end_windows  # until a worker says otherwise
+    theirs.can_end_windows = False
+    assert not ours.can_end_windows and ours.count == 3
     assert not ours.path.exists()
 
 

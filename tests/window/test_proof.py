@@ -23,21 +23,21 @@ def proof(engine, graphs, max_num_blocks=ROWS * MAX_LEN // BLOCK - 1):
             2 if len(seq_lens) <= 2 and (2, VARIANTS[0]) in graphs._many | graphs._single else ROWS
         )
 
-    return Proof(engine.tables, graphs, (BLOCK,), max_num_blocks, stage)
+    return Proof(engine.state, graphs, max_num_blocks, stage)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("max_num_blocks", [ROWS * MAX_LEN // BLOCK - 1, 9])
 def test_recorded_steps_pass(engine, recorder, form, max_num_blocks):
     """Also where there are blocks for two requests only; the proof leaves the requests alone."""
-    blocks = [table.clone() for table in engine.tables.block_tables]
+    blocks = [table.clone() for table in engine.state.block_tables]
     before = {name: t.clone() for name, t in vars(engine.requests).items()}
     graphs = recorded(form, engine, recorder, sizes=(ROWS, 2))
     for num_rows in (ROWS, 2):
         proof(engine, graphs, max_num_blocks).check(num_rows)
     for name, tensor in vars(engine.requests).items():
         assert torch.equal(tensor, before[name]), name
-    assert not torch.equal(engine.tables.block_tables[0], blocks[0])  # the runner's to fill again
+    assert not torch.equal(engine.state.block_tables[0], blocks[0])  # the runner's to fill again
 
 
 def skip_a_step(tape, graphs):

@@ -86,7 +86,7 @@ def combine_sampled_and_draft_tokens(
     logits_indices,
     num_new_sampled_tokens,
 ):
-    """Where the logits are, and the sampled and draft tokens as the decode rows' input."""
+    """Indices of the logits; sampled and draft tokens become the decode rows' input."""
     for batch_idx in range(len(idx_mapping)):
         req = idx_mapping[batch_idx]
         first_logit = cu_num_logits[batch_idx]

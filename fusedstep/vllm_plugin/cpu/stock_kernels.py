@@ -115,17 +115,18 @@ def apply_grammar_bitmask(
     MASK_STRIDE: int,
     **_constants: Any,
 ) -> None:
-    """``_apply_grammar_bitmask_kernel``: what a grammar forbids gets -inf."""
+    """``_apply_grammar_bitmask_kernel``: tokens that a grammar forbids get -inf."""
     allowed = np.unpackbits(bitmask.numpy().view(np.uint8), axis=1, bitorder="little")
-    for row, place in zip(allowed[:, :vocab_size], mapping.tolist(), strict=True):
-        request, position = divmod(place, MASK_STRIDE)
+    for row, packed in zip(allowed[:, :vocab_size], mapping.tolist(), strict=True):
+        request, position = divmod(packed, MASK_STRIDE)
         logits_idx = int(cu_num_logits[request]) + position
         if logits_idx < int(cu_num_logits[request + 1]):
             logits[logits_idx].masked_fill_(torch.from_numpy(row == 0), -torch.inf)
 
 
 def ngram_scan(*args: Any, **_constants: Any) -> None:
-    """``_ngram_scan_kernel``: of the longest suffix that came before, its last place before.
+    """``_ngram_scan_kernel``: finds the longest suffix of the tokens that also occurs earlier, and
+    the last position where it does.
 
     It is the score ``n * (max_model_len + 1) + position + 1``, here in the first column.
     """
@@ -140,21 +141,21 @@ def ngram_scan(*args: Any, **_constants: Any) -> None:
             continue
         for n in range(min(max_n, len(tokens) - 1), min_n - 1, -1):
             before = np.lib.stride_tricks.sliding_window_view(tokens[:-1], n)
-            places = np.flatnonzero((before == tokens[-n:]).all(axis=1))
-            if len(places):
-                scores[i, 0] = n * (max_model_len + 1) + places[-1] + 1
+            starts = np.flatnonzero((before == tokens[-n:]).all(axis=1))
+            if len(starts):
+                scores[i, 0] = n * (max_model_len + 1) + starts[-1] + 1
                 break
 
 
 def ngram_finalize(*args: Any, **_constants: Any) -> None:
-    """``_ngram_finalize_kernel``: the tokens that came after that place; the last one elsewhere."""
+    """``_ngram_finalize_kernel``: the tokens after that position; without one, the last."""
     token_ids, _, idx_mapping, total_lens, num_sampled, last_sampled = _arrays(*args[:6])
     scores, _, drafts, max_model_len, _, num_drafts = _arrays(*args[6:12])
     for i, req in enumerate(idx_mapping):
         drafts[i] = last_sampled[req]
         if num_sampled[i] > 0 and scores[i].max() > 0:
-            n, place = divmod(int(scores[i].max()) - 1, max_model_len + 1)
-            after = token_ids[req, place + n : total_lens[req]][:num_drafts]
+            n, position = divmod(int(scores[i].max()) - 1, max_model_len + 1)
+            after = token_ids[req, position + n : total_lens[req]][:num_drafts]
             drafts[i, : len(after)] = after
 
 

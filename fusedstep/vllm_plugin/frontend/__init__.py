@@ -1,1 +1,1 @@
-"""What runs in the process that has the clients: the API server, or the one of an LLM."""
+"""The process that has the clients: the API server, or the one of an LLM."""

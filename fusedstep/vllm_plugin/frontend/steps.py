@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Unwatched(EngineCoreOutput):  # type: ignore[misc]
-    """What a step's statistics lack of requests whose tokens are handed over whole.
+    """Tokens that a step's statistics lack, of requests whose tokens are handed over whole.
 
     vLLM skips it, as it skips the output of a request that it does not know. Negative in the first
     step, which has all of those tokens; in each later step what is that step's.
@@ -175,7 +175,7 @@ def _share(num_tokens: int) -> Unwatched:
 
 
 def _gauges(stats: SchedulerStats | None) -> SchedulerStats | None:
-    """What the scheduler's statistics say of a moment; what they count is in the first step."""
+    """The momentary values of the scheduler's statistics; its counts are in the first step."""
     if stats is None:
         return None
     return SchedulerStats(

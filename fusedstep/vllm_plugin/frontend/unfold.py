@@ -1,4 +1,4 @@
-"""Where unfolding hangs on vLLM: between its client of the engine and its output processor.
+"""Hooks of unfolding: between vLLM's client of the engine and its output processor.
 
 All of it is in classes that every frontend has: the API server's process, each of several, and an
 ``LLM``'s. An engine whose scheduler is not ours, and one that hands over several tokens of its own

@@ -1,1 +1,1 @@
-"""What runs in the process of a command: options, wiring, the server."""
+"""The process of a command: options, wiring, the server."""

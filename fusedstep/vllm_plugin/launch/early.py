@@ -1,4 +1,4 @@
-"""What can be known of vLLM's arguments before vLLM is imported: port, model folder, context."""
+"""Checks of vLLM's arguments before vLLM is imported: port, model folder, context."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ WEIGHTS = ("config.json", "params.json", "*.gguf")  # one of these makes a folde
 def value_of(vllm_args: Sequence[str], name: str) -> str | None:
     """The value of the option ``name`` among arguments; the last one counts."""
     found = None
-    for place, arg in enumerate(vllm_args):
+    for index, arg in enumerate(vllm_args):
         option, equals, value = arg.partition("=")
         if option.replace("_", "-") == name:
-            found = value if equals else next(iter(vllm_args[place + 1 : place + 2]), None)
+            found = value if equals else next(iter(vllm_args[index + 1 : index + 2]), None)
     return found
 
 
@@ -106,7 +106,7 @@ def check_lengths(model: str | None, vllm_args: Sequence[str], wanted: dict[str,
 
 
 def too_long(wanted: dict[str, int], limit: int) -> str:
-    """What to say of lengths that do not fit."""
+    """Message for lengths that do not fit."""
     given = " and ".join(f"{option} {length}" for option, length in wanted.items())
     return (
         f"{given}: {sum(wanted.values())} tokens do not fit into the model's context of {limit}: "
@@ -115,14 +115,14 @@ def too_long(wanted: dict[str, int], limit: int) -> str:
 
 
 def check_batch(vllm_args: Sequence[str], batch_size: int) -> None:
-    """Raises ConfigError where a batch would wait for a place, which is measured as decode time."""
+    """Raises ConfigError where a batch would wait for a row, which is measured as decode time."""
     given = value_of(vllm_args, "--max-num-seqs")
     if given is not None and given.isdecimal() and batch_size > int(given):
         raise ConfigError(batch_too_large(batch_size, int(given)))
 
 
 def batch_too_large(batch_size: int, limit: int) -> str:
-    """What to say of a batch of which some requests would wait."""
+    """Message for a batch of which some requests would wait."""
     return (
         f"--batch-size {batch_size} is more than the {limit} requests that run at a time: "
         "lower it, or raise --max-num-seqs"

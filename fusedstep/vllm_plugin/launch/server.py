@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedstep import demo, processes
+from fusedstep.loop_forms import LoopForm
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
 from fusedstep.vllm_plugin.compat import SWITCH
@@ -24,7 +25,7 @@ ENDED_BY_ITSELF = "dummy_shutdown"
 
 @dataclass(frozen=True)
 class Banner:
-    """What a user should see before the server starts; ``ops`` and ``loop`` are empty for stock."""
+    """Facts to show before the server starts; ``ops`` and ``loop`` are empty for stock."""
 
     model: str
     device: str
@@ -132,7 +133,7 @@ def _run(args: Namespace) -> None:
 
 
 def _banner(args: Namespace, stock: bool) -> Banner:
-    """What is known before the engine starts: the worker has the last word on attention."""
+    """Known before the engine starts; the worker has the last word on attention."""
     import torch
     from vllm.platforms import current_platform
 
@@ -144,7 +145,7 @@ def _banner(args: Namespace, stock: bool) -> Banner:
         options = Options.parse(args.additional_config["fusedstep"])
         choice = dispatch.resolve(torch.device(current_platform.device_type), options.ops)
         decode_steps, ops = str(options.decode_steps), f"{choice.name} ({choice.reason})"
-        loop = "eager" if on_cpu else options.loop
+        loop = LoopForm.EAGER.value if on_cpu else options.loop
     backend = args.attention_backend or ("CPU_ATTN" if on_cpu else "chosen by vLLM")
     kv_bytes = args.kv_cache_memory_bytes
     return Banner(

@@ -98,7 +98,7 @@ def _interpret_triton(options: Options) -> None:
 
 
 def cpu_kv_cache_bytes(available: int) -> int:
-    """What the KV cache takes on a CPU where ``available`` bytes are free and nobody sized it."""
+    """Size of the KV cache on a CPU where ``available`` bytes are free and nobody sized it."""
     by_user = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
     if by_user.isdecimal():
         return int(by_user) * GIB

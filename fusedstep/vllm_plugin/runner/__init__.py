@@ -1,1 +1,1 @@
-"""What runs in a worker process: the model runner and its windows."""
+"""The worker process: the model runner and its windows."""

@@ -1,4 +1,4 @@
-"""What vLLM's runner is made of. A window does what the parts named here do in a decode step.
+"""The parts of vLLM's runner. A window does what the parts named here do in a decode step.
 
 A part that is not named may do something in every step that a window would leave out, which gives
 wrong tokens: then all steps are vLLM's own.
@@ -16,6 +16,8 @@ from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from fusedstep.reasons import Reason
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -44,35 +46,35 @@ OTHER = tuple(field.name for field in fields(SchedulerOutput) if field.name not 
 
 
 def runner_reason(runner: GPUModelRunner) -> str | None:
-    """Why windows would leave something out with this runner, or None. Its model is loaded."""
+    """The reason that windows would leave something out with this runner, or None."""
     state, sampler = runner.model_state, runner.sampler
     if type(state) is not DefaultModelState:
         return f"model state {type(state).__name__}"
     if state.num_new_sampled_tokens_per_step != 1:
-        return "a model of several tokens per step"
+        return Reason.TOKENS_PER_STEP
     if type(sampler) is not Sampler:
         return f"sampler {type(sampler).__name__}"
     if [type(each) for each in sampler.logits_processors] != LOGITS_PROCESSORS:
-        return "custom logits processors"
+        return Reason.LOGITS_PROCESSORS
     if runner.kv_connector is not NO_OP_KV_CONNECTOR:
-        return "KV connector"
+        return Reason.KV_CONNECTOR
     others = (
-        (runner.adaptive_verification, "adaptive verification"),
-        (runner.aux_output_connector, "auxiliary outputs"),
-        (runner.encoder_cache, "multimodal model"),
-        (runner.fast_prefill, "fast prefill of shared KV caches"),
-        (runner.pcp_manager, "prefill context parallelism"),
-        (runner.pooling_runner, "pooling model"),
-        (runner.pp_handler, "pipeline parallelism"),
-        (runner.rejection_sampler, "rejection sampler"),
-        (runner.speculator, "speculative decoding"),
-        (runner.ubatch_runner, "dual-batch overlap"),
+        (runner.adaptive_verification, Reason.ADAPTIVE_VERIFICATION),
+        (runner.aux_output_connector, Reason.AUX_OUTPUT),
+        (runner.encoder_cache, Reason.MULTIMODAL),
+        (runner.fast_prefill, Reason.FAST_PREFILL),
+        (runner.pcp_manager, Reason.PREFILL_CONTEXT_PARALLEL),
+        (runner.pooling_runner, Reason.POOLING_MODEL),
+        (runner.pp_handler, Reason.PIPELINE_PARALLEL),
+        (runner.rejection_sampler, Reason.REJECTION_SAMPLER),
+        (runner.speculator, Reason.SPECULATION),
+        (runner.ubatch_runner, Reason.DBO),
     )
     return next((words for part, words in others if part is not None), None)
 
 
 def batch_reason(scheduler_output: SchedulerOutput) -> str | None:
-    """Why a window would leave out something of this batch, or None."""
+    """The reason that a window would leave out something of this batch, or None."""
     for name in OTHER:
         if getattr(scheduler_output, name):
             return f"a batch with {name.replace('_', ' ')}"

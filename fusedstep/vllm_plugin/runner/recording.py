@@ -1,4 +1,4 @@
-"""Which form the loop has on this engine, why, and the graphs that it needs."""
+"""Chooses the form of the loop on this engine and records the graphs that it needs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from vllm.distributed.parallel_state import (
     is_global_first_rank,
 )
 
+from fusedstep.loop_forms import BEST, LoopForm
+from fusedstep.ops.types import StepState
+from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import reasons
 from fusedstep.vllm_plugin.runner.decode_model import (
     VllmDecodeModel,
@@ -24,13 +27,12 @@ from fusedstep.vllm_plugin.runner.decode_model import (
     in_place,
     padded_rows,
 )
-from fusedstep.vllm_plugin.runner.tables import DeviceTables
 from fusedstep.window.arrivals import ArrivalCounter
 from fusedstep.window.graphs import WindowGraphs
 from fusedstep.window.loop import StepOps
 from fusedstep.window.pace import Pace
 from fusedstep.window.proof import Proof
-from fusedstep.window.recorder import CudaRecorder, no_while_reason
+from fusedstep.window.recorder import CudaRecorder, missing
 from fusedstep.window.state import WindowState
 
 if TYPE_CHECKING:
@@ -38,9 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.fusedstep")
 
-# What comes instead of a form that cannot be had. ``auto`` begins at while: the unrolled form is
-# only for those who ask, because it cannot end within its steps.
-NEXT = {"while": "replay", "unrolled": "replay", "replay": "eager"}
 # While vLLM sizes its memory, the graphs of the largest batches stand for all.
 PROFILED_SIZES = 2
 
@@ -48,7 +47,7 @@ PROFILED_SIZES = 2
 class Form(NamedTuple):
     """``reason``: why it is not a better one, or what chose it."""
 
-    name: str
+    name: LoopForm
     reason: str
 
 
@@ -59,7 +58,7 @@ class LoopParts:
     model: VllmDecodeModel
     ops: StepOps
     windows: WindowState
-    tables: DeviceTables
+    state: StepState
     arrivals: ArrivalCounter
     pace: Pace
     copy_stream: torch.cuda.Stream | None  # of the results; None on a CPU
@@ -68,39 +67,40 @@ class LoopParts:
 def choose(runner: GPUModelRunner, loop: str) -> Form:
     """The best form at or below ``loop`` (one of ``options.LOOPS``) that can be tried here."""
     if runner.device.type == "cpu":
-        return Form("eager", "the device is a cpu")
-    wanted = "while" if loop == "auto" else loop
+        return Form(LoopForm.EAGER, "the device is a cpu")
+    wanted = BEST if loop == "auto" else LoopForm(loop)
     reasons = []
     while (reason := _obstacle(runner, wanted)) is not None:
         reasons.append(f"{wanted}: {reason}")
-        wanted = NEXT[wanted]
+        wanted = wanted.fallback
     return Form(wanted, "; ".join(reasons) or "works here")
 
 
-def _obstacle(runner: GPUModelRunner, form: str) -> str | None:
-    """Why ``form`` cannot even be tried."""
-    if form == "eager":
+def _obstacle(runner: GPUModelRunner, form: LoopForm) -> str | None:
+    """The reason that ``form`` cannot even be tried, or None."""
+    if not form.is_recorded:
         return None
     mode = runner.compilation_config.cudagraph_mode
     if mode is None or mode.decode_mode() != CUDAGraphMode.FULL:
         return "no full CUDA graphs for decode"
-    if form == "replay":
+    if form is LoopForm.REPLAY:
         return None
     planners = {g.backend.get_name() for g in attention_groups(runner) if not in_place(g)}
     if planners:
         return f"{', '.join(sorted(planners))} plans every step on the host"
-    if form == "while" and runner.parallel_config.tensor_parallel_size > 1:
+    if form is LoopForm.WHILE and runner.parallel_config.tensor_parallel_size > 1:
         return "tensor parallelism communicates, which a WHILE node does not allow"
-    return no_while_reason() if form == "while" else None
+    return missing(form)
 
 
 def no_windows_reason(runner: GPUModelRunner, loop: str) -> str | None:
-    """Why decode batches take stock steps, although the step operations run here."""
+    """The reason that decode batches take stock steps, although the step operations run here."""
     if runner.device.type == "cpu":
         return None
     mode = runner.compilation_config.cudagraph_mode
-    if loop != "eager" and mode is not None and mode.decode_mode() == CUDAGraphMode.PIECEWISE:
-        return reasons.PIECEWISE  # its steps have graphs, those of a window would have none
+    piecewise = mode is not None and mode.decode_mode() == CUDAGraphMode.PIECEWISE
+    if loop != LoopForm.EAGER and piecewise:
+        return Reason.PIECEWISE  # its steps have graphs, those of a window would have none
     planners = {g.backend.get_name() for g in attention_groups(runner) if not in_place(g)}
     if planners & reasons.PLAN_FROM_BOUND:
         return f"{', '.join(sorted(planners))} plans with lengths that only the device knows"
@@ -125,7 +125,7 @@ class GraphStore:
         where they are thrown away again.
         """
         taken = 0
-        while self.form.name != "eager":
+        while self.form.name.is_recorded:
             free, began = _free_bytes(), time.perf_counter()
             failure: Exception | None = None
             try:
@@ -154,7 +154,7 @@ class GraphStore:
         self.graphs = None
         lines = str(error).splitlines() or [type(error).__name__]
         reason = f"{self.form.name}: {lines[0]}"
-        self.form = Form(NEXT[self.form.name], reason)
+        self.form = Form(self.form.name.fallback, reason)
         logger.warning("fusedstep: loop form %s instead of %s", self.form.name, reason)
 
     def _record(self, num_sizes: int | None) -> tuple[WindowGraphs | None, int]:
@@ -184,9 +184,8 @@ class GraphStore:
         if graphs is None:
             return
         proof = Proof(
-            parts.tables,
+            parts.state,
             graphs,
-            parts.tables.inputs.block_sizes,
             self.runner.kv_cache_config.num_blocks - 1,  # block 0 is vLLM's null block
             parts.model.stage,
             parts.copy_stream,

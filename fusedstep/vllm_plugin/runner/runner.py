@@ -16,10 +16,13 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from fusedstep.counts import WindowCounts
+from fusedstep.loop_forms import LoopForm
 from fusedstep.ops import dispatch, native
 from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
-from fusedstep.vllm_plugin import compat, reasons
+from fusedstep.reasons import Reason
+from fusedstep.vllm_plugin import compat, patches, reasons
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.parts import batch_reason, runner_reason
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
@@ -42,19 +45,17 @@ logger = logging.getLogger("vllm.fusedstep")
 
 
 @dataclass
-class WindowStats:
-    """Counts since start, which step operations run (``ops/dispatch.py``), and the loop's form."""
+class WorkerStats:
+    """The worker's counts, which step operations run (``ops/dispatch.py``), and the loop's form."""
 
     ops: str | None
-    loop: str = "eager"
+    loop: str = LoopForm.EAGER.value
     loop_reason: str = ""
-    windows: int = 0
-    steps: int = 0  # that gave tokens
-    tokens: int = 0
-    stock_steps: Counter[str] = field(default_factory=Counter)  # reason -> steps
+    counts: WindowCounts = field(default_factory=WindowCounts)  # windows, steps, tokens
+    stock_steps: Counter[str] = field(default_factory=Counter)  # by reason
 
-    def stock(self, reason: str) -> None:
-        """One more stock step; the first of each reason is logged."""
+    def add_stock_step(self, reason: str) -> None:
+        """The first of each reason is logged."""
         if reason not in self.stock_steps:
             logger.info("fusedstep: stock step (%s)", reason)
         self.stock_steps[reason] += 1
@@ -64,10 +65,10 @@ class WindowStats:
             "ops": self.ops,
             "loop": self.loop,
             "loop_reason": self.loop_reason,
-            "windows": self.windows,
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "stock_steps": dict(self.stock_steps),
+            "windows": self.counts.windows,
+            "steps": self.counts.steps,
+            "tokens": self.counts.tokens,
+            "stock_steps": {str(reason): n for reason, n in self.stock_steps.items()},
         }
 
 
@@ -82,9 +83,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.engine_reason = reasons.engine_reason(vllm_config)
         self.ops_choice = dispatch.resolve(device, compat.options(vllm_config).ops)
         logger.info("fusedstep: step operations %s: %s", *self.ops_choice)
-        self.stats = WindowStats(self.ops_choice.name)
+        self.stats = WorkerStats(self.ops_choice.name)
         if self.ops_choice.name is None and self.engine_reason is None:
-            self.engine_reason = self.ops_choice.reason
+            self.engine_reason = f"{Reason.NO_OPS}: {self.ops_choice.reason}"
         self.staged: tuple[SchedulerOutput, WindowSlot, np.ndarray] | None = None
         self.scratch: Any = None  # of the step operations, where they have some
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
@@ -124,10 +125,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if self.engine_reason is not None:
             return
         self.tables = DeviceTables(self)
-        self.ops = self.tables.bind(self._step_class())
+        self.ops = self._step_class()(self.tables.state)
         self.prefill_sampler = PrefillSampler(self.tables, self.ops)
         if self.ops_choice.name == "native":
-            native.warm_up(self.vocab_size, self.dtype, len(self.tables.block_tables))
+            native.warm_up(self.vocab_size, self.dtype, len(self.tables.state.block_tables))
         if not hasattr(self, "arrivals"):  # made once: a GPU's driver keeps its page
             self.arrivals = arrival_counter(self.vllm_config)
         self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
@@ -157,12 +158,12 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def _choose_form(self, loop: str) -> None:
         form = choose(self, loop)
         self.no_windows = no_windows_reason(self, loop)
-        self.decode_model = VllmDecodeModel(self, use_graphs=form.name != "eager")
+        self.decode_model = VllmDecodeModel(self, use_graphs=form.name.is_recorded)
         parts = LoopParts(
             self.decode_model,
             self.ops,
             self.windows,
-            self.tables,
+            self.tables.state,
             self.arrivals,
             self.pace,
             self.copy_stream,
@@ -171,10 +172,11 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self._note_form()
 
     def _note_form(self) -> None:
-        form = self.graph_store.form
-        if form != (self.stats.loop, self.stats.loop_reason):
-            logger.info("fusedstep: loop form %s: %s", *form)
-        self.stats.loop, self.stats.loop_reason = form
+        form, reason = self.graph_store.form
+        if (form, reason) != (self.stats.loop, self.stats.loop_reason):
+            logger.info("fusedstep: loop form %s: %s", form, reason)
+        self.stats.loop, self.stats.loop_reason = form.value, reason
+        self.arrivals.can_end_windows = form.can_be_ended
 
     def shutdown(self) -> None:
         """vLLM's own, and the counter's name if the engine core never came to take it away."""
@@ -199,7 +201,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             self._stage_window(scheduler_output)
             return None
         if reason:
-            self.stats.stock(reason)
+            self.stats.add_stock_step(reason)
         if self.vllm_config.speculative_config is None:  # else placeholders are vLLM's drafts
             scheduler_output = one_token_each(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)
@@ -219,8 +221,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             self.pace,
             self.graph_store.graphs,
         )
-        self.stats.windows += 1
-        return WindowOutput(scheduler_output, slot, rows, self.stats, self.copy_stream)
+        self.stats.counts.windows += 1
+        return WindowOutput(scheduler_output, slot, rows, self.stats.counts, self.copy_stream)
 
     def sample(
         self,
@@ -260,18 +262,18 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         return sampler_output, num_sampled, num_rejected
 
     def _stock_reason(self, scheduler_output: SchedulerOutput, dummy: bool) -> str | None:
-        """Why this batch takes a stock step; empty when there is nothing to count."""
+        """The reason that this batch takes a stock step; empty when there is nothing to count."""
         if dummy or not scheduler_output.num_scheduled_tokens:
             return ""
         if self.engine_reason is not None:
             return self.engine_reason
         if scheduler_output.scheduled_new_reqs:
-            return "prefill"
+            return Reason.PREFILL
         req_states = self.req_states
         cached = scheduler_output.scheduled_cached_reqs
         rows = [req_states.req_id_to_index[req_id] for req_id in cached.req_ids]
         if (np.asarray(cached.num_computed_tokens) < req_states.prefill_len.np[rows]).any():
-            return "prefill"
+            return Reason.PREFILL
         if self.no_windows is not None:
             return self.no_windows
         if self.tables.needs_stock[rows].any():
@@ -290,29 +292,28 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         rows = np.fromiter(
             map(self.req_states.req_id_to_index.__getitem__, scheduled), np.int64, num_reqs
         )
-        budget = np.fromiter(scheduled.values(), np.int32, num_reqs)
+        steps_allowed = np.fromiter(scheduled.values(), np.int32, num_reqs)
         # Requests that stopped in the window before are scheduled once more before the host
         # knows. Where the device's flags are host memory they are left out of the batch.
         live = np.flatnonzero(~self.tables.stopped_np[rows])
-        rows, budget = rows[live], budget[live]
+        rows, steps_allowed = rows[live], steps_allowed[live]
         self.tables.static.refresh()
         num_rows = self.decode_model.stage(
-            self.req_states.num_computed_tokens_np[rows] + 1, int(budget.max(initial=0))
+            self.req_states.num_computed_tokens_np[rows] + 1, int(steps_allowed.max(initial=0))
         )
         slot = self.windows.next_slot()
         slot.stage(
             rows,
-            budget,
+            steps_allowed,
             self.tables.num_logprobs(rows),
             self._needs(rows),
             num_rows,
-            getattr(scheduler_output, "arrivals_seen", arrivals.ALL),
-            getattr(scheduler_output, "ends_at_stop", False),
+            *patches.stamp_of(scheduler_output),
         )
         self.staged = (scheduler_output, slot, live)
 
     def _needs(self, rows: np.ndarray) -> BatchNeeds:
-        """What a batch asks of a step; compiled kernels exist of few combinations."""
+        """Work that a batch asks of a step; compiled kernels exist of few combinations."""
         needs = self.tables.needs(rows)
         if self.ops_choice.name != "triton":
             return needs
@@ -320,7 +321,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def _cut_short(self, arrivals_seen: int) -> Callable[[], bool]:
         """Has a request arrived for which this window should end? All ranks say the same."""
-        if arrivals_seen == arrivals.ALL:
+        if arrivals_seen == arrivals.NEVER_END:
             return lambda: False
         group = get_tp_group()
         if group.world_size == 1:
@@ -343,22 +344,22 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         scheduler_output: SchedulerOutput,
         slot: WindowSlot,
         live: np.ndarray,  # [num_reqs of the window] int64, place in the scheduled batch
-        stats: WindowStats,
+        counts: WindowCounts,
         copy_stream: torch.cuda.Stream | None,
     ) -> None:
         self.req_ids = list(scheduler_output.num_scheduled_tokens)
         self.fetched = Fetched(slot, copy_stream)
-        self.live, self.stats = live, stats
+        self.live, self.counts = live, counts
 
     def get_output(self) -> ModelRunnerOutput:
         result = self.fetched.tokens()
         token_ids: list[list[int]] = [[] for _ in self.req_ids]
         counts = np.zeros(len(self.req_ids), dtype=np.int64)
-        for place, tokens in zip(self.live.tolist(), result.token_ids, strict=True):
-            token_ids[place] = tokens
+        for index, tokens in zip(self.live.tolist(), result.token_ids, strict=True):
+            token_ids[index] = tokens
         counts[self.live] = result.num_sampled
-        self.stats.tokens += int(counts.sum())
-        self.stats.steps += result.num_steps
+        self.counts.tokens += int(counts.sum())
+        self.counts.steps += result.num_steps
         logprobs = None
         if result.logprobs is not None:
             logprobs = LogprobsLists(

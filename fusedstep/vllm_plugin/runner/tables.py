@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
-from fusedstep.ops.types import BatchNeeds, RequestState, SamplingState, StepInputs, StopState
+from fusedstep.ops.types import (
+    BatchNeeds,
+    RequestState,
+    SamplingState,
+    StepInputs,
+    StepState,
+    StopState,
+    WindowRows,
+)
 from fusedstep.vllm_plugin import reasons
 from fusedstep.window.loop import StepOps
-from fusedstep.window.state import allocate_rows
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
@@ -109,7 +115,7 @@ class DeviceTables:
             output_bin_counts=penalties.output_bin_counts,
             stopped=torch.zeros(max_num_reqs, dtype=torch.bool, device=device),
         )
-        self.sampling = SamplingState(
+        sampling = SamplingState(
             temperature=static.of(sampler.sampling_states.temperature),
             seeds=static.of(sampler.sampling_states.seeds),
             top_k=static.of(sampler.sampling_states.top_k),
@@ -135,13 +141,13 @@ class DeviceTables:
         self.stop_token_ids = UvaBackedTensor(
             (max_num_reqs, reasons.MAX_STOP_TOKEN_IDS + 1), dtype=torch.int32
         )
-        self.stop = StopState(
+        stop = StopState(
             max_len=static.of(self.max_len),
             num_stop_token_ids=static.of(self.num_stop_token_ids),
             stop_token_ids=static.of(self.stop_token_ids),
         )
         tables = runner.block_tables
-        self.inputs = StepInputs(
+        inputs = StepInputs(
             input_ids=runner.input_buffers.input_ids,
             positions=runner.input_buffers.positions,
             seq_lens=runner.input_buffers.seq_lens,
@@ -149,11 +155,17 @@ class DeviceTables:
             input_block_tables=tuple(tables.input_block_tables),
             block_sizes=tuple(tables.block_sizes),
         )
-        self.block_tables = tuple(table.gpu for table in tables.block_tables)
-        self.num_blocks = static.of(tables.num_blocks)
+        self.state = StepState(
+            self.requests,
+            sampling,
+            stop,
+            inputs,
+            block_tables=tuple(table.gpu for table in tables.block_tables),
+            num_blocks=static.of(tables.num_blocks),
+        )
         self.prefill_len = static.of(state.prefill_len)
 
-        # Where device memory is host memory the host sees at once who has stopped.
+        # Where device memory is host memory the host sees at once which requests have stopped.
         self.stopped_np = (
             self.requests.stopped.numpy()
             if device.type == "cpu"
@@ -194,7 +206,7 @@ class DeviceTables:
         return int(self.sampler.sampling_states.num_logprobs[rows].max(initial=-1))
 
     def needs(self, rows: np.ndarray) -> BatchNeeds:
-        """What these requests ask of a step."""
+        """Work that these requests ask of a step."""
         bias, penalties, bad_words = self.sampler.logits_processors[:3]
         states = self.sampler.sampling_states
         sampled = rows[states.temperature.np[rows] != 0]
@@ -211,26 +223,15 @@ class DeviceTables:
             logprobs=self.num_logprobs(rows) >= 0,
         )
 
-    def bind(self, ops: Callable[..., StepOps]) -> StepOps:
-        """The step operations on these tables."""
-        return ops(
-            self.requests,
-            self.sampling,
-            self.stop,
-            self.inputs,
-            self.block_tables,
-            self.num_blocks,
-        )
-
 
 class PrefillSampler:
     """The window's sampler for a stock step, whose rows are those that it samples for."""
 
     def __init__(self, tables: DeviceTables, ops: StepOps) -> None:
         max_num_reqs = len(tables.needs_stock)
-        self.rows = allocate_rows(max_num_reqs, 1, tables.prefill_len.device)
+        self.rows = WindowRows.allocate(max_num_reqs, 1, tables.prefill_len.device)
         self.rows.active.fill_(True)
-        self.positions = tables.inputs.positions
+        self.positions = tables.state.inputs.positions
         self.ops = ops
 
     def __call__(

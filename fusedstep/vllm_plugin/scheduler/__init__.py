@@ -1,4 +1,4 @@
-"""What runs in the engine core process: how long each window may be, and its accounts."""
+"""The engine core process: how long each window may be, and its accounts."""
 
 from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
 

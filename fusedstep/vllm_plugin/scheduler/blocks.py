@@ -1,8 +1,8 @@
 """KV-cache blocks that running requests hold ahead of their tokens, and what others need meanwhile.
 
 A window that ends early leaves its requests with blocks that they use only later. Stock vLLM has
-those free. So that nobody is thrown out for them, as long as some request holds blocks ahead there
-are free blocks enough for all running requests to go on until those are used.
+those free. So that no request is preempted for them, enough blocks stay free, as long as some are
+held ahead, for all running requests to continue until those are used.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ class Blocks:
         return needed
 
     def most_tokens_ahead(self, requests: Collection[Request]) -> int:
-        """In how many tokens none of them holds a block more than stock's scheduler gives it.
+        """The number of further tokens after which none of them holds more blocks than stock vLLM
+        would have given it.
 
-        Blocks count that the coming turn gives for its window, or for a step after a window in
-        flight: these may end early.
+        Blocks reserved for the coming window are counted, or for a step after a window in flight:
+        these may end early.
         """
         begun = -1
         for request in requests:

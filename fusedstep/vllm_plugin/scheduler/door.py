@@ -1,4 +1,4 @@
-"""What reaches the engine while a window runs: announced at the door, seen by the worker."""
+"""Requests and aborts that reach the engine while a window runs: announced to the worker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Door:
-    """Where requests and aborts reach the engine core, and whether windows end for them.
+    """The way of requests and aborts into the engine core; ends windows for them.
 
     The engine core's input thread announces them while its main thread, which is the scheduler's,
     waits for the oldest window. A window ends when the counter exceeds what it was when the window
@@ -36,44 +36,45 @@ class Door:
         with self._lock:
             return {*self.arriving, *self.leaving}
 
-    def arrives(self, request_id: str) -> None:
-        """Input thread: a request is on its way to the scheduler. Windows end if it can be let in.
+    def announce_request(self, request_id: str) -> None:
+        """Input thread: a request is on its way. Windows end if it could be admitted.
 
-        Asked in this order: the scheduler opens the door before it looks who is outside.
+        In this order: the scheduler sets ``is_open`` before it looks at ``outside``.
         """
         with self._lock:
             self.arriving[request_id] += 1
         if self.is_open:
-            self.wake()
+            self.end_windows()
 
-    def leave(self, request_ids: Iterable[str]) -> None:
+    def announce_abort(self, request_ids: Iterable[str]) -> None:
         """Input thread: aborts that windows end for are on their way to the scheduler."""
         with self._lock:
             self.leaving.update(request_ids)
-        self.wake()
+        self.end_windows()
 
-    def enter(self, request_id: str) -> None:
+    def received(self, request_id: str) -> None:
         """The scheduler has the request."""
         with self._lock:
             self.arriving[request_id] -= 1
             if self.arriving[request_id] <= 0:
                 del self.arriving[request_id]
 
-    def left(self, request_ids: Iterable[str]) -> None:
+    def aborts_received(self, request_ids: Iterable[str]) -> None:
         """The scheduler has the aborts."""
         with self._lock:
             self.leaving.difference_update(request_ids)
 
-    def wake(self) -> None:
+    def end_windows(self) -> None:
         """End the windows that are scheduled, each after the step in flight."""
         with self._lock:
             self.counter.add()
 
     def seen(self, count: int) -> int:
-        """What a window has seen that was scheduled when the counter was at ``count``."""
+        """The arrival count to stamp on a window: ``count``, or END_AFTER_ONE_STEP if an announced
+        request is still outside."""
         with self._lock:
             outside = self.arriving or self.leaving
-            return arrivals.NONE if self.is_open and outside else count
+            return arrivals.END_AFTER_ONE_STEP if self.is_open and outside else count
 
 
 def announce_arrivals() -> None:
@@ -106,7 +107,7 @@ def announce_arrivals() -> None:
         door = getattr(self.scheduler, "door", None)
         if door is not None:
             forget_aborts(self.aborts_queue, request.request_id)
-            door.arrives(request.request_id)
+            door.announce_request(request.request_id)
         return preprocessed
 
     preprocess_add_request.announces = True  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ class Batch:
     since: float  # seconds
 
     def output_for(self, known: Mapping[str, Any]) -> SchedulerOutput:
-        """What was scheduled, for the requests that the scheduler knows now.
+        """The output as it was scheduled, for the requests that the scheduler knows now.
 
         A request's id may be used again while its tokens are under way: they are not the new
         request's.
@@ -48,14 +48,14 @@ class InFlight:
     def __init__(self) -> None:
         self.step_times = StepTimes()
         self._batches: deque[Batch] = deque()
-        self._last_came_back = 0.0
+        self._last_returned = 0.0
 
     @property
     def has_window(self) -> bool:
         """Is one of more than a step under way?"""
         return any(batch.num_steps > 1 for batch in self._batches)
 
-    def leaves(
+    def sent(
         self,
         output: SchedulerOutput,
         known: Mapping[str, Any],
@@ -71,18 +71,18 @@ class InFlight:
         requests = {request_id: known[request_id] for request_id in scheduled}
         self._batches.append(Batch(output, requests, decision, steps, size, since))
 
-    def comes_back(self, output: SchedulerOutput, result: ModelRunnerOutput) -> Batch | None:
+    def returned(self, output: SchedulerOutput, result: ModelRunnerOutput) -> Batch | None:
         """Note its time from completion to completion; what was idle before does not count.
 
-        None for a batch that was never told.
+        None if the batch was not passed to ``sent``.
         """
-        places = [n for n, batch in enumerate(self._batches) if batch.output is output]
-        if not places:
+        indices = [n for n, batch in enumerate(self._batches) if batch.output is output]
+        if not indices:
             return None
-        for _ in range(places[0] + 1):
+        for _ in range(indices[0] + 1):
             batch = self._batches.popleft()
         now = time.monotonic()
-        since, self._last_came_back = max(batch.since, self._last_came_back), now
+        since, self._last_returned = max(batch.since, self._last_returned), now
         steps = max(map(len, result.sampled_token_ids), default=0)
         if batch.timed_size and steps:
             self.step_times.add(batch.timed_size, steps, 1000 * (now - since))

@@ -20,10 +20,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from fusedstep.errors import ConfigError
 from fusedstep.policy import MAX_STEPS, Decision, DecodeSteps, Turn, decide
-from fusedstep.vllm_plugin import compat, reasons
-from fusedstep.vllm_plugin.scheduler.admission import House
+from fusedstep.reasons import Reason
+from fusedstep.vllm_plugin import compat, patches, reasons
+from fusedstep.vllm_plugin.scheduler.admission import Admission
 from fusedstep.vllm_plugin.scheduler.blocks import Blocks
-from fusedstep.vllm_plugin.scheduler.counts import WindowCounts
+from fusedstep.vllm_plugin.scheduler.counts import PublishedCounts
 from fusedstep.vllm_plugin.scheduler.door import Door
 from fusedstep.vllm_plugin.scheduler.in_flight import InFlight
 from fusedstep.vllm_plugin.scheduler.refusals import Refusals
@@ -68,16 +69,16 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         return {}
 
     @cached_property
-    def counts(self) -> WindowCounts:
-        return WindowCounts()
+    def counts(self) -> PublishedCounts:
+        return PublishedCounts()
 
     @cached_property
     def in_flight(self) -> InFlight:
         return InFlight()
 
     @cached_property
-    def house(self) -> House:
-        return House(self)
+    def admission(self) -> Admission:
+        return Admission(self)
 
     @cached_property
     def refusals(self) -> Refusals:
@@ -98,14 +99,13 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.engine_reason = reasons.engine_reason(self.vllm_config) or reasons.cache_reason(
             self.kv_cache_config
         )
-        self.last_decision = Decision(1, "nothing scheduled yet")
+        self.last_decision = Decision(1, Reason.NOTHING_DECODES)
         self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
         counter = arrival_counter(self.vllm_config)
         counter.unlink()  # the workers, started before, have it mapped
         self.door = Door(counter)
-        # An unrolled graph runs to its end; Ray's workers may be on another machine.
         executor = self.vllm_config.parallel_config.distributed_executor_backend
-        self.stoppable = options.loop != "unrolled" and executor != "ray"
+        self.shares_memory = executor != "ray"  # whose workers may be on another machine
         rank = self.vllm_config.parallel_config.data_parallel_index
         self.counts.page = counts_page(self.vllm_config, rank)
         if self.engine_reason is not None:
@@ -127,8 +127,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             if self.engine_reason is None and self.decode_steps.fixed != 1:
                 return self._schedule_window(throttle_prefills)
             output = super().schedule(throttle_prefills)
-            decision = Decision(1, self.engine_reason or "fixed at 1")
-            self.in_flight.leaves(output, self.requests, decision, on_device=False, since=0.0)
+            decision = Decision(1, self.engine_reason or Reason.FIXED_AT_1)
+            self.in_flight.sent(output, self.requests, decision, on_device=False, since=0.0)
             return output
 
     def _schedule_window(self, throttle_prefills: bool) -> SchedulerOutput:
@@ -139,18 +139,20 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self._reserve_window(batch)
         with self._headroom() as tokens_ahead:
             scheduler_output = super().schedule(throttle_prefills)
-        self.house.was_tried(scheduler_output, self.blocks.num_free, tokens_ahead)
-        self.door.is_open = self.house.is_open
+        self.admission.record_turn(scheduler_output, self.blocks.num_free, tokens_ahead)
+        self.door.is_open = self.admission.is_open
         self.has_freed = False
-        scheduler_output.arrivals_seen = self.door.seen(count)
-        scheduler_output.ends_at_stop = self.last_decision.ends_at_stop
+        patches.stamp(
+            scheduler_output,
+            patches.WindowStamp(self.door.seen(count), self.last_decision.ends_at_stop),
+        )
         decision = self.last_decision
         if scheduler_output.scheduled_new_reqs:
-            decision = Decision(1, "a request was admitted")
+            decision = Decision(1, Reason.PREFILL)
         on_device = not (
             batch.prefilling or scheduler_output.scheduled_new_reqs or self._stock_reason()
         )
-        self.in_flight.leaves(
+        self.in_flight.sent(
             scheduler_output, self.requests, decision, on_device=on_device, since=since
         )
         return scheduler_output
@@ -159,7 +161,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
         with self.counts.on_host():
-            batch = self.in_flight.comes_back(scheduler_output, model_runner_output)
+            batch = self.in_flight.returned(scheduler_output, model_runner_output)
             if batch is not None:
                 scheduler_output = batch.output_for(self.requests)
             if batch and batch.num_steps > 1 and not any(model_runner_output.sampled_token_ids):
@@ -167,8 +169,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self.refusals.deliver(outputs)
             self._cut_windows_short()
-        self.counts.came_back(
-            batch.decision.reason if batch else self.engine_reason or "fixed at 1",
+        self.counts.add_turn(
+            batch.decision.reason if batch else self.engine_reason or Reason.FIXED_AT_1,
             batch.num_steps if batch else 1,
             [len(tokens) for tokens in model_runner_output.sampled_token_ids],
         )
@@ -186,11 +188,11 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         return self.refusals.waiting or super().has_requests()
 
     def add_request(self, request: Request) -> None:
-        self.door.enter(request.request_id)
+        self.door.received(request.request_id)
         if self.refusals.refuses(request):
             return
         super().add_request(request)
-        self.house.comes(request)
+        self.admission.on_queued(request)
         reason = reasons.request_reason(request.sampling_params)
         if reason is not None:
             self.stock_reasons[request.request_id] = reason
@@ -201,7 +203,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         elif request_ids is not None:
             request_ids = list(request_ids)
         finished: list[Request] = super().finish_requests(request_ids, finished_status)
-        self.door.left(request_ids or ())
+        self.door.aborts_received(request_ids or ())
         self._cut_windows_short()
         return finished
 
@@ -210,7 +212,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         aborted = {request_ids} if isinstance(request_ids, str) else set(request_ids)
         running = {request.request_id for request in list(self.running)}
         if aborted & running and (self.waiting or running <= aborted):
-            self.door.leave(aborted)
+            self.door.announce_abort(aborted)
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> SpecDecodingStats | None:
         """None for windows: their placeholders are not drafts."""
@@ -227,7 +229,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.refusals.forget(request)
         self.stock_reasons.pop(request.request_id, None)
         self.has_freed = True
-        self.house.got_free()
+        self.admission.retry()
         return super()._free_request(request, *args, **kwargs)
 
     def _look(self) -> Running:
@@ -246,14 +248,14 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
     @contextmanager
     def _headroom(self) -> Iterator[int]:
-        """While some request holds blocks ahead, none is admitted to those that others need.
+        """Raise vLLM's watermark during this turn, so that a newcomer cannot take blocks that a
+        running request will need before all blocks held ahead are used.
 
-        All who run, newcomers included, can go on until nobody holds any ahead: for so many tokens,
-        which is what this gives.
+        Yields the number of tokens until then.
         """
         manager = self.kv_cache_manager
         stock, ahead = manager.watermark_blocks, 0
-        newcomers = min(self.house.num_startable, self.house.num_places)
+        newcomers = min(self.admission.num_startable, self.admission.num_places)
         if newcomers > 0:
             ahead = self.blocks.most_tokens_ahead(self.running)
         if ahead:
@@ -275,21 +277,23 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             request.spec_token_ids = [-1] * (min(decision.num_steps, remaining) - 1)
 
     def _turn(self, batch: Running) -> Turn:
-        house, budget = self.house, self.max_num_scheduled_tokens
-        if house.turned_away and house.num_places > 0:
-            house.has_room(self.blocks.num_free + self.blocks.held_ahead(self.running))
-        if house.num_waiting > 0 and house.num_places > 0:
-            budget //= 4  # who joins all the same finds most of it for the prompt
+        admission, budget = self.admission, self.max_num_scheduled_tokens
+        if admission.blocked and admission.num_places > 0:
+            admission.has_room(self.blocks.num_free + self.blocks.held_ahead(self.running))
+        if admission.num_waiting > 0 and admission.num_places > 0:
+            budget //= 4  # a request that joins all the same has most of it for its prompt
         params = [request.sampling_params for request, _ in batch.decoding]
         step_ms, step_measured = self.in_flight.step_times.get(len(params))
         return Turn(
             remaining=[remaining for _, remaining in batch.decoding],
             prefill_in_flight=bool(batch.prefilling),
-            may_admit=house.may_admit,
-            full_house=house.num_startable > 0,
-            joins_anytime=house.joins_anytime,
-            tokens_ahead=self.blocks.most_tokens_ahead(self.running) if house.crowded else None,
-            stoppable=self.stoppable,
+            may_admit=admission.may_admit,
+            full_house=admission.num_startable > 0,
+            joins_anytime=admission.joins_anytime,
+            tokens_ahead=self.blocks.most_tokens_ahead(self.running)
+            if admission.blocked_by_held
+            else None,
+            stoppable=self.shares_memory and self.door.counter.can_end_windows,
             stock_reason=self._stock_reason(),
             streams=any(p.output_kind is not RequestOutputKind.FINAL_ONLY for p in params),
             host_stops=any(p.stop or p.repetition_detection is not None for p in params),
@@ -302,10 +306,11 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         )
 
     def _blocks_for(self, batch: Running) -> Callable[[int], int]:
-        """What windows of so many steps take, and what then all need until it is used.
+        """Returns f(num_steps): blocks that must be free so that every running request can continue
+        until a reservation of ``num_steps`` is used up, plus one token.
 
-        With the next token of each, so that the turn after it throws nobody out while the window
-        is under way: its requests may have stopped, or need less than they reserved.
+        The token is that of the next turn, which must preempt nobody while the window runs: its
+        requests may have stopped, or need less than they reserved.
         """
         running = [request for request, _ in batch.decoding] + batch.ending
         plenty = len(running) * self.blocks.at_most(MOST_AHEAD)
@@ -321,12 +326,12 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         return blocks_for
 
     def _cut_windows_short(self) -> None:
-        """End the windows in flight if somebody could do better than wait for them."""
+        """End the windows in flight if a waiting request could start now, or nothing runs."""
         if not self.in_flight.has_window:
             return
-        place_got_free = self.has_freed and self.house.num_startable > 0
+        place_got_free = self.has_freed and self.admission.num_startable > 0
         if place_got_free or not self.running:
-            self.door.wake()
+            self.door.end_windows()
 
     def _take_back(self, scheduler_output: SchedulerOutput) -> None:
         """A window gave way before its first step: vLLM takes drafts back only beside a token."""

@@ -1,0 +1,75 @@
+"""Every reason for a stock step, a one-step turn or the length of a window, in one vocabulary.
+
+The worker counts stock steps by them, the scheduler one-step turns and windows; they are the labels
+of the metrics and the rows of ``fusedstep explain``.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Words for people; their values are published."""
+
+    # No batch of the engine decodes in a window.
+    MODEL_RUNNER_V1 = "Model Runner V1"
+    POOLING_MODEL = "pooling model"
+    ENCODER_DECODER = "encoder-decoder model"
+    MULTIMODAL = "multimodal model"
+    PROMPT_EMBEDS = "prompt embeddings"
+    MROPE = "M-RoPE positions"
+    RECURRENT = "recurrent state"
+    DIFFUSION = "diffusion model"
+    RSWA = "reference sliding-window attention"
+    LOGITS_PROCESSORS = "custom logits processors"
+    LOGPROBS_MODE = "logprobs mode"  # and which
+    SAMPLING_MASK = "sampling masks"
+    TRACE_REPLAY = "trace replay"
+    FP64_GUMBEL = "float64 Gumbel noise"
+    WATERMARK = "watermarking"
+    SPECULATION = "speculative decoding"
+    LORA = "LoRA"
+    KV_CONNECTOR = "KV connector"
+    EC_CONNECTOR = "encoder-cache connector"
+    AUX_OUTPUT = "auxiliary outputs"
+    FAST_PREFILL = "fast prefill of shared KV caches"
+    PIPELINE_PARALLEL = "pipeline parallelism"
+    DATA_PARALLEL = "data parallelism"
+    DECODE_CONTEXT_PARALLEL = "decode context parallelism"
+    PREFILL_CONTEXT_PARALLEL = "prefill context parallelism"
+    DBO = "dual-batch overlap"
+    EPLB = "expert-parallel load balancing"
+    NANS = "NaN counting"
+    RUST_FRONTEND = "frontend in Rust"
+    TOKENS_PER_STEP = "a model of several tokens per step"
+    ADAPTIVE_VERIFICATION = "adaptive verification"
+    REJECTION_SAMPLER = "rejection sampler"
+    PIECEWISE = "piecewise CUDA graphs only"
+    NO_OPS = "no step operations"  # and why
+
+    # A batch with such a request takes stock steps.
+    POOLING_REQUEST = "pooling request"
+    STRUCTURED_OUTPUT = "structured output"
+    ALL_LOGPROBS = "logprobs of all tokens"
+    LOGPROB_TOKEN_IDS = "logprobs of given token ids"
+    THINKING_BUDGET = "thinking budget"
+    STOP_TOKEN_IDS = "more than 128 stop token ids"
+
+    # The batch of this turn.
+    PREFILL = "prefill"
+    NOTHING_DECODES = "nothing decodes"
+    MAY_ADMIT = "a waiting request may be admitted"
+    FIXED_AT_1 = "fixed at 1"
+
+    # The limit that bound the length of a window.
+    FIXED = "fixed"
+    LONGEST = "longest window"
+    REMAINING = "longest-remaining request"
+    TOKEN_BUDGET = "token budget"
+    HELD_AHEAD = "blocks held ahead are used first"
+    STOP_STRINGS = "a request has stop strings"
+    BLOCKS = "free KV-cache blocks"
+    STREAMS = "a request streams"
+    JOINS_ANYTIME = "a waiting request may get ready"
+    CANNOT_END = "the window cannot be ended"

@@ -1,0 +1,415 @@
+"""All that fusedstep patches in vLLM or hangs on its objects, with the reason.
+
+tests/test_patches.py finds what is not listed here.
+
+Subclasses that vLLM is given by its own options (worker, scheduler, attention backend, platform)
+are not patches. Runner and scheduler meet here, so the accessors of hung attributes are here, too.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from fusedstep.window import arrivals
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class Kind(StrEnum):
+    """How vLLM is changed."""
+
+    REPLACED = "replaced"  # a function or class, for the life of the process
+    LENT = "lent"  # replaced during one call
+    HUNG = "hung"  # an attribute that vLLM's class has not
+    SET = "set"  # a field of vLLM's, outside of its own methods
+    ADDED = "added"  # an entry of a registry
+
+
+class Patch(NamedTuple):
+    """One change. ``by`` is the file under vllm_plugin/, ``target`` what stands there."""
+
+    by: str
+    target: str  # a pattern of fnmatch
+    kind: Kind
+    of: str  # vLLM's (or another library's) name
+    why: str
+
+
+PATCHES = (
+    # Engine core.
+    Patch(
+        "scheduler/door.py",
+        "EngineCore.__init__",
+        Kind.REPLACED,
+        "EngineCore.__init__",
+        "the scheduler's door must hear of aborts as they come",
+    ),
+    Patch(
+        "scheduler/door.py",
+        "EngineCore.preprocess_add_request",
+        Kind.REPLACED,
+        "EngineCore.preprocess_add_request",
+        "runs on the input thread while the main thread waits for a window: an arrival ends it",
+    ),
+    Patch(
+        "scheduler/door.py",
+        "preprocess_add_request.announces",
+        Kind.HUNG,
+        "EngineCore.preprocess_add_request",
+        "plug-ins are loaded more than once in a process; the patch is made once",
+    ),
+    Patch(
+        "scheduler/door.py",
+        "self.aborts_queue.put_nowait",
+        Kind.REPLACED,
+        "EngineCore.aborts_queue",
+        "aborts pass the input thread through this queue only",
+    ),
+    Patch(
+        "scheduler/scheduler.py",
+        "manager.watermark_blocks",
+        Kind.LENT,
+        "KVCacheManager.watermark_blocks",
+        "a newcomer must not take the blocks that running requests will need",
+    ),
+    Patch(
+        "scheduler/scheduler.py",
+        "request.next_decode_eligible_step",
+        Kind.SET,
+        "Request.next_decode_eligible_step",
+        "a request that ends with the window in flight is left out of one turn",
+    ),
+    Patch(
+        "scheduler/scheduler.py",
+        "request.spec_token_ids",
+        Kind.SET,
+        "Request.spec_token_ids",
+        "K-1 placeholders reserve the blocks of a window",
+    ),
+    Patch(
+        "scheduler/scheduler.py",
+        "request.num_*",
+        Kind.SET,
+        "Request.num_computed_tokens, num_output_placeholders",
+        "a window that gave way before its first step: vLLM takes drafts back only beside a token",
+    ),
+    Patch(
+        "patches.py",
+        "output.arrivals_seen",
+        Kind.HUNG,
+        "SchedulerOutput",
+        "the worker ends a window when more requests have arrived than its scheduler had seen",
+    ),
+    Patch(
+        "patches.py",
+        "output.ends_at_stop",
+        Kind.HUNG,
+        "SchedulerOutput",
+        "requests wait for a row: the window ends at the first stop",
+    ),
+    # Worker.
+    Patch(
+        "worker.py",
+        "cpu_module.CPUModelRunner",
+        Kind.LENT,
+        "vllm.v1.worker.cpu.model_runner.CPUModelRunner",
+        "vLLM 0.32's CPU worker names its runner class inside init_device",
+    ),
+    Patch(
+        "runner/tables.py",
+        "penalties.output_bin_counts",
+        Kind.SET,
+        "PenaltiesState.output_bin_counts",
+        "on a CPU: zeros that take memory only where they are written",
+    ),
+    Patch(
+        "runner/decode_model.py",
+        "common.*",
+        Kind.SET,
+        "CommonAttentionMetadata (our own instance)",
+        "one more token per row before a backend plans the next step",
+    ),
+    # vLLM on a CPU.
+    Patch(
+        "cpu/platform.py",
+        "dispatcher.vars",
+        Kind.REPLACED,
+        "triton_utils.dispatcher.vars",
+        "it looks into every object; one of llvmlite's answers __dict__ with a function",
+    ),
+    Patch(
+        "cpu/platform.py",
+        "vllm.triton_utils.HAS_TRITON",
+        Kind.LENT,
+        "vllm.triton_utils.HAS_TRITON",
+        "vLLM registers its CPU kernels only where there is no Triton",
+    ),
+    Patch(
+        "cpu/platform.py",
+        "topk_topp_sampler.HAS_TRITON",
+        Kind.SET,
+        "vllm.v1.sample.ops.topk_topp_sampler.HAS_TRITON",
+        "torch sorts faster than an interpreted kernel",
+    ),
+    Patch(
+        "cpu/platform.py",
+        "scheduler_config.async_scheduling",
+        Kind.SET,
+        "SchedulerConfig.async_scheduling",
+        "vLLM switches it off on a CPU; windows are scheduled ahead there, too",
+    ),
+    Patch(
+        "cpu/stock_kernels.py",
+        "register_kernels",
+        Kind.ADDED,
+        "vllm.triton_utils.dispatcher",
+        "native code for Model Runner V2's kernels on a CPU",
+    ),
+    Patch(
+        "cpu/triton_stand_in.py",
+        "backends[*]",
+        Kind.ADDED,
+        "triton.backends.backends",
+        "vLLM asks for a Triton backend named cpu; rare kernels run interpreted",
+    ),
+    # Every process.
+    Patch(
+        "register.py",
+        "register_backend",
+        Kind.ADDED,
+        "vllm.v1.attention.backends.registry",
+        "--attention-backend FUSEDSTEP, also of plain vLLM",
+    ),
+    Patch(
+        "register.py",
+        "copyreg.pickle",
+        Kind.ADDED,
+        "AttentionBackendEnum",
+        "a new process unpickles options before it loads plug-ins",
+    ),
+    Patch(
+        "startup.py",
+        "*.addFilter",
+        Kind.ADDED,
+        "loggers of vLLM's engine core and workers, and of uvicorn",
+        "a failed start is one line, and the end of a server is not reported as an error",
+    ),
+    Patch(
+        "startup.py",
+        "sys.stderr",
+        Kind.REPLACED,
+        "a process of vLLM's that fails to start",
+        "multiprocessing prints the traceback once more",
+    ),
+    # The frontend: a window's output is unfolded into steps of one token (frontend/unfold.py).
+    Patch(
+        "frontend/unfold.py",
+        "async_llm.RequestOutputCollector",
+        Kind.REPLACED,
+        "async_llm.RequestOutputCollector",
+        "vLLM's collector would join the tokens that a slow client has not fetched",
+    ),
+    Patch(
+        "frontend/unfold.py",
+        "engine_cls.__init__",
+        Kind.REPLACED,
+        "AsyncLLM.__init__, LLMEngine.__init__",
+        "the engine's client gets its Steps",
+    ),
+    Patch(
+        "frontend/unfold.py",
+        "self.engine_core.steps",
+        Kind.HUNG,
+        "EngineCoreClient",
+        "steps of one token that are still to be handed on",
+    ),
+    Patch(
+        "frontend/unfold.py",
+        "client_cls.get_output*",
+        Kind.REPLACED,
+        "EngineCoreClient.get_output, get_output_async",
+        "one token per output, as streams expect them",
+    ),
+    Patch(
+        "frontend/unfold.py",
+        "processor_cls.process_outputs",
+        Kind.REPLACED,
+        "OutputProcessor.process_outputs",
+        "requests that nobody streams are handed over whole; statistics count their tokens",
+    ),
+    Patch(
+        "frontend/unfold.py",
+        "process_outputs.unfolds",
+        Kind.HUNG,
+        "OutputProcessor.process_outputs",
+        "plug-ins are loaded more than once in a process; the patch is made once",
+    ),
+    Patch(
+        "frontend/steps.py",
+        "outputs.outputs",
+        Kind.SET,
+        "EngineCoreOutputs.outputs",
+        "a window's outputs become those of its first step",
+    ),
+    Patch(
+        "frontend/steps.py",
+        "step.outputs",
+        Kind.SET,
+        "EngineCoreOutputs.outputs",
+        "a step without the requests that have ended",
+    ),
+    Patch(
+        "frontend/steps.py",
+        "first.*",
+        Kind.SET,
+        "EngineCoreOutput (our own instance)",
+        "facts of a prefill belong to the first token",
+    ),
+    Patch(
+        "frontend/steps.py",
+        "last.*",
+        Kind.SET,
+        "EngineCoreOutput (our own instance)",
+        "facts of an end belong to the last token",
+    ),
+    Patch(
+        "frontend/steps.py",
+        "part.*",
+        Kind.SET,
+        "EngineCoreOutput (our own instance)",
+        "each token has its own logprobs",
+    ),
+    Patch(
+        "frontend/steps.py",
+        "stats.num_generation_tokens",
+        Kind.SET,
+        "IterationStats.num_generation_tokens",
+        "tokens of requests that are handed over whole",
+    ),
+    Patch(
+        "frontend/collector.py",
+        "completion.*",
+        Kind.SET,
+        "CompletionOutput",
+        "lists that grow later must not change what a client already has",
+    ),
+    Patch(
+        "frontend/limits.py",
+        "InputProcessor.process_inputs",
+        Kind.REPLACED,
+        "InputProcessor.process_inputs",
+        "what Model Runner V2 cannot hold of a request is a client error",
+    ),
+    Patch(
+        "frontend/limits.py",
+        "process_inputs.checks_limits",
+        Kind.HUNG,
+        "InputProcessor.process_inputs",
+        "the patch is made once in a process",
+    ),
+    Patch(
+        "frontend/limits.py",
+        "OutputProcessor.add_request",
+        Kind.REPLACED,
+        "OutputProcessor.add_request",
+        "the id of a running request is refused",
+    ),
+    Patch(
+        "frontend/limits.py",
+        "add_request.checks_ids",
+        Kind.HUNG,
+        "OutputProcessor.add_request",
+        "the patch is made once in a process",
+    ),
+    Patch(
+        "request_limits.py",
+        "params.m*_tokens",
+        Kind.SET,
+        "SamplingParams.max_tokens, min_tokens",
+        "no more than the model has room for",
+    ),
+    Patch(
+        "compile_cache.py",
+        "VllmConfig.compute_hash",
+        Kind.REPLACED,
+        "VllmConfig.compute_hash",
+        "the cache of compiled models does not ask for fusedstep's options",
+    ),
+    Patch(
+        "compile_cache.py",
+        "compute_hash.leaves_out",
+        Kind.HUNG,
+        "VllmConfig.compute_hash",
+        "the patch is made once in a process",
+    ),
+    # The command.
+    Patch(
+        "launch/arguments.py",
+        "parser.error",
+        Kind.REPLACED,
+        "FlexibleArgumentParser.error (our own instance)",
+        "a wrong option is our one-line error, exit code 2",
+    ),
+    Patch(
+        "launch/arguments.py",
+        "args.model",
+        Kind.SET,
+        "the namespace of vllm serve's arguments",
+        "MODEL, --model or the bundled model",
+    ),
+    Patch(
+        "launch/server.py",
+        "args.served_model_name",
+        Kind.SET,
+        "the namespace of vllm serve's arguments",
+        "the bundled model answers to its name",
+    ),
+    Patch(
+        "launch/server.py",
+        "entry.setup_server",
+        Kind.REPLACED,
+        "api_server.entry.setup_server",
+        "vLLM's first action is a handler for SIGTERM: ours comes after it",
+    ),
+    Patch(
+        "launch/server.py",
+        "cli.setup_server",
+        Kind.REPLACED,
+        "entrypoints.cli.serve.setup_server",
+        "the same where the command has several API servers",
+    ),
+    Patch(
+        "launch/server.py",
+        "cli.wait_for_completion_or_failure",
+        Kind.REPLACED,
+        "entrypoints.cli.serve.wait_for_completion_or_failure",
+        "several API servers are up: the handlers of signals are vLLM's again",
+    ),
+    Patch(
+        "launch/server.py",
+        "entry.serve_http",
+        Kind.REPLACED,
+        "api_server.entry.serve_http",
+        "a time-out for clients at the end, and whether the engine has died",
+    ),
+)
+
+
+class WindowStamp(NamedTuple):
+    """A window's terms, from the scheduler to the worker, on vLLM's SchedulerOutput."""
+
+    arrivals_seen: int
+    ends_at_stop: bool
+
+
+def stamp(output: SchedulerOutput, window: WindowStamp) -> None:
+    output.arrivals_seen, output.ends_at_stop = window
+
+
+def stamp_of(output: SchedulerOutput) -> WindowStamp:
+    """Batches that were scheduled with K fixed at 1 bear none: they run to their end."""
+    if not hasattr(output, "arrivals_seen"):
+        return WindowStamp(arrivals.NEVER_END, ends_at_stop=False)
+    return WindowStamp(output.arrivals_seen, output.ends_at_stop)
