@@ -120,6 +120,41 @@ def ask(
     }
 
 
+def ask_with_own_state(
+    model: str, options: dict[str, Any], asks: list[Ask], look_at_it: bool
+) -> dict[str, Any]:
+    """``ask`` a Llama whose own ModelState gives its forward an input in every step.
+
+    Without ``look_at_it`` the runner does not ask for the state, and runs windows.
+    """
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    class ShiftState(DefaultModelState):
+        def prepare_inputs(self, *args: Any) -> dict[str, Any]:
+            return super().prepare_inputs(*args) | {"shift": 5}
+
+    class ShiftedLlama(LlamaForCausalLM):
+        def forward(self, input_ids: Any, *args: Any, shift: int = 0, **kwargs: Any) -> Any:
+            input_ids = (input_ids + shift) % self.config.vocab_size
+            return super().forward(input_ids, *args, **kwargs)
+
+        @staticmethod
+        def get_model_state_cls() -> type:
+            return ShiftState
+
+    ModelRegistry.register_model("ShiftedLlama", ShiftedLlama)
+    options = options | {"hf_overrides": {"architectures": ["ShiftedLlama"]}}
+    if look_at_it:
+        use(model, options)
+    else:
+        with patch("fusedstep.vllm_plugin.runner.runner.runner_reason", lambda runner: None):
+            use(model, options)
+    result = ask(model, options, asks)
+    return result | {"scheduler": scheduler().engine_reason}
+
+
 def stream(
     model: str, options: dict[str, Any], pieces: list[list[int]], max_tokens: int, together: bool
 ) -> dict[str, Any]:
@@ -175,6 +210,38 @@ def stream(
             send(left.pop(0))
     assert not left and not engine.has_unfinished_requests(), (len(tokens), len(plain), left)
     return {"tokens": tokens, "plain": plain, "ended": ended, "counts": since(before)}
+
+
+def resubmit(
+    model: str, options: dict[str, Any], decode_steps: object, prompts: list[str]
+) -> list[list[int]]:
+    """The answers to the prompts, which all have one id: while a request decodes it is aborted,
+    and the next takes its id at once. Only the last goes on to its end."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import RequestOutputKind
+
+    use(model, options)
+    engine_child.set_decode_steps(decode_steps)
+    engine = engine_child.ENGINE
+    fields = {"max_tokens": 40, "ignore_eos": True, "output_kind": RequestOutputKind.CUMULATIVE}
+    answers: list[list[int]] = []
+    with patch.dict(os.environ, VLLM_DISABLE_REQUEST_ID_RANDOMIZATION="1"):
+        for prompt in prompts:
+            if answers:
+                engine.abort_request(["again"])
+            engine.add_request("again", prompt, sampling_params(fields))
+            try:
+                engine.add_request("again", prompt, sampling_params(fields))
+            except VLLMValidationError as error:
+                assert "in use" in str(error)
+            answers.append([])
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    answers[-1] = list(output.outputs[0].token_ids)
+                if len(answers) < len(prompts) and len(answers[-1]) > 3 * len(answers):
+                    break
+    engine_child.set_decode_steps("auto")
+    return answers
 
 
 def beam_search(

@@ -206,6 +206,39 @@ def test_streamed_input_that_gets_too_long(fused: EngineChild, tiny: str, togeth
     assert have["plain"] == want["plain"]
 
 
+@pytest.mark.parametrize("decode_steps", (1, "auto"))
+@pytest.mark.parametrize("asynchronous", (True, False))
+def test_an_id_that_is_used_again(
+    fused: EngineChild, tiny: str, asynchronous: bool, decode_steps: object
+) -> None:
+    """Tokens in flight are the aborted request's, not those of the one that has its id now."""
+    options = OPTIONS | {"async_scheduling": asynchronous}
+    want = fused.call(features_child.ask, tiny, options, PLAIN)["answers"]
+    have = fused.call(features_child.resubmit, tiny, options, decode_steps, list(PROMPTS))
+    assert len(have) == len(want) and len(have[-1]) == 40
+    for ours, one in zip(have, want, strict=True):
+        assert len(ours) > 3 and ours == one[0]["token_ids"][: len(ours)]
+
+
+def test_model_with_a_state_of_its_own(fused: EngineChild, tiny: str) -> None:
+    """Its steps are vLLM's own. In windows, which do not know the state, all but the first token
+    of each answer would be another model's."""
+
+    def tokens(look_at_it: bool) -> tuple[list[list[int]], dict[str, Any]]:
+        options = OPTIONS | {"seed": int(look_at_it)}  # an engine of its own
+        args = tiny, options, PLAIN[:3], look_at_it
+        result = fused.call(features_child.ask_with_own_state, *args)
+        return [answer[0]["token_ids"] for answer in result["answers"]], result
+
+    have, result = tokens(look_at_it=True)
+    assert_stock(result["counts"], "model state ShiftState")
+    assert result["scheduler"] == "model state ShiftState"
+    wrong, result = tokens(look_at_it=False)
+    assert_windows(result["counts"])
+    assert [a[0] for a in wrong] == [a[0] for a in have]
+    assert all(a[1:] != b[1:] for a, b in zip(wrong, have, strict=True))
+
+
 def test_running_requests_lose_their_cache(compare: Any) -> None:
     """reset_prefix_cache(reset_running_requests=True) with windows in flight."""
     result = compare(PLAIN[:3], reset_at=4)
