@@ -51,6 +51,9 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         schema = func._schema
         assert schema.name not in SYNCHRONISING, f"{schema.name} while recording"
+        if func._can_decompose():  # inference mode leaves that to us: some are views at times only
+            with self:
+                return func.decompose(*args, **kwargs)
         call = lambda: func(*args, **kwargs)  # noqa: E731
         if schema.name in self.recorder.python_ops:
             with self:  # what it does is on the tape, not that it was called
