@@ -41,5 +41,6 @@ def complete(server: Server, **fields: Any) -> Any:
     """What comes after the prompt before WORDS."""
     with client(server) as one:
         prompt = scripted.prompt(WORDS_AT)
-        answer: Any = one.completions.create(model="m", prompt=prompt, temperature=0, **fields)
+        fields = {"temperature": 0} | fields
+        answer: Any = one.completions.create(model="m", prompt=prompt, **fields)
         return list(answer) if fields.get("stream") else answer
