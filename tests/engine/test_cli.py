@@ -20,6 +20,7 @@ from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat
 from fusedstep.vllm_plugin.launch import server, sources, wiring
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 Run = Callable[..., tuple[int, str, str]]
 MODEL = "MODEL"  # stands for the bundled model's folder
 
@@ -429,17 +430,9 @@ def test_wrong_prompts_file_is_one_line(
         prompts.read_requests(path, {})
 
 
-def test_verify_finds_windows_identical_to_stock(tmp_path: Path, model: str) -> None:
-    lines: list[dict[str, Any]] = [
-        {"prompt": "The capital of France is"},
-        {"prompt": "Once upon a time", "max_tokens": 3},
-        {"prompt": "1, 2, 3,", "logprobs": 4},
-        {"prompt": "la la la", "repetition_penalty": 1.3},
-        {"prompt": "A list:", "stop": ["2."]},
-        {"prompt": "Yes", "ignore_eos": True, "n": 2, "temperature": 0.9, "seed": 1},
-    ]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_verify_finds_windows_identical_to_stock(model: str) -> None:
+    """With the prompts of the examples: several lengths, logprobs, a stop string, two choices."""
+    path = EXAMPLES / "own_prompts.jsonl"
     command = [FUSEDSTEP, "verify", model, "--prompts", str(path), "--max-tokens=12", "--json=-"]
     done = subprocess.run([*command, *SMALL], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
