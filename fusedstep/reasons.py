@@ -13,6 +13,7 @@ class Reason(StrEnum):
     """Words for people; their values are published."""
 
     # No batch of the engine decodes in a window.
+    NOT_SWITCHED_ON = "FUSEDSTEP=on is not set"
     MODEL_RUNNER_V1 = "Model Runner V1"
     POOLING_MODEL = "pooling model"
     ENCODER_DECODER = "encoder-decoder model"

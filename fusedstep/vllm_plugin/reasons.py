@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedstep.ops.types import SamplingState
 from fusedstep.reasons import Reason
+from fusedstep.vllm_plugin.compat import SWITCH
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,6 +38,14 @@ MAX_LOGPROBS = 128
 # Attention backends that take the host's upper bound of a length for the length: after a window
 # that ended early it is too high.
 PLAN_FROM_BOUND = frozenset({"FLASHINFER"})
+
+
+def switch_reason() -> str | None:
+    """None if fusedstep is switched on in the engine's processes and in its frontend's.
+
+    Else nobody announces arrivals to a window, and nobody unfolds one for vLLM's frontend.
+    """
+    return None if os.environ.get(SWITCH) == "on" else Reason.NOT_SWITCHED_ON
 
 
 def engine_reason(vllm_config: VllmConfig) -> str | None:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from scheduler.engine import Engine
 from scheduler.trace import Spec, Trace
-from scheduler.world import make_request
+from scheduler.world import make_request, make_scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import RequestStatus
 
 from fusedstep.loop_forms import LoopForm
 from fusedstep.policy import DecodeSteps
+from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin.scheduler import door as arrivals
 from fusedstep.vllm_plugin.scheduler.door import Door
 from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
@@ -187,3 +188,10 @@ def test_the_form_that_runs_says_whether_a_window_can_be_ended() -> None:
     assert scheduler._turn(scheduler._look()).stoppable
     scheduler.shares_memory = False
     assert not scheduler._turn(scheduler._look()).stoppable
+
+
+@pytest.mark.parametrize(("switch", "reason"), (("on", None), ("", Reason.NOT_SWITCHED_ON)))
+def test_without_the_switch_all_steps_are_stock(switch: str, reason: str | None) -> None:
+    """A scheduler named by hand, in processes where nobody announces or unfolds for it."""
+    scheduler = make_scheduler(Trace((LONG,)), FusedStepScheduler, "auto", switch)
+    assert scheduler.engine_reason == reason

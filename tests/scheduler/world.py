@@ -86,7 +86,9 @@ def _copy(config: Any) -> Any:
     return copied
 
 
-def make_scheduler(trace: Trace, kind: type[Scheduler], decode_steps: str = "1") -> Scheduler:
+def make_scheduler(
+    trace: Trace, kind: type[Scheduler], decode_steps: str = "1", switch: str = "on"
+) -> Scheduler:
     """A scheduler with a KV cache of its own, as the engine core makes it."""
     size = trace.block_size
     shape = {"block_size": size, "num_kv_heads": 1, "head_size": 1, "dtype": torch.float32}
@@ -96,7 +98,7 @@ def make_scheduler(trace: Trace, kind: type[Scheduler], decode_steps: str = "1")
         groups.append(KVCacheGroupSpec(["sliding"], window))
     kv_cache_config = KVCacheConfig(trace.num_blocks, [], groups)
     config = _vllm_config(trace, decode_steps)
-    with patch.dict(os.environ, VLLM_USE_V2_MODEL_RUNNER="1"):
+    with patch.dict(os.environ, VLLM_USE_V2_MODEL_RUNNER="1", FUSEDSTEP=switch):
         return kind(
             vllm_config=config,
             kv_cache_config=kv_cache_config,

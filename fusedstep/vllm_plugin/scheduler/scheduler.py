@@ -96,8 +96,10 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.decode_steps, self.latency_ms = options.decode_steps, options.window_latency_ms
         if self.decode_steps.fixed != 1:
             refuse_foreign_worker(self.vllm_config)
-        self.engine_reason = reasons.engine_reason(self.vllm_config) or reasons.cache_reason(
-            self.kv_cache_config
+        self.engine_reason = (
+            reasons.switch_reason()
+            or reasons.engine_reason(self.vllm_config)
+            or reasons.cache_reason(self.kv_cache_config)
         )
         self.last_decision = Decision(1, Reason.NOTHING_DECODES)
         self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
