@@ -47,7 +47,7 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
 
     def no_windows_reason(self) -> str | None:
         """The reason that this worker runs no windows, for its scheduler, or None."""
-        return getattr(self.model_runner, "engine_reason", None)
+        return getattr(self.model_runner, "stock_steps_reason", None)
 
     def window_stats(self) -> dict[str, Any]:
         """Counts since start: windows, steps, tokens, and stock steps by reason."""

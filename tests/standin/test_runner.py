@@ -27,16 +27,23 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(module, "PrefillSampler", lambda *_: None)
     monkeypatch.setattr(module, "arrival_counter", lambda _: seen.events.append("counter"))
 
-    def bind(step_class: Any) -> None:
-        seen.bound.append(step_class.keywords["scratch"])
+    class Step:
+        """The Triton step operations, without tensors."""
+
+        def __init__(self, state: Any, *, scratch: Any) -> None:
+            seen.bound.append(scratch)
+
+        @staticmethod
+        def allocate_scratch(*shape: Any) -> Any:
+            seen.events.append("scratch")
+            return shape
 
     static = SimpleNamespace(overwritten=lambda: seen.events.append("overwritten"))
-    tables = SimpleNamespace(bind=bind, static=static, block_tables=())
+    tables = SimpleNamespace(state=SimpleNamespace(block_tables=()), static=static)
     monkeypatch.setattr(module, "DeviceTables", lambda _: tables)
-    step_class = SimpleNamespace(
-        allocate_scratch=lambda *shape: seen.events.append("scratch") or shape
-    )
-    monkeypatch.setattr(module.dispatch, "load", lambda _: type("S", (), vars(step_class)))
+    monkeypatch.setattr(module.dispatch, "load", lambda _: Step)
+    monkeypatch.setattr(module.reasons, "cache_reason", lambda _: None)
+    monkeypatch.setattr(module, "runner_reason", lambda _: None)
 
     def record(**_: Any) -> int:
         seen.inference.append(torch.is_inference_mode_enabled())
@@ -45,6 +52,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     runner = object.__new__(FusedStepRunner)
     vars(runner).update(
         engine_reason=None,
+        no_windows=None,
         ops_choice=Choice("triton", ""),
         scratch=None,
         max_num_reqs=3,
@@ -80,3 +88,13 @@ def test_recording_is_inference(started: SimpleNamespace) -> None:
     started.runner.use_form("replay")
     assert started.inference == [True, True]
     assert "overwritten" in started.events  # by the proof: requests get their own values again
+
+
+def test_scheduler_hears_of_an_engine_that_keeps_stock_steps(started: SimpleNamespace) -> None:
+    """It would reserve blocks and tokens for windows that never come."""
+    runner = started.runner
+    assert runner.stock_steps_reason is None
+    runner.no_windows = "no graphs"
+    assert runner.stock_steps_reason == "no graphs"
+    runner.engine_reason = "a model"
+    assert runner.stock_steps_reason == "a model"

@@ -90,6 +90,11 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.scratch: Any = None  # of the step operations, where they have some
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
+    @property
+    def stock_steps_reason(self) -> str | None:
+        """The reason that no batch of this engine gets a window, or None."""
+        return self.engine_reason or self.no_windows
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self.engine_reason = self.engine_reason or runner_reason(self)
