@@ -156,6 +156,7 @@ def record_on_tapes(form: str) -> dict[str, Any]:
     from types import SimpleNamespace
     from unittest.mock import patch
 
+    import torch
     from vllm.config.compilation import CUDAGraphMode
     from vllm.model_executor.layers.attention import attention
     from window.tape import TapeRecorder
@@ -197,7 +198,8 @@ def record_on_tapes(form: str) -> dict[str, Any]:
         us.cudagraph_manager.stock = stock
         us.use_form(form)
         if form == "unrolled":  # which has a graph of one step and one of many
-            us.graph_store.prove()
+            with torch.inference_mode():  # as capture_model does
+                us.graph_store.prove()
     reset_prefix_cache()  # the proof has used its blocks
     us.recorder = recorder
     recorder.replays = 0

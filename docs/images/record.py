@@ -1,6 +1,6 @@
 """Records a command as an SVG picture of the terminal: what README shows is what was printed.
 
-    python docs/images/record.py verify.svg fusedstep verify --limit 8
+    python docs/images/record.py verify.svg fusedstep verify --limit 8 > /dev/null
 
 The command runs in a pseudo-terminal; what it leaves on the screen is kept, not what it overwrote.
 """
@@ -21,7 +21,7 @@ from rich.text import Text
 COLUMNS = 110
 FOLDER = Path(__file__).parent
 # A status line that rich draws and takes away again: carriage return, erase, perhaps one line up.
-OVERWRITTEN = re.compile(r"[^\n]*(?:\r\x1b\[2K|\x1b\[1A\x1b\[2K)")
+OVERWRITTEN = re.compile(r"[^\n]*(?:\r\x1b\[2K|\n(?:\x1b\[\?25h)?\x1b\[1A\x1b\[2K)")
 CURSOR = re.compile(r"\x1b\[\?25[lh]|\x1b\[[0-9]*[A-LSTf]|\x1b\[2?K|\r")
 
 

@@ -59,7 +59,7 @@ def commands(model: str) -> dict[str, Command]:
     return {
         "verify": Command((FUSEDSTEP, "verify", model), {"moment": "worker", "seconds": 5}),
         "latency": Command(
-            (FUSEDSTEP, "bench", "latency", model, *SMALL_ARGS, "--repeats=99"),
+            (FUSEDSTEP, "bench", "latency", model, *SMALL_ARGS, "--batch-size=4", "--repeats=99"),
             {"moment": "turns"},
         ),
         "bench serve": Command(

@@ -100,7 +100,7 @@ class LateDevice:
 def test_the_host_runs_only_a_little_ahead(monkeypatch, ahead):
     """Rows that have stopped are noticed ``ahead`` steps late; those steps give nothing."""
     device = type("Device", (LateDevice,), {})
-    monkeypatch.setattr(torch.cuda, "Event", device)
+    monkeypatch.setattr(torch.cuda, "Event", lambda *, blocking: device())
     pace = AheadPace(ahead)
     engine, in_step = (Engine(load("native"), PROMPTS, MAX_TOKENS, CPU) for _ in range(2))
     extra = []

@@ -78,7 +78,7 @@ def test_an_eager_loop_that_varies(monkeypatch, runs, words):
     left = iter((runs + " E E").split())
     monkeypatch.setattr(Proof, "_tokens", lambda *_: tokens[next(left)])
     one = object.__new__(Proof)
-    one.tables, one.graphs, one.max_num_reqs = SimpleNamespace(requests=SimpleNamespace()), None, 5
+    one.state, one.graphs, one.max_num_reqs = SimpleNamespace(requests=SimpleNamespace()), None, 5
     if words is None:
         one.check(5)
         return
