@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 
+from fusedstep.ops.types import SamplingState
 from fusedstep.vllm_plugin.reasons import PARAMETERS, request_reason
 from fusedstep.vllm_plugin.request_limits import fit_lengths, refusal
 
@@ -184,6 +185,7 @@ class Newer(SamplingParams, dict=True):  # type: ignore[call-arg]
 
 def test_parameters_that_are_not_known_take_stock_steps() -> None:
     """All of this vLLM's are known."""
-    assert set(SamplingParams.__struct_fields__) == PARAMETERS
+    fields = set(SamplingParams.__struct_fields__)
+    assert fields <= PARAMETERS and PARAMETERS - fields <= SamplingState.parameters().keys()
     assert request_reason(Newer()) is None
     assert request_reason(Newer(surprise=1)) == "sampling parameter surprise"

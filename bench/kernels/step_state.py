@@ -64,8 +64,8 @@ def build_state(
     rows.steps_allowed.fill_(num_steps + 1)
     # All rows with ``params``, every other option off and its table as wide as vLLM's widest.
     sampling = SamplingState.off(num_reqs, vocab_size, device, width=1024)
-    for name, value in params.items():
-        getattr(sampling, name).fill_(value)
+    for name in params.keys() & SamplingState.parameters():  # the rest asks for outputs
+        getattr(sampling, name).fill_(params[name])
     return State(
         requests=RequestState(
             last_sampled_tokens=tokens[:, CONTEXT_LEN - 1 : CONTEXT_LEN].contiguous().to(device),
