@@ -134,7 +134,6 @@ def _forms(text: str) -> tuple[str, ...]:
 
 def main() -> NoReturn:
     """Errors are one line, and exit code 2."""
-    processes.interrupt_on_signals()
     try:
         sys.exit(command.main(prog_name="gpu_check", standalone_mode=False))
     except (FusedStepError, click.ClickException) as error:
@@ -146,4 +145,5 @@ def main() -> NoReturn:
 
 
 if __name__ == "__main__":
+    processes.interrupt_on_signals()
     main()

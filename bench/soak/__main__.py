@@ -293,7 +293,6 @@ def _parsed(argv: list[str] | None) -> tuple[argparse.Namespace, tuple[str, ...]
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 passed, 1 not, 2 it could not be run."""
-    processes.interrupt_on_signals()
     try:
         args, vllm_args = _parsed(argv)
         given = {name: getattr(args, name) for name in NAMES}
@@ -322,4 +321,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    processes.interrupt_on_signals()
     sys.exit(main())
