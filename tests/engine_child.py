@@ -15,12 +15,13 @@ ENGINE: Any = None
 
 
 class EngineChild:
-    """``call(function, ...)`` runs one of this module's functions in the child."""
+    """``call(function, ...)`` runs a function in the child: one of a module right in tests."""
 
     def __init__(self, switch: str, model: str, **options: Any) -> None:
         self.pool = ProcessPoolExecutor(1, get_context("spawn"), start, (switch, model, options))
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert "." not in function.__module__, "the child cannot import a test's own module"
         return self.pool.submit(function, *args, **kwargs).result()
 
     def close(self) -> None:

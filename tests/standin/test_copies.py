@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import copies_child
 import engine_child
 from engine_child import EngineChild
 
@@ -40,50 +41,6 @@ REQUESTS = [
 ARRIVE = {n: n for n in range(5, len(REQUESTS))}
 
 
-def copy_what_the_host_writes() -> int:
-    """Child: the runner's tables once more, of copies; how many there are."""
-    from unittest.mock import patch
-
-    import torch
-
-    from fusedstep.vllm_plugin.runner import tables
-    from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
-
-    class Copies(tables.StaticTensors):
-        def __init__(self, device: torch.device) -> None:
-            super().__init__(torch.device("cuda"))
-
-    runner = engine_child.runner()
-    config = runner.kv_cache_config
-    with (
-        patch.object(tables, "StaticTensors", Copies),
-        patch.object(FusedStepRunner.__base__, "initialize_kv_cache", lambda *_: None),
-    ):
-        runner.initialize_kv_cache(config)
-    return len(runner.tables.static._copies)
-
-
-def forget_to_copy() -> None:
-    """Child: the fault. Only windows refresh the copies, not the stock steps that prefill."""
-    tables = engine_child.runner().tables
-    refresh, stale = tables.static.refresh, tables.apply_staged_writes
-
-    def apply_staged_writes() -> None:
-        tables.static.refresh = lambda: None
-        stale()
-        tables.static.refresh = refresh
-
-    tables.apply_staged_writes = apply_staged_writes
-    step = engine_child.ENGINE.step
-    left = iter(range(500))  # a request whose first token is lost never ends
-
-    def limited() -> Any:
-        assert next(left, None) is not None, "too many steps"
-        return step()
-
-    engine_child.ENGINE.step = limited
-
-
 def test_tokens_where_the_host_s_memory_is_not_the_device_s(tmp_path: Any) -> None:
     model = gpu_models.load(gpu_models.TINY, tmp_path)
     child = EngineChild(
@@ -98,11 +55,11 @@ def test_tokens_where_the_host_s_memory_is_not_the_device_s(tmp_path: Any) -> No
     )
     try:
         shared = child.call(engine_child.run, REQUESTS, ARRIVE)["completions"]
-        assert child.call(copy_what_the_host_writes) > 15
+        assert child.call(copies_child.copy_what_the_host_writes) > 15
         for _ in range(2):
             assert child.call(engine_child.run, REQUESTS, ARRIVE)["completions"] == shared
         stats = child.call(engine_child.window_stats)
-        child.call(forget_to_copy)
+        child.call(copies_child.forget_to_copy)
         try:
             wrong = child.call(engine_child.run, REQUESTS, ARRIVE)["completions"]
         except AssertionError:  # also vLLM's: a token of a chunk that does not end the prompt
