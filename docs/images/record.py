@@ -21,7 +21,7 @@ from rich.text import Text
 COLUMNS = 110
 FOLDER = Path(__file__).parent
 # A status line that rich draws and takes away again: carriage return, erase, perhaps one line up.
-OVERWRITTEN = re.compile(r"[^\n]*(?:\r\x1b\[2K|\n(?:\x1b\[\?25h)?\x1b\[1A\x1b\[2K)")
+OVERWRITTEN = re.compile(r"[^\n]*(?:\r\x1b\[2K|\n(?:\x1b\[\?25h)?\r?\x1b\[1A\x1b\[2K)")
 CURSOR = re.compile(r"\x1b\[\?25[lh]|\x1b\[[0-9]*[A-LSTf]|\x1b\[2?K|\r")
 
 
