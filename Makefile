@@ -5,6 +5,8 @@ ARGS ?=
 VARIANT ?= auto
 BIN := .venv/bin
 TYPES := build/types
+# Tests that start engines have the machine to themselves; the others run on several cores.
+ENGINES := tests/engine tests/frontend/test_server.py tests/standin/test_copies.py
 
 # The first of these that runs, is new enough and can make virtual environments.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -17,7 +19,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 help:
 	@echo "make install             set up .venv (CUDA or CPU, found by itself; VARIANT=cpu or cuda to choose)"
 	@echo "make serve MODEL=... ARGS=...   serve a model; without MODEL the bundled one"
-	@echo "make test                lint, then the tests"
+	@echo "make test                lint, then the tests (ARGS=... for some, as pytest takes them)"
 	@echo "make lint                ruff (rules and format) and mypy"
 	@echo "make clean               remove caches and build files (.venv stays)"
 
@@ -30,7 +32,14 @@ serve: install
 	@$(BIN)/fusedstep serve $(MODEL) $(ARGS)
 
 test: lint
+ifneq ($(ARGS),)
 	$(BIN)/pytest $(ARGS)
+else
+	@failed=0; \
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 $(ENGINES:%=--ignore=%) || failed=1; \
+	$(BIN)/pytest $(ENGINES) || failed=1; \
+	exit $$failed
+endif
 
 # mypy sees the packages under their import names: a tree of links (see pyproject.toml).
 lint: install

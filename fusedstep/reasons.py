@@ -21,10 +21,12 @@ class Reason(StrEnum):
     PROMPT_EMBEDS = "prompt embeddings"
     MROPE = "M-RoPE positions"
     RECURRENT = "recurrent state"
+    MODEL_STATE = "model state"  # and which
     DIFFUSION = "diffusion model"
     RSWA = "reference sliding-window attention"
     LOGITS_PROCESSORS = "custom logits processors"
     LOGPROBS_MODE = "logprobs mode"  # and which
+    SAMPLER = "sampler"  # and which
     SAMPLING_MASK = "sampling masks"
     TRACE_REPLAY = "trace replay"
     FP64_GUMBEL = "float64 Gumbel noise"
@@ -34,6 +36,7 @@ class Reason(StrEnum):
     KV_CONNECTOR = "KV connector"
     EC_CONNECTOR = "encoder-cache connector"
     AUX_OUTPUT = "auxiliary outputs"
+    KV_CACHE = "KV cache of"  # and which kind
     FAST_PREFILL = "fast prefill of shared KV caches"
     PIPELINE_PARALLEL = "pipeline parallelism"
     DATA_PARALLEL = "data parallelism"
@@ -47,6 +50,7 @@ class Reason(StrEnum):
     ADAPTIVE_VERIFICATION = "adaptive verification"
     REJECTION_SAMPLER = "rejection sampler"
     PIECEWISE = "piecewise CUDA graphs only"
+    HOST_PLAN = "attention planned on the host by"  # and which backends
     NO_OPS = "no step operations"  # and why
 
     # A batch with such a request takes stock steps.
@@ -56,6 +60,8 @@ class Reason(StrEnum):
     LOGPROB_TOKEN_IDS = "logprobs of given token ids"
     THINKING_BUDGET = "thinking budget"
     STOP_TOKEN_IDS = "more than 128 stop token ids"
+    PARAMETER = "sampling parameter"  # and which
+    BATCH_WITH = "a batch with"  # and what
 
     # The batch of this turn.
     PREFILL = "prefill"

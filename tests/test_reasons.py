@@ -26,6 +26,20 @@ def test_only_one_file_spells_a_reason() -> None:
     assert not spelled
 
 
+def test_a_reason_with_a_name_in_it_begins_with_one_of_the_vocabulary() -> None:
+    found = [
+        (f"{path.name}:{node.lineno}", ast.unparse(node.values[0]))
+        for path in (ROOT / "fusedstep" / "vllm_plugin").rglob("*.py")
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        and function.name.endswith(("_reason", "_unknown_parameter"))
+        for node in ast.walk(function)
+        if isinstance(node, ast.JoinedStr)
+    ]
+    assert len(found) >= 7
+    assert not [(where, start) for where, start in found if not start.startswith("{Reason.")]
+
+
 def test_the_policy_gives_reasons_of_the_vocabulary() -> None:
     turns = [
         Turn(remaining=()),

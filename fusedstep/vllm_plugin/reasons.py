@@ -92,7 +92,7 @@ def cache_reason(kv_cache_config: KVCacheConfig) -> str | None:
         spec = group.kv_cache_spec
         for each in getattr(spec, "kv_cache_specs", {"": spec}).values():  # or one for each layer
             if type(each).__name__ not in KV_CACHES:
-                return f"KV cache of {type(each).__name__}"
+                return f"{Reason.KV_CACHE} {type(each).__name__}"
     return None
 
 
@@ -114,4 +114,4 @@ def _unknown_parameter(params: Any) -> str | None:
     """A parameter that this request sets and that we have never heard of (msgspec's fields)."""
     unknown = (name for name in params.__struct_fields__ if name not in PARAMETERS)
     given = (name for name in unknown if getattr(params, name) not in (None, False))
-    return next((f"sampling parameter {name}" for name in given), None)
+    return next((f"{Reason.PARAMETER} {name}" for name in given), None)

@@ -49,11 +49,11 @@ def runner_reason(runner: GPUModelRunner) -> str | None:
     """The reason that windows would leave something out with this runner, or None."""
     state, sampler = runner.model_state, runner.sampler
     if type(state) is not DefaultModelState:
-        return f"model state {type(state).__name__}"
+        return f"{Reason.MODEL_STATE} {type(state).__name__}"
     if state.num_new_sampled_tokens_per_step != 1:
         return Reason.TOKENS_PER_STEP
     if type(sampler) is not Sampler:
-        return f"sampler {type(sampler).__name__}"
+        return f"{Reason.SAMPLER} {type(sampler).__name__}"
     if [type(each) for each in sampler.logits_processors] != LOGITS_PROCESSORS:
         return Reason.LOGITS_PROCESSORS
     if runner.kv_connector is not NO_OP_KV_CONNECTOR:
@@ -77,5 +77,5 @@ def batch_reason(scheduler_output: SchedulerOutput) -> str | None:
     """The reason that a window would leave out something of this batch, or None."""
     for name in OTHER:
         if getattr(scheduler_output, name):
-            return f"a batch with {name.replace('_', ' ')}"
+            return f"{Reason.BATCH_WITH} {name.replace('_', ' ')}"
     return None

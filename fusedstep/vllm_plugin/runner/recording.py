@@ -103,7 +103,7 @@ def no_windows_reason(runner: GPUModelRunner, loop: str) -> str | None:
         return Reason.PIECEWISE  # its steps have graphs, those of a window would have none
     planners = {g.backend.get_name() for g in attention_groups(runner) if not in_place(g)}
     if planners & reasons.PLAN_FROM_BOUND:
-        return f"{', '.join(sorted(planners))} plans with lengths that only the device knows"
+        return f"{Reason.HOST_PLAN} {', '.join(sorted(planners))}"
     return None
 
 
