@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import numpy as np
 from vllm import envs
 from vllm.v1.worker.gpu.sample.logit_bias import (
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 INT32, INT64 = np.iinfo(np.int32), np.iinfo(np.int64)
 FLOAT32 = np.finfo(np.float32)
+MESSAGE = msgspec.msgpack.Encoder(enc_hook=repr)  # as vLLM encodes what its engine gets
 LEAST, MOST = float(FLOAT32.tiny), float(FLOAT32.max)
 
 
@@ -102,6 +104,14 @@ def not_int64(name: str, number: int | None) -> Iterator[Refusal]:
     """The engine's messages carry 64 bits."""
     if number is not None and not INT64.min <= number <= INT64.max:
         yield Refusal(name, "must be a 64-bit integer")
+
+
+def no_message(*parts: object) -> Iterator[Refusal]:
+    """What the engine's messages cannot carry: they are UTF-8."""
+    try:
+        MESSAGE.encode(parts)
+    except UnicodeEncodeError:
+        yield Refusal("the request", "must be UTF-8 text: half a surrogate pair is not")
 
 
 def _more_than(limit: int, name: str, number: int, what: str = "entries") -> Iterator[Refusal]:

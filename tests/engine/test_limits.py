@@ -181,6 +181,17 @@ def test_what_the_runner_cannot_hold_is_refused(
     assert answers()
 
 
+@pytest.mark.parametrize("fields", ({"request_id": "\ud800"}, {"stop": ["\ud800"]}), ids=str)
+def test_text_that_no_message_can_hold_is_refused(server: Server, fields: dict[str, Any]) -> None:
+    """Stock answers 500 with no word; the openai client cannot even send it."""
+    body = {"model": MODEL, "max_tokens": 3} | fields
+    message = [{"role": "user", "content": "One"}]
+    assert status(server.url, "/v1/completions", body | {"prompt": "One"}) == 400
+    assert status(server.url, "/v1/chat/completions", body | {"messages": message}) == 400
+    if "stop" not in fields:
+        assert status(server.url, "/v1/responses", {"input": "One"} | body) == 400
+
+
 @pytest.mark.parametrize(
     "fields",
     (

@@ -153,7 +153,7 @@ _PLATFORM = {
 _ENGINE = {
     "vllm.v1.engine": {
         "EngineCoreRequest": """
-            request_id, priority, prompt_token_ids
+            request_id, priority, prompt_token_ids, cache_salt, trace_headers
             sampling_params: sampling_params.SamplingParams
         """,
         "EngineCoreOutput": "(request_id=_, new_token_ids=_, finish_reason=_)\nrequest_id",

@@ -35,6 +35,8 @@ def refuse_what_cannot_be_held() -> None:
             limits.fit_lengths(params, model.max_model_len)
         refused = limits.refusal(params, request.prompt_token_ids, model)
         refused = refused or next(limits.not_int64("priority", request.priority), None)
+        message = (request.request_id, request.cache_salt, request.trace_headers, params)
+        refused = refused or next(limits.no_message(*message), None)
         if refused is not None:
             raise VLLMValidationError(f"{refused.parameter} {refused.words}.")
         return request
