@@ -84,12 +84,13 @@ class Stream:
         return True
 
     def __enter__(self) -> Stream:
-        self._before = GPU.current
+        """May be entered again within itself."""
+        GPU.entered.append(GPU.current)
         GPU.current = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        GPU.current = self._before
+        GPU.current = GPU.entered.pop()
 
 
 class Line:
@@ -183,6 +184,11 @@ class Device:
     def current(self, stream: Stream) -> None:
         self.local.stream = stream
 
+    @property
+    def entered(self) -> list[Stream]:
+        """Of this thread: the streams to go back to."""
+        return self.local.__dict__.setdefault("entered", [])
+
     def default_stream(self) -> Stream:
         stream = Stream.__new__(Stream)
         stream.line = self.default
@@ -227,6 +233,9 @@ class Device:
             raise RuntimeError("CUDA error: cudaMalloc while a stream is capturing")
         return pool, line.handle
 
+    def live_bytes(self) -> int:
+        return sum(self.live.values())
+
     def free_bytes(self) -> int:
         return TOTAL_BYTES - sum(self.reserved.values())
 
@@ -267,6 +276,18 @@ def pinned(tensor: Any) -> bool:
 def _storage(tensor: torch.Tensor) -> Any:
     with torch._C.DisableTorchFunction():
         return tensor.untyped_storage()
+
+
+def readable(values: Any) -> None:
+    """What a kernel takes: the device's memory, or what it sees of the host's."""
+    for n, value in enumerate(values):
+        if isinstance(value, (tuple, list)):
+            readable(value)
+        elif isinstance(value, torch.Tensor) and not (on_gpu(value) or pinned(value)):
+            raise ValueError(
+                f"Pointer argument (at {n}) cannot be accessed from Triton (cpu tensor?): "
+                f"{value.dtype} {list(value.shape)}"
+            )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from standin.device import CUDA, GPU, Event, Stream, enqueue, running
+from standin.device import CUDA, GPU, Event, Stream, enqueue, readable, running
 
 from fusedstep.policy import MAX_STEPS
 from fusedstep.window.arrivals import ArrivalCounter
@@ -217,6 +217,7 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
     interpret = GridExecutor.__call__
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        readable((*args, *kwargs.values()))
         enqueue(lambda: interpret(self, *args, **kwargs))
 
     put(GridExecutor, "__call__", launch)

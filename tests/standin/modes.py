@@ -95,14 +95,14 @@ SPECIAL: dict[Any, Callable[..., Any]] = {
     T.is_cpu.__get__: lambda t: not on_gpu(t) and t.device.type == "cpu",
     T.is_pinned: lambda t, *_: pinned(t),
     T.get_device: lambda t: 0 if on_gpu(t) else -1,
-    T.pin_memory: _pin,
+    torch._C.TensorBase.pin_memory: _pin,
     T.numpy: _numpy,
     T.__array__: _array,
     T.tolist: _tolist,
     T.to: _to,
     T.cpu: lambda t, *a, **k: _to(t, "cpu"),
     T.cuda: lambda t, *a, **k: _to(t, CUDA),
-    T.record_stream: lambda *_: None,
+    torch._C.TensorBase.record_stream: lambda *_: None,
 }
 
 

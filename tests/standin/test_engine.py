@@ -1,0 +1,88 @@
+"""vLLM's engine on the stand-in GPU: its CUDA start, then the CPU engine's tokens in every form.
+
+Real vLLM, its scheduler and Model Runner V2; our runner takes its branches for CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import engine_child
+import pytest
+import standin_child
+from standin.mixture import ABORT, ARRIVE, OPTIONS, REQUESTS, assert_same
+from standin_child import StandInChild
+
+LATE = None  # the device works as late as the program allows; else at random times, of this seed
+# Graphs for prefills, too; one of them has more rows than there can be, which are no size of these.
+MANY = {"cudagraph_mode": "FULL", "capture_sizes": (*range(1, 19), 24)}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: str) -> Iterator[StandInChild]:
+    child = StandInChild(tiny_model, {}, **OPTIONS)
+    yield child
+    child.close()
+
+
+def run(engine: StandInChild, decode_steps: object, seed: int | None) -> tuple[Any, Any]:
+    """The mixture's results, and the worker's counts since."""
+    engine.call(standin_child.use_timing, seed)
+    engine.call(engine_child.set_decode_steps, decode_steps)
+    engine.call(engine_child.reset_prefix_cache)
+    before = engine.call(engine_child.window_stats)
+    got = engine.call(engine_child.run, REQUESTS, ARRIVE, ABORT)
+    stats = engine.call(engine_child.window_stats)
+    for name in ("windows", "steps", "tokens"):
+        stats[name] -= before[name]
+    return got, stats
+
+
+def test_start(engine: StandInChild) -> None:
+    """The first engine of its process. Its graphs take no more memory than was kept for them."""
+    engine.become({}, **OPTIONS)
+    stats, state = engine.call(engine_child.window_stats), engine.call(standin_child.device_state)
+    assert (stats["loop"], stats["loop_reason"]) == ("while", "works here")
+    assert state["unfinished"] == 0
+    assert 0 < state["captured"] <= state["estimated"]
+
+
+@pytest.mark.parametrize(
+    ("form", "decode_steps", "seed"),
+    [
+        ("while", 64, LATE),
+        ("while", 7, 1),
+        ("unrolled", "auto", LATE),
+        ("replay", 7, 2),
+        ("eager", 2, LATE),
+    ],
+)
+def test_tokens(
+    engine: StandInChild, expected: dict[str, Any], form: str, decode_steps: object, seed: int
+) -> None:
+    engine.become({}, **OPTIONS)
+    assert engine.call(standin_child.use_loop, form)["loop"] == form
+    got, stats = run(engine, decode_steps, seed)
+    assert_same(got, expected)
+    assert stats["steps"] > 1.5 * stats["windows"] > 0
+    assert set(stats["stock_steps"]) == {"prefill"}
+    assert got["preemptions"] and sum(got["cached_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "form"),
+    [(MANY, 19, "while"), ({"cudagraph_mode": "NONE"}, 3, "eager")],
+    ids=["many sizes", "no graphs"],
+)
+def test_start_and_tokens(
+    engine: StandInChild,
+    expected: dict[str, Any],
+    settings: dict[str, Any],
+    rows: int,
+    form: str,
+) -> None:
+    engine.become(settings, **OPTIONS | {"max_num_seqs": rows})
+    got, stats = run(engine, 7, 3)
+    assert (stats["loop"], stats["steps"] > stats["windows"] > 0) == (form, True)
+    assert_same(got, expected)
