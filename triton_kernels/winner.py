@@ -21,18 +21,24 @@ Memory order, for every kernel that calls ``arrive``:
 * Within a program a thread is sure to see its own stores only. A barrier, with its reason, stands
   between where it reads another thread's or overwrites what another thread still has to read.
 
-This was checked in the PTX and SASS of NVIDIA GPUs. On AMD GPUs it is not known whether the barrier
-in ``arrive`` waits for the stores of the program's other waves.
+``tests/races`` holds all kernels to this, and docs/memory-order.md says what that proves.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import constexpr_function
 
 from fusedstep.kernels.noise import gumbel_noise
 
 NO_SCORE = tl.constexpr(float("-inf"))
+
+
+@constexpr_function
+def _is_gfx9():
+    target = tl.target_info.current_target()
+    return target is not None and target.backend == "hip" and target.arch.startswith("gfx9")
 
 
 @triton.jit
@@ -51,6 +57,10 @@ def scaled_logits(row, token_ids, VOCAB_SIZE: tl.constexpr):
 def arrive(batch_idx, num_programs, scratch):
     """True in the last of a row's programs; what the others have written is then visible to it."""
     # The atomic is one thread's: all threads of this program must have stored what it releases.
+    if _is_gfx9():
+        # There a barrier waits for no store, and a release for those of its own wave only: other
+        # waves' stores might reach memory after the atomic. So each wave waits for its own.
+        tl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v", [], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
     # Release: this program's stores. Acquire: those of all that arrived before. Every thread gets
     # the count through shared memory, behind a barrier, so that their later loads are ordered too.

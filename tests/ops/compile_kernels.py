@@ -4,7 +4,7 @@
 
 A process of its own, because Triton compiles nothing where its interpreter is switched on. Prints
 one line per compiled kernel, TAB separated; the exit code is 1 if one of them keeps anything of its
-threads in memory.
+threads in memory or its accesses are not in order (``races/compiled.py``).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import triton
 from ops.attention_world import FP8, make_layer, make_rows
 from ops.world import DTYPES, World, build_world, strided
+from races.compiled import order_of
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
@@ -59,7 +60,18 @@ NEEDS = {
     "everything": EVERYTHING,
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-COLUMNS = ("kernel", "target", "registers", "shared", "local", "spills", "scalar spills", "for")
+COLUMNS = (
+    "kernel",
+    "target",
+    "registers",
+    "shared",
+    "local",
+    "spills",
+    "scalar spills",
+    "releases",
+    "disorder",
+    "for",
+)
 
 
 class AbsentDevice(DriverBase):  # type: ignore[misc]
@@ -199,7 +211,7 @@ def main(targets: list[str]) -> int:
     device = AbsentDevice()
     triton.runtime.driver.set_active(device)
     world = build_world(VOCAB_SIZE, 64, max_num_reqs=64, block_sizes=(16, 16))
-    seen, in_memory = set(), False
+    seen, is_bad = set(), False
     print(*COLUMNS, sep="\t")
     for case in cases(world):
         launch = case.launch
@@ -218,12 +230,16 @@ def main(targets: list[str]) -> int:
                 continue
             seen.add(compiled.hash)
             usage = usage_of(compiled)
-            in_memory |= usage.local > 0 or usage.spills > 0
-            print(launch.kernel.__name__, target, *vars(usage).values(), case.name, sep="\t")
+            assembly = compiled.asm["ptx" if nvidia else "amdgcn"]
+            order = order_of(assembly)
+            disorder = "; ".join(order.disorders)
+            is_bad |= usage.local > 0 or usage.spills > 0 or disorder != ""
+            found = (*vars(usage).values(), order.releases, disorder)
+            print(launch.kernel.__name__, target, *found, case.name, sep="\t")
             sys.stdout.flush()
     seconds = time.perf_counter() - start
     print(f"{len(seen)} kernels, Triton {triton.__version__}, {seconds:.0f} s", file=sys.stderr)
-    return int(in_memory)
+    return int(is_bad)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What TritonStep launches compiles for GPUs that are not here, and stays in their registers."""
+"""What TritonStep launches compiles for GPUs that are not here, in their registers and in order."""
 
 from __future__ import annotations
 
@@ -54,3 +54,8 @@ def test_kernels_compile_without_spills() -> None:
     assert {row["target"] for row in table} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     in_memory = [row for row in table if int(row["local"]) or int(row["spills"])]
     assert not in_memory
+    assert not [row for row in table if row["disorder"]]
+    # Otherwise there was no release that the reader of the assembly knows, and it had seen nothing.
+    arriving = {row["kernel"] for row in table if row["releases"] != "0"}
+    assert arriving == {"sample_kernel", "truncate_kernel", "attend_kernel"}
+    assert not [row for row in table if row["kernel"] in arriving and row["releases"] == "0"]

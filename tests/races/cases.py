@@ -1,0 +1,210 @@
+"""Launches of every kernel that there is, small: each case is all that a decode step launches.
+
+The blocks are cut so that a few hundred tokens of vocabulary or context need several programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from ops.attention_world import make_layer, make_rows
+from ops.compile_kernels import NEEDS
+from ops.options import (
+    COMBINATIONS,
+    Option,
+    allowed,
+    bad_words,
+    greedy,
+    logit_bias,
+    min_p,
+    min_tokens,
+    neutral,
+    penalties,
+    set_options,
+    small_top_p,
+    top_k_most,
+    top_p,
+    warm,
+)
+from ops.world import build_world, random_logits
+
+from fusedstep.ops import attention, triton_step
+from fusedstep.ops.attention import MAX_QUERY_LEN, DecodeAttention, DeviceLimits
+from fusedstep.ops.triton_step import TritonStep
+
+VOCAB_SIZE = 500
+BLOCK = 128  # of the vocabulary: four programs per row
+CANDIDATES = 32
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``run`` builds its tensors, launches, and returns what the launches have written."""
+
+    name: str
+    run: Callable[[], Tensors]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    """Kernels launched inside have several programs where the shipped sizes would need one."""
+    with (
+        patch.object(triton_step, "SAMPLE_BLOCKS", (BLOCK, BLOCK)),
+        patch.object(triton_step, "TRUNCATE_BLOCKS", (BLOCK, BLOCK)),
+        patch.object(triton_step, "CANDIDATES", CANDIDATES),
+        patch.object(attention, "MIN_SHARE", 16),
+    ):
+        yield
+
+
+def few(row: Any) -> None:
+    """Fewer than the row has buckets: their maxima bound the candidates (see sample.py)."""
+    row.top_k.clamp_(max=3)
+
+
+# Options of the rows in a batch that needs no more than the key says (see BatchNeeds).
+ROWS: dict[str, list[tuple[Option, ...]]] = {
+    "plain": [(greedy,), (neutral,)],
+    "adjustment": [
+        (greedy, penalties, logit_bias, min_tokens, bad_words),
+        (allowed, logit_bias, min_tokens, bad_words),
+    ],
+    "min_p": [(min_p,), (warm, min_p)],
+    "truncation": [(warm, few, top_p), (small_top_p,), (top_k_most, top_p)],
+    "logprobs": [(greedy,), (neutral,)],
+    "everything": [
+        (warm, min_p, few, small_top_p, penalties, logit_bias, min_tokens, bad_words),
+        (warm, allowed, top_p, penalties, min_tokens),
+        (min_p,),
+    ],
+}
+
+
+def step_case(
+    kind: str,
+    options: list[tuple[Option, ...]],
+    *,
+    advance: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    block_sizes: tuple[int, ...] = (16,),
+    seed: int = 0,
+) -> Case:
+    """``prepare`` and two steps: the second finds what the first has left.
+
+    Row 1 is padding; each other row has one of the combinations of options.
+    """
+
+    def run() -> Tensors:
+        n = len(options) + 1
+        logits = [random_logits(n, VOCAB_SIZE, seed=seed + i, scale=3.0) for i in range(2)]
+        world = build_world(VOCAB_SIZE, n, padding=(1,), seed=seed, block_sizes=block_sizes)
+        rows = [row for row in range(n) if row != 1]
+        for row, chosen in zip(rows, options, strict=True):
+            set_options(world, row, chosen, logits[0])
+        # The first and the last row stop in the second step, for different reasons.
+        last = world.rows.idx_mapping[n - 1]
+        world.rows.steps_allowed[0] = 2
+        world.stop.max_len[last] = world.requests.total_len[last] + 2
+        world.stop.num_stop_token_ids[:] = 2
+        step = world.bind(TritonStep)
+        step.prepare(world.rows, n)
+        for step_logits in logits:
+            call = step.step if advance else step.sample
+            call(step_logits.to(dtype), world.rows, n, NEEDS[kind])
+        return world.tensors() | {"arrivals": step._scratch.arrivals}
+
+    return Case(f"{'step' if advance else 'sample'}-{kind}", run)
+
+
+def logprobs_case() -> Case:
+    def run() -> Tensors:
+        step = build_world(VOCAB_SIZE, 2).bind(TritonStep)
+        ids = torch.arange(8).reshape(2, 4)
+        return {"logprobs": step.token_logprobs(random_logits(2, VOCAB_SIZE), ids)}
+
+    return Case("token_logprobs", run)
+
+
+def attention_case(
+    query_len: int,
+    *,
+    heads: tuple[int, int] = (4, 2),
+    head_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    programs: int = 6,
+    **options: Any,
+) -> Case:
+    """Two launches on one scratch; rows of one piece and of many, one that writes nowhere."""
+
+    def run() -> Tensors:
+        layer = make_layer(*heads, head_size, **options)
+        lens = [query_len, query_len, max(query_len - 1, 1), 1, query_len]
+        seq_lens = [70, query_len, 40, 33, 0]
+        rows = make_rows(layer, seq_lens, query_len=lens, dtype=dtype)
+        limits = DeviceLimits(programs // 2, 64 << 10)
+        call = DecodeAttention([layer], len(lens), torch.device("cpu"), limits)
+        other = replace(rows.copy(), query=1 - 0.5 * rows.query)
+        for out in (other, rows):  # what a launch leaves is wrong for the next
+            call(layer, *out.arguments())
+        found = {"output": rows.output, "cache": rows.kv_cache.float()}
+        return found | {"arrivals": call._scratch.arrivals}
+
+    name = "-".join([f"attention-q{query_len}", *(f"{k}={v}" for k, v in options.items())])
+    return Case(name, run)
+
+
+ATTENTION_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"window": 40},
+    {"sinks": True},
+    {"alibi": True},
+    {"soft_cap": 20.0},
+    {"fp8": True},
+    {"window": 20, "sinks": True},
+    {"heads": (8, 1)},  # several blocks of queries per KV head
+]
+
+
+def cases() -> list[Case]:
+    """Every kernel, every need of a batch, 1 to 8 new tokens: for CI."""
+    return [
+        *(step_case(kind, rows, advance=True) for kind, rows in ROWS.items()),
+        step_case("everything", ROWS["everything"], advance=False, block_sizes=(16, 32)),
+        logprobs_case(),
+        *(
+            attention_case(query_len, **ATTENTION_OPTIONS[query_len - 1])
+            for query_len in range(1, MAX_QUERY_LEN + 1)
+        ),
+    ]
+
+
+def all_cases() -> list[Case]:
+    """The same with everything that makes another specialisation, for a run by hand."""
+    return [
+        *(
+            step_case(kind, rows, advance=advance, dtype=dtype, block_sizes=sizes, seed=seed)
+            for kind, rows in (ROWS | {"everything": COMBINATIONS}).items()
+            for advance in (True, False)
+            for dtype in (torch.bfloat16, torch.float32)
+            for sizes in ((16,), (16, 32))
+            for seed in range(3)
+        ),
+        logprobs_case(),
+        *(
+            attention_case(query_len, dtype=dtype, programs=programs, **options)
+            for query_len in range(1, MAX_QUERY_LEN + 1)
+            for options in ATTENTION_OPTIONS
+            for dtype in (torch.float16, torch.float32)
+            for programs in (4, 10)
+        ),
+    ]
