@@ -66,7 +66,7 @@ def kill_all(find: Find, looks: int = 1) -> None:
         found = _alive(find, cleaners=False)
         nothing = 0 if found else nothing + 1
         for process in found:
-            shared.update(_shared_memory(process.pid))
+            shared.update(shared_memory(process.pid))
         for process in found:
             with contextlib.suppress(*GONE):
                 process.kill()
@@ -105,7 +105,7 @@ def _cleans(process: psutil.Process) -> bool:
         return False
 
 
-def _shared_memory(pid: int) -> list[str]:
+def shared_memory(pid: int) -> list[str]:
     """Names of memory that vLLM's workers on a CPU share."""
     with contextlib.suppress(OSError):
         return re.findall(r"/dev/shm/vllm_dist_\S+", Path(f"/proc/{pid}/maps").read_text())

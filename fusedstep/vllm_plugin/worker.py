@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
+
+from fusedstep.guardian import shared_memory
+from fusedstep.processes import remove_at_end
 
 if current_platform.is_cpu():
     # First of all: it replaces torch's stream and event types on the CPU.
@@ -36,6 +41,8 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
             super().init_device()
         finally:
             cpu_module.CPUModelRunner = stock
+        for path in shared_memory(os.getpid()):  # vLLM leaves it where a worker ends on a signal
+            remove_at_end(Path(path))
 
     def _make_model_runner(self) -> Any:
         """The hook of vLLM's GPU worker."""

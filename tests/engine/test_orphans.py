@@ -87,6 +87,7 @@ SOME = (
     ("latency", "stopped", "frozen"),
     ("two servers", "busy", "SIGKILL"),
     ("LLM of two", "busy", "SIGTERM"),
+    ("two workers", "busy", "SIGINT"),
     ("LLM", "engine", "SIGINT"),
     ("soak", "engine", "SIGHUP"),
     ("verify", "engine", "SIGTERM"),
