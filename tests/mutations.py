@@ -1,0 +1,249 @@
+"""Faults of the CUDA path that were repaired: how to put each back, and the test that fails then.
+
+``test_mutations.py`` does it, in a copy of the tree; docs/stand-in.md lists them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WINDOW = "standin/test_window.py"
+RUNNER = "standin/test_runner.py"
+FORMS = "test_forms.py"
+DRIVER = "libcuda/test_driver.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """In ``path`` the text ``old``, which is there once, becomes ``new``: ``test`` must fail."""
+
+    fault: str  # as in the table of docs/stand-in.md
+    path: str
+    old: str
+    new: str
+    test: str  # a file in tests
+    name: str  # a part of the names of its tests
+    may_hang: bool = False  # a request that never ends shows it, too
+    quick: bool = False  # in every run of the tests
+
+    @property
+    def id(self) -> str:
+        module = self.path.rpartition("/")[2].removesuffix(".py")
+        return f"{module}-{self.name}-{self.old.split()[0].strip('@(')}"
+
+
+STALE = "stock steps sampled from parameters of the row's last user"
+STREAMS = "a stream for each recording of a WHILE body"
+INFERENCE = "recording outside inference mode"
+DEVICES = "pinned buffers on the default device; a device without index"
+SCRATCH = "the sampler's scratch outside vLLM's memory profile, made twice"
+SPINS = "waits that keep a core busy"
+FIRST_ERROR = "the first error hides behind the next one"
+MODULES = "the driver's module kept when its kernel is not found"
+
+RECORDER = "fusedstep/window/recorder.py"
+RECORDING = "fusedstep/vllm_plugin/runner/recording.py"
+RUNNER_PY = "fusedstep/vllm_plugin/runner/runner.py"
+
+MUTATIONS = (
+    Mutation(
+        STALE,
+        "fusedstep/vllm_plugin/runner/tables.py",
+        "            tensor.copy_to_uva()\n        self.static.refresh()\n",
+        "            tensor.copy_to_uva()\n",
+        "standin/test_copies.py",
+        "host_s_memory",
+        may_hang=True,
+    ),
+    *(
+        Mutation(
+            STREAMS,
+            RECORDER,
+            "body_stream = self._stream_beside(stream)",
+            "body_stream = torch.cuda.Stream(self._device)",
+            WINDOW,
+            name,
+        )
+        for name in ("more_recordings", "same_memory")
+    ),
+    *(
+        Mutation(
+            INFERENCE,
+            RUNNER_PY,
+            f"@torch.inference_mode()\n    def {name}(",
+            f"def {name}(",
+            RUNNER,
+            "recording_is_inference",
+        )
+        for name in ("capture_model", "use_form")
+    ),
+    Mutation(
+        DEVICES,
+        "fusedstep/window/pinned.py",
+        'device="cpu", pin_memory=pinned',
+        "pin_memory=pinned",
+        WINDOW,
+        "host_buffers",
+        quick=True,
+    ),
+    Mutation(
+        DEVICES,
+        RECORDER,
+        "self._device = torch.device(device.type, index)",
+        "self._device = device",
+        WINDOW,
+        "same_memory",
+    ),
+    Mutation(
+        SCRATCH,
+        RUNNER_PY,
+        "self._step_class()\n        super().profile_run",
+        "pass\n        super().profile_run",
+        RUNNER,
+        "scratch",
+    ),
+    Mutation(
+        SCRATCH,
+        RUNNER_PY,
+        "if self.scratch is None:",
+        "if self.scratch or True:",
+        RUNNER,
+        "scratch",
+    ),
+    Mutation(
+        "the arrivals' page replaced while the driver knows it",
+        RUNNER_PY,
+        'if not hasattr(self, "arrivals"):',
+        'if hasattr(self, "arrivals") or True:',
+        RUNNER,
+        "one_page",
+    ),
+    Mutation(
+        SPINS,
+        "fusedstep/window/output.py",
+        "torch.cuda.Event(blocking=True)",
+        "torch.cuda.Event()",
+        WINDOW,
+        "host_buffers",
+    ),
+    Mutation(
+        SPINS,
+        "fusedstep/window/pace.py",
+        "torch.cuda.Event(blocking=True)",
+        "torch.cuda.Event()",
+        WINDOW,
+        "host_buffers",
+    ),
+    Mutation(
+        "windows without graphs where stock's steps have piecewise ones",
+        RECORDING,
+        "if loop != LoopForm.EAGER and piecewise:",
+        "if False:",
+        FORMS,
+        "keep_stock_steps",
+    ),
+    Mutation(
+        "`cudagraph_mode=FULL` with sizes above `max_num_seqs`",
+        "fusedstep/vllm_plugin/runner/decode_model.py",
+        "return min(int(graph.num_tokens), max_num_reqs)",
+        "return int(graph.num_tokens)",
+        FORMS,
+        "no_more_rows",
+    ),
+    Mutation(
+        "each `--loop` compiles the model again",
+        "fusedstep/vllm_plugin/compile_cache.py",
+        " for name, value in given.items() if name != OURS}",
+        " for name, value in given.items()}",
+        "test_compat.py",
+        "key_of_compiled_models",
+    ),
+    Mutation(
+        "a recording that fails stays open in torch's allocator",
+        RECORDER,
+        "torch._C._cuda_endAllocateToPool(self._device.index, pool)",
+        "pass",
+        WINDOW,
+        "fails_is_over",
+    ),
+    Mutation(
+        "one nondeterministic kernel costs both graph forms",
+        "fusedstep/window/proof.py",
+        "if not self._varies(eager, num_reqs, needs):",
+        "if True:",
+        "window/test_proof.py",
+        "varies",
+    ),
+    Mutation(
+        "FlashInfer takes an upper bound for a length",
+        RECORDING,
+        "if planners & reasons.PLAN_FROM_BOUND:",
+        "if False:",
+        FORMS,
+        "keep_stock_steps",
+    ),
+    Mutation(
+        "tensor-parallel ranks fall back each alone",
+        RECORDING,
+        "if not _all_ranks(failure is None):",
+        "if failure is not None:",
+        FORMS,
+        "ranks_agree",
+    ),
+    Mutation(
+        "a page that is unmapped stays registered",
+        RECORDER,
+        "weakref.finalize(arrivals, self._give_back, cuda.cuMemHostUnregister, address)",
+        "weakref.finalize(torch, self._give_back, cuda.cuMemHostUnregister, address)",
+        DRIVER,
+        "registered_once",
+    ),
+    Mutation(
+        FIRST_ERROR,
+        RECORDER,
+        "self._give_back(cuda.cuStreamEndCapture, body_stream)",
+        "self._call(cuda.cuStreamEndCapture, body_stream)",
+        DRIVER,
+        "first_error",
+    ),
+    Mutation(
+        FIRST_ERROR,
+        RECORDER,
+        "if first is not None and first is not error:",
+        "if False:",
+        DRIVER,
+        "makes_way",
+    ),
+    Mutation(
+        "an error that cuda-bindings does not know ends without the call's name",
+        RECORDER,
+        "except (KeyError, ValueError) as unknown:",
+        "except ZeroDivisionError as unknown:",
+        DRIVER,
+        "do_not_know",
+    ),
+    Mutation(
+        MODULES,
+        RECORDER,
+        "self._give_back(cuda.cuModuleUnload, module)",
+        "pass",
+        DRIVER,
+        "makes_way",
+    ),
+    Mutation(
+        "cuda-bindings 13 without edge data",
+        RECORDER,
+        "if driver.CUDA_VERSION >= 13000",
+        "if driver.CUDA_VERSION >= 99000",
+        DRIVER,
+        "one_node",
+    ),
+    Mutation(
+        "a WHILE node for a stream that records nothing",
+        RECORDER,
+        "if status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE:",
+        "if False:",
+        DRIVER,
+        "refused",
+    ),
+)
