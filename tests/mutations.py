@@ -84,7 +84,6 @@ MUTATIONS = (
         "pin_memory=pinned",
         WINDOW,
         "host_buffers",
-        quick=True,
     ),
     Mutation(
         DEVICES,
@@ -173,6 +172,7 @@ MUTATIONS = (
         "if True:",
         "window/test_proof.py",
         "varies",
+        quick=True,
     ),
     Mutation(
         "FlashInfer takes an upper bound for a length",
