@@ -42,6 +42,7 @@ class Engine:
         options: Options,
         vllm_args: tuple[str, ...] = (),
         wanted: Wanted | None = None,
+        start_seconds: float | None = None,  # that the start may take; None: as long as it likes
     ) -> None:
         wiring.check(options)  # stock is often the first of two: do not start it for nothing
         self.kind = kind
@@ -60,6 +61,7 @@ class Engine:
         try:
             self.call(
                 "start",
+                start_seconds,
                 kind=kind,
                 model=model,
                 options=options,
@@ -70,10 +72,12 @@ class Engine:
             self.close(at_once=True)
             raise
 
-    def call(self, method: str, /, **kwargs: Any) -> Any:
+    def call(self, method: str, seconds: float | None = None, /, **kwargs: Any) -> Any:
         """Result of the child's method; its errors are raised here, in one line."""
         try:
             self.connection.send((method, kwargs))
+            if seconds is not None and not self.connection.poll(seconds):
+                raise FusedStepError(f"the {self.kind} engine: no answer in {seconds:.0f} s")
             ok, result = self.connection.recv()
         except (EOFError, ConnectionError):
             tail = self._log_tail()

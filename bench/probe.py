@@ -129,7 +129,7 @@ class WorkerProbe:
         return count
 
     def engine_facts(self) -> dict[str, Any]:
-        """Runner, CUDA graphs, scheduling, attention and dtype of this worker."""
+        """Runner, CUDA graphs, scheduling, attention, dtype, and what windows' graphs take."""
         config = self.model_runner.vllm_config
         mode = config.compilation_config.cudagraph_mode
         backends = {
@@ -141,4 +141,5 @@ class WorkerProbe:
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "attention": ", ".join(sorted(backends)),
             "dtype": str(self.model_runner.dtype).removeprefix("torch."),
+            "graph_memory": getattr(self.model_runner, "graph_memory", {}),
         }

@@ -44,14 +44,16 @@ class FakeEngine:
     wrong: tuple[str, ...] = ()
     deadly: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
+    chosen = "while"  # by an engine that is asked for the best form
     facts: dict[str, Any] = FACTS
     seconds_per_call = 1.0
     seen: list[tuple[str, str]]
 
-    def __init__(self, kind: str, clock: Clock) -> None:
+    def __init__(self, kind: str, clock: Clock, loop: str = "eager") -> None:
         self.kind, self.clock = kind, clock
         self.process = SimpleNamespace(pid=0)
-        self.form, self.awake, self.dead, self.closed = "eager", True, False, False
+        self.form = self.first = loop
+        self.awake, self.dead, self.closed = True, False, False
         self.clock.now += self.seconds_per_call
 
     def call(self, method: str, /, **kwargs: Any) -> Any:
@@ -86,6 +88,9 @@ class FakeEngine:
             raise ConfigError(f"the {self.kind} engine: no {loop}")
         self.form = loop
         return {"loop": loop, "loop_reason": "works here"}
+
+    def window_stats(self) -> dict[str, str]:
+        return {"loop": self.chosen, "loop_reason": "proved"}
 
     def engine_facts(self) -> dict[str, Any]:
         return dict(self.facts)

@@ -15,16 +15,19 @@ import torch
 from gpu_engine import FACTS, PLAN, VOCAB, Clock, FakeEngine
 
 from fusedstep.bench.gpu_check import __main__ as gpu_check
+from fusedstep.bench.gpu_check import budget as gpu_budget
+from fusedstep.bench.gpu_check import device as gpu_device
 from fusedstep.bench.gpu_check import equality as gpu_equality
 from fusedstep.bench.gpu_check import measure as gpu_measure
 from fusedstep.bench.gpu_check import models as gpu_models
 from fusedstep.bench.gpu_check import report as gpu_report
 from fusedstep.bench.gpu_check import run as gpu_run
-from fusedstep.bench.gpu_check.measure import OURS, Pair, Plan
+from fusedstep.bench.gpu_check.measure import OURS, Pair, Plan, Start
 from fusedstep.errors import FusedStepError
 from fusedstep.options import Options
 
 Run = Callable[..., gpu_report.Report]
+Commands = dict[str, Any]
 
 
 @pytest.fixture
@@ -43,12 +46,13 @@ def run(engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> Run:
             monkeypatch.setattr(FakeEngine, name, value)
 
         def open_engine(kind: str, model: str, options: Options, args: Any) -> FakeEngine:
-            assert options.loop == "eager"
-            engines.append(FakeEngine(kind, clock))
+            engines.append(FakeEngine(kind, clock, options.loop))
             return engines[-1]
 
-        def open_pair(model: gpu_models.Model, plan: Plan) -> Pair:
-            return Pair(model, plan, open_engine)
+        def open_pair(model: gpu_models.Model, plan: Plan, how: Start) -> Pair:
+            assert how.as_served or how.loop == "eager"
+            assert how.seconds is not None and how.seconds > 0
+            return Pair(model, plan, how, open_engine)
 
         plan = replace(PLAN, **changes)
         said: list[str] = []
@@ -57,16 +61,35 @@ def run(engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """What processes beside the engines print, by the last word of their command; or an error."""
+    loop_cost = json.dumps({"while": {"p50": 5.0}, "eager": "no"})
+    answers: Commands = dict.fromkeys(gpu_device.CHECKS, "") | {gpu_run.LOOP_COST[-1]: loop_cost}
+
+    def in_a_process(command: tuple[str, ...], seconds: float) -> str:
+        assert 0 < seconds <= 120
+        assert command[-1] not in gpu_device.CHECKS or not FakeEngine.seen  # they come first
+        found = answers[command[-1]]
+        if isinstance(found, Exception):
+            raise found
+        return str(found)
+
+    monkeypatch.setattr(gpu_run, "_in_a_process", in_a_process)
+    return answers
+
+
 def test_a_whole_run(run: Run, engines: list[FakeEngine], tmp_path: Path) -> None:
     report = run(str(tmp_path / "result.json"))
     assert all(engine.closed for engine in engines) and len(engines) == 2
     written = json.loads((tmp_path / "result.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert written == json.loads(json.dumps(report.as_dict()))
-    names = "complete equal forms rows targets loop_cost_us loop_cost_reason env skipped"
+    names = "complete equal device forms rows targets loop_cost_us loop_cost_reason env skipped"
     assert set(written) == set(names.split()) and written["equal"] is True
     assert written["complete"] is True
     assert list(written["forms"]) == ["while", "eager"] and written["skipped"] == []
+    assert written["device"] == {}  # a CPU has nothing of it
     requests = sum(len(b.prompts) for b in gpu_equality.equality_batches(VOCAB, 4, 5)) + 2 * (
         PLAN.repeats + 1
     ) * sum(PLAN.batch_sizes)
@@ -102,12 +125,10 @@ def test_the_simplest_form_is_compared_first_and_the_best_measured_first(run: Ru
     assert forms[-1] == "eager" and forms[len(forms) // 2] == "while"
 
 
-def test_a_gpu_run_has_host_times_traces_and_targets(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_run, "_loop_cost", lambda: {"while": {"p50": 5.0}, "eager": "no"})
+def test_a_gpu_run_has_host_times_traces_and_targets(run: Run, commands: Commands) -> None:
     report = run(device="cuda", models=("qwen3-0.6b",))
     assert report.equal and report.loop_cost_us is not None
+    assert report.device == {check.what: "works" for check in gpu_device.CHECKS.values()}
     for row in report.rows:
         assert row.fusedstep.host_ms_per_step is not None
         traced = (row.stock.idle_share, row.fusedstep.idle_share)
@@ -125,9 +146,8 @@ def test_a_gpu_run_has_host_times_traces_and_targets(
 
 
 def test_no_target_is_reached_against_another_stock(
-    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, capsys: pytest.CaptureFixture[str], commands: Commands
 ) -> None:
-    monkeypatch.setattr(gpu_run, "_loop_cost", lambda: {"while": {"p50": 5.0}, "eager": "no"})
     facts = FACTS | {"decode_graphs": "PIECEWISE"}
     report = run(device="cuda", models=("qwen3-0.6b",), behaviour={"facts": facts})
     assert {target["reached"] for target in report.targets()} == {None}
@@ -179,7 +199,7 @@ def test_engines_that_hang_are_killed(
     run: Run, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = threading.Event()
-    monkeypatch.setattr(gpu_run, "HANGS", 0.05)
+    monkeypatch.setitem(gpu_budget.LIMITS, "form", 0.05)
     monkeypatch.setattr(gpu_measure.os, "killpg", lambda pid, signal: killed.set())
     answer = FakeEngine.use_loop
 
@@ -196,13 +216,12 @@ def test_engines_that_hang_are_killed(
 
 
 def test_a_profiler_that_ends_the_engines_is_used_no_more(
-    run: Run, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+    run: Run, engines: list[FakeEngine], commands: Commands
 ) -> None:
     def trace_kernels(engine: FakeEngine) -> None:
         engine.dead = True
         raise FusedStepError("the fusedstep engine died")
 
-    monkeypatch.setattr(gpu_run, "_loop_cost", dict)
     report = run(device="cuda", behaviour={"trace_kernels": trace_kernels})
     assert len(engines) == 4 and report.equal and len(report.rows) == 8
     assert [entry["part"] for entry in report.skipped] == ["tiny: trace of while, batch 1"]
@@ -250,8 +269,8 @@ def main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--forms", "while,loop"), "--forms: use while, unrolled, replay, eager"),
-        (("--forms", ","), "--forms: use while"),
+        (("--forms", "while,loop"), "--forms: use auto, while, unrolled, replay, eager"),
+        (("--forms", ","), "--forms: use auto"),
         (("--batch-sizes", "1,x"), "--batch-sizes: want numbers from 1 to 256"),
         (("--batch-sizes", "512"), "--batch-sizes: want numbers from 1 to 256"),
         (("--models", "nonsense"), "no model nonsense: use qwen3-0.6b"),
@@ -259,6 +278,9 @@ def main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
         (("--tiny", "--models", "tiny"), "leave --models out"),
         (("--repeats", "0"), "--repeats"),
         (("--minutes", "0"), "--minutes"),
+        (("--minutes", "-3"), "--minutes"),
+        (("--minutes", "nan"), "--minutes: want a number up to 1440, not nan"),
+        (("--minutes", "inf"), "--minutes: want a number up to 1440, not inf"),
         (("--json", "no/such/folder/x.json"), "cannot write no/such/folder/x.json"),
         pytest.param(
             ("--device", "cuda"),

@@ -7,7 +7,6 @@ Exit code 0 when every form was compared and none differed, 1 when not, 2 for ba
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from typing import NoReturn
@@ -20,13 +19,15 @@ from fusedstep.bench import result_file
 from fusedstep.bench.gpu_check.measure import MAX_BATCH_SIZE, Plan
 from fusedstep.bench.gpu_check.models import SHAPES, TINY
 from fusedstep.bench.gpu_check.report import Report, print_report
-from fusedstep.bench.gpu_check.run import Check
+from fusedstep.bench.gpu_check.run import AUTO, Check
 from fusedstep.errors import EXIT_CODE, INTERRUPTED, ConfigError, FusedStepError
 from fusedstep.loop_forms import LoopForm
 from fusedstep.vllm_plugin.launch import wiring
 
-FORMS = tuple(form.value for form in LoopForm)
+FORMS = (AUTO, *(form.value for form in LoopForm))
 TEMPERATURES = (0.0, 1.0)
+DEFAULT_MODEL = "qwen3-0.6b"
+MOST_MINUTES = 24 * 60
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,10 +36,13 @@ TEMPERATURES = (0.0, 1.0)
 @click.option(
     "--models",
     metavar="NAME|FOLDER,...",
-    help=f"Of {', '.join(name for name in SHAPES if name != TINY)} (default: these), or folders.",
+    help=f"Of {', '.join(name for name in SHAPES if name != TINY)}, or folders.  "
+    f"[default: {DEFAULT_MODEL}]",
 )
 @click.option("--batch-sizes", metavar="N,...", help="Default: 1,4,16,64,256; tiny: 1,4.")
-@click.option("--forms", default=",".join(FORMS), show_default=True, help="Of the loop.")
+@click.option(
+    "--forms", default=",".join(FORMS), show_default=True, help="Of the loop; auto: what users get."
+)
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
     "--minutes",
@@ -71,13 +75,13 @@ def command(
     Random weights, prompts of token ids. Stock and fusedstep run side by side on one GPU, in turn.
     """
     _check_device(device)
-    if math.isnan(minutes):
-        raise ConfigError("--minutes: nan is no number")
+    if not minutes <= MOST_MINUTES:  # nan is not, either
+        raise ConfigError(f"--minutes: want a number up to {MOST_MINUTES}, not {minutes:g}")
     if json_path is not None:
         result_file.check(json_path)
     if tiny and models:
         raise ConfigError("--tiny is a model of its own: leave --models out")
-    names = [TINY] if tiny else _split(models) or [name for name in SHAPES if name != TINY]
+    names = [TINY] if tiny else _split(models) or [DEFAULT_MODEL]
     plan = Plan(
         device=device,
         models=tuple(names),

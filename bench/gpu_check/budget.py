@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 # Seconds that a part of a kind is expected to take before one has been seen.
 GUESS = {
+    "device": 15.0,
+    "start as served": 150.0,
     "start": 90.0,
     "facts": 2.0,
     "form": 15.0,
@@ -15,6 +17,18 @@ GUESS = {
     "point": 6.0,
     "trace": 8.0,
     "loop": 45.0,
+}
+# A part that takes longer hangs: what it waits for is ended, and the rest goes on without it.
+LIMITS = {
+    "device": 60.0,
+    "start as served": 300.0,
+    "start": 180.0,
+    "facts": 60.0,
+    "form": 180.0,
+    "equality": 120.0,
+    "point": 90.0,
+    "trace": 90.0,
+    "loop": 120.0,
 }
 
 
@@ -29,6 +43,10 @@ class Budget:
     def divide(self, parts: int) -> None:
         """The next part may take the first of ``parts`` equal shares of the time that is left."""
         self._share = self._clock() + (self._end - self._clock()) / parts
+
+    def limit(self, kind: str) -> float:
+        """Seconds that a part of this kind may take: no more than are left of the whole."""
+        return max(min(LIMITS[kind], self._end - self._clock()), 0.01)
 
     def fits(self, kind: str) -> bool:
         """Is there time in this share for one more part of this kind?"""

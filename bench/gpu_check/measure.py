@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fusedstep.bench.engine import Engine, Kind
@@ -59,6 +60,16 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Start:
+    """How a pair of engines starts. ``as_served``: one after the other, with vLLM's own batch and
+    graph sizes, its memory profile and the proof, as a user's engine does."""
+
+    loop: str = LoopForm.EAGER  # forms are chosen later: none can keep the engine from starting
+    as_served: bool = False
+    seconds: float | None = None  # that each engine may take
+
+
+@dataclass(frozen=True)
 class Side:
     """One engine at one point; None where it was not or cannot be measured."""
 
@@ -89,16 +100,19 @@ class Row:
         return stock / ours if self.equal and min(stock, ours) > 0 else None
 
 
-def vllm_args(model: Model, plan: Plan, kind: Kind) -> tuple[str, ...]:
+def vllm_args(model: Model, plan: Plan, kind: Kind, *, as_served: bool = False) -> tuple[str, ...]:
     """The same engine twice, small enough for both on one GPU."""
     tokens = max(plan.batch_sizes) * (plan.input_len + plan.long_len + RESERVED_TOKENS)
     kv_cache = max(tokens, 2 * MAX_MODEL_LEN) * model.kv_bytes_per_token(plan.dtype)
     args = ["--skip-tokenizer-init", "--no-enable-prefix-caching", "--async-scheduling"]
     args += ["--seed", str(SEED), "--dtype", plan.dtype, "--max-model-len", str(MAX_MODEL_LEN)]
-    args += ["--max-num-seqs", str(MAX_BATCH_SIZE), "--kv-cache-memory-bytes", str(kv_cache)]
     if model.dummy:
         args += ["--load-format", "dummy"]
-    if plan.on_gpu:  # vLLM wants this share free at the start; the KV cache is sized above
+    if not (as_served and plan.on_gpu):
+        args += ["--max-num-seqs", str(MAX_BATCH_SIZE), "--kv-cache-memory-bytes", str(kv_cache)]
+    if as_served and plan.on_gpu:
+        args += ["--gpu-memory-utilization", "0.4"]
+    elif plan.on_gpu:  # vLLM wants this share free at the start; the KV cache is sized above
         sizes = {"cudagraph_capture_sizes": sorted(plan.batch_sizes)}
         args += ["--gpu-memory-utilization", "0.3", "--compilation-config", json.dumps(sizes)]
     else:
@@ -111,19 +125,26 @@ def vllm_args(model: Model, plan: Plan, kind: Kind) -> tuple[str, ...]:
 class Pair:
     """Both engines of a model. The one that waits is stopped, with nothing in flight."""
 
-    def __init__(self, model: Model, plan: Plan, open_engine: OpenEngine = Engine) -> None:
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        how: Start = Start(),
+        open_engine: OpenEngine | None = None,
+    ) -> None:
         self.model, self.plan = model, plan
         self.killed = False
         self.engines: dict[Kind, Any] = {}
-        # Forms are chosen later, one by one: none of them can keep the engine from starting.
-        options = Options.parse({"decode_steps": "auto", "ops": "auto", "loop": LoopForm.EAGER})
+        opens = open_engine or partial(Engine, start_seconds=how.seconds)
+        options = Options.parse({"decode_steps": "auto", "ops": "auto", "loop": how.loop})
 
         def start(kind: Kind) -> None:
-            args = vllm_args(model, plan, kind)
-            self.engines[kind] = open_engine(kind, str(model.path), options, args)
+            args = vllm_args(model, plan, kind, as_served=how.as_served)
+            self.engines[kind] = opens(kind, str(model.path), options, args)
 
         try:
-            with ThreadPoolExecutor(2) as pool:
+            # Each measures the memory that is free: side by side they would see each other.
+            with ThreadPoolExecutor(1 if how.as_served else 2) as pool:
                 list(pool.map(start, (STOCK, OURS)))
             for kind, engine in self.engines.items():
                 if model.dummy:

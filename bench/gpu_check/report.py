@@ -10,6 +10,7 @@ from fusedstep.bench import result_file
 from fusedstep.bench.gpu_check.equality import Difference, as_json
 from fusedstep.bench.gpu_check.measure import Row, Side
 
+WORKS = "works"
 MAX_DIFFERENCES = 50  # listed per form; all are counted
 # Ratio to stock, to be reached at every temperature: model, batch size, ratio.
 RATIOS = (
@@ -66,13 +67,16 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     loop_cost_us: dict[str, Any] | None = None
     loop_cost_reason: str = "not measured"
+    # What only a GPU can show: check -> "works", or why it does not.
+    device: dict[str, str] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
     complete: bool = False  # the last part is done
 
     @property
     def equal(self) -> bool:
-        """Has every form been compared, and none found to differ?"""
-        return all(form.equal is True for form in self.forms.values())
+        """Has every form been compared, none found to differ, and has every check passed?"""
+        compared = all(form.equal is True for form in self.forms.values())
+        return compared and set(self.device.values()) <= {WORKS}
 
     def targets(self) -> list[dict[str, Any]]:
         return targets(self.rows, next(iter(self.forms)), self.on_gpu, self.lacking())
@@ -96,6 +100,7 @@ class Report:
         return {
             "complete": self.complete,
             "equal": self.equal,
+            "device": self.device,
             "forms": forms,
             "rows": [asdict(row) | {"ratio": row.ratio} for row in self.rows],
             "targets": self.targets(),
@@ -169,6 +174,11 @@ def print_report(report: Report) -> None:
             made.add_column(heading)
         return made
 
+    for check, found in report.device.items():
+        out.print(f"{check}: {found}")
+    for model, facts in report.env["engines"].items():
+        for line in _memory(model, facts["fusedstep"].get("graph_memory") or {}):
+            out.print(line)
     forms = table("Tokens against stock", "form", "ran", "equal", "requests", "near-ties", "reason")
     for asked, form in report.forms.items():
         equal = {None: "not compared", True: "yes", False: "NO"}[form.equal]
@@ -197,6 +207,14 @@ def print_report(report: Report) -> None:
         out.print(f"loop alone, {name}: {text}")
     for line in report.lacking():
         out.print(f"NOT THE STOCK TO COMPARE WITH: {line}")
+
+
+def _memory(model: str, taken: dict[str, int]) -> list[str]:
+    """What vLLM left free for the graphs of the windows, and what they took."""
+    if not taken:
+        return []
+    words = ", ".join(f"{name} {size / (1 << 30):.2f} GiB" for name, size in taken.items())
+    return [f"{model}: memory of the recorded windows: {words}"]
 
 
 def _cells(side: Side) -> tuple[str, str, str]:

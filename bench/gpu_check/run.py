@@ -21,8 +21,9 @@ import torch
 
 from fusedstep import processes
 from fusedstep.bench.environment import machine
+from fusedstep.bench.gpu_check import device as gpu_device
 from fusedstep.bench.gpu_check import models as gpu_models
-from fusedstep.bench.gpu_check.budget import Budget
+from fusedstep.bench.gpu_check.budget import LIMITS, Budget
 from fusedstep.bench.gpu_check.equality import Batch, Outputs, differences, equality_batches
 from fusedstep.bench.gpu_check.measure import (
     OURS,
@@ -30,24 +31,30 @@ from fusedstep.bench.gpu_check.measure import (
     Pair,
     Plan,
     Row,
+    Start,
     measure_point,
     trace_point,
 )
-from fusedstep.bench.gpu_check.report import FormReport, Report
+from fusedstep.bench.gpu_check.report import WORKS, FormReport, Report
 from fusedstep.errors import ConfigError, FusedStepError
+from fusedstep.loop_forms import LoopForm
 
-# A part that takes so long hangs: its engines are killed, and the rest goes on without the form.
-HANGS = 180.0
+AUTO = "auto"  # the form that an engine chooses, and proves, when it starts
+NO_ANSWER = "no answer"
+DEVICE = (sys.executable, "-m", "fusedstep.bench.gpu_check.device")
 LOOP_COST = (sys.executable, "-m", "fusedstep.bench.kernels.loop_cost")
 T = TypeVar("T")
 
 
 class EnginesDied(FusedStepError):
-    """Nothing more can be asked of this pair of engines, since a part of this ``kind``."""
+    """Nothing more can be asked of this pair of engines, since a part of this ``kind``.
 
-    def __init__(self, reason: str, kind: str) -> None:
+    ``time_is_up``: it was ended at the end of the run, which says nothing about it.
+    """
+
+    def __init__(self, reason: str, kind: str, *, time_is_up: bool) -> None:
         super().__init__(reason)
-        self.kind = kind
+        self.kind, self.time_is_up = kind, time_is_up
 
 
 class Check:
@@ -58,7 +65,7 @@ class Check:
         plan: Plan,
         json_path: str | None,
         say: Callable[[str], None],
-        open_pair: Callable[[gpu_models.Model, Plan], Pair] = Pair,
+        open_pair: Callable[[gpu_models.Model, Plan, Start], Pair] = Pair,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.plan, self.json_path, self.say = plan, json_path, say
@@ -70,6 +77,7 @@ class Check:
         self._form = ""  # that runs now
         self._harmful: set[str] = set()  # forms that brought engines down
         self._traces = plan.on_gpu  # until the profiler does that
+        self._hangs = False  # does a WHILE node, on this GPU?
 
     def run(self) -> Report:
         """Every model gets an equal share of the time that is left when its turn comes."""
@@ -77,9 +85,11 @@ class Check:
             models = [gpu_models.load(name, Path(folder)) for name in self.plan.models]
             if len({model.name for model in models}) < len(models):
                 raise ConfigError("--models: two of the same name")
+            self._device()
             for index, model in enumerate(models):
                 self.budget.divide(len(models) - index)
-                self._model(model)
+                self._as_served(model)
+                self._model(model, first=index == 0)
                 if index == 0:
                     self.budget.divide(1)
                     self._loop_cost()
@@ -87,18 +97,74 @@ class Check:
         self._write()
         return self.report
 
-    def _model(self, model: gpu_models.Model) -> None:
-        """Everything of one model. A form that brings the engines down is left out from then on."""
-        while forms := [form for form in self.plan.forms if form not in self._harmful]:
-            start = partial(self.open_pair, model, self.plan)
+    def _device(self) -> None:
+        """What no test without a GPU can show, each in a process of its own."""
+        for name, check in gpu_device.CHECKS.items() if self.plan.on_gpu else ():
+            work = partial(_in_a_process, (*DEVICE, name), self.budget.limit("device"))
+            done = self._part("device", check.what, work)
+            if done is None:
+                self.report.device[check.what] = self.report.skipped[-1]["reason"]
+                self._hangs |= self.report.device[check.what].startswith(NO_ANSWER)
+            else:
+                self.report.device[check.what] = WORKS
+
+    def _as_served(self, model: gpu_models.Model) -> None:
+        """The engine that users start: its memory profile, all sizes, the proof; then its tokens,
+        and what it gains. Where a WHILE node hangs, or the engine does not start with the form that
+        it chooses, it is asked for the next one."""
+        if AUTO not in self.plan.forms or AUTO in self._harmful:
+            return
+        known, name = self.report.forms[AUTO], model.name
+        pair = None
+        for loop in (LoopForm.REPLAY,) if self._hangs else (AUTO, LoopForm.REPLAY):
+            how = Start(loop, as_served=True, seconds=self.budget.limit("start as served") / 2)
+            start = partial(self.open_pair, model, self.plan, how)
+            what = f"{name}: engines as users start them, --loop {loop}"
+            if (pair := self._part("start as served", what, start)) is not None:
+                break
+            known.reason = self.report.skipped[-1]["reason"]
+        if pair is None:
+            return
+        self._form = AUTO
+        try:
+            facts = self._part("facts", f"{name}: what runs", partial(_facts, pair), pair)
+            if facts is not None:
+                self.report.env["engines"][name] = facts
+            stats = self._part(
+                "facts", f"{name}: what auto is", partial(pair.ask, OURS, "window_stats"), pair
+            )
+            if stats is not None:
+                known.ran, known.reason = stats["loop"], stats["loop_reason"]
+            self._tokens(pair, [AUTO])
+            self._times(pair, [AUTO])
+            self._idle_shares(pair, [AUTO])
+        except EnginesDied as error:
+            if error.kind == "trace":
+                self._traces = False
+            elif not error.time_is_up:
+                known.fail(f"{name}: {error}")
+                self._harmful.add(AUTO)
+        finally:
+            pair.close()
+            self._write()
+
+    def _model(self, model: gpu_models.Model, *, first: bool) -> None:
+        """The other forms, of engines with few sizes, so that a form changes quickly. One that
+        brings the engines down is left out from then on."""
+        asked = [form for form in self.plan.forms if form != AUTO]
+        while forms := [form for form in asked if form not in self._harmful]:
+            how = Start(seconds=self.budget.limit("start"))
+            start = partial(self.open_pair, model, self.plan, how)
             self._form = ""
             pair = self._part("start", f"{model.name}: engines for {', '.join(forms)}", start)
             if pair is None:
                 return
             try:
-                self._all_forms(pair, forms)
+                self._all_forms(pair, forms, first=first)
                 return
             except EnginesDied as error:
+                if error.time_is_up:
+                    return
                 if error.kind == "trace":
                     self._traces = False
                     continue
@@ -110,17 +176,17 @@ class Check:
                 pair.close()
                 self._write()
 
-    def _all_forms(self, pair: Pair, forms: list[str]) -> None:
+    def _all_forms(self, pair: Pair, forms: list[str], *, first: bool) -> None:
         """On the first model tokens come first; on others the times of the first form do.
 
         The requests that are timed are compared, too.
         """
         name = pair.model.name
-        facts = self._part("facts", f"{name}: what runs", partial(_facts, pair), pair)
-        first_model = not self.report.env["engines"]
-        if facts is not None:
-            self.report.env["engines"][name] = facts
-        if not first_model:
+        if name not in self.report.env["engines"]:
+            facts = self._part("facts", f"{name}: what runs", partial(_facts, pair), pair)
+            if facts is not None:
+                self.report.env["engines"][name] = facts
+        if not first:
             self._times(pair, forms[:1])
         self._tokens(pair, forms)
         self._times(pair, forms[:1])
@@ -149,6 +215,8 @@ class Check:
 
     def _distinct(self, pair: Pair, forms: list[str]) -> Iterator[str]:
         first: dict[str, str] = {}  # what ran -> the form that it stands for
+        if any((row.model, row.form) == (pair.model.name, AUTO) for row in self.report.rows):
+            first[self.report.forms[AUTO].ran] = AUTO
         for form in forms:
             ran = self.report.forms[form].ran or form
             if first.setdefault(ran, form) == form:
@@ -221,9 +289,10 @@ class Check:
         if not self.plan.on_gpu:
             self.report.loop_cost_reason = "needs CUDA"
             return
-        cost = self._part("loop", "cost of a step of the loop alone", _loop_cost)
+        work = partial(_in_a_process, LOOP_COST, self.budget.limit("loop"))
+        cost = self._part("loop", "cost of a step of the loop alone", work)
         if cost is not None:
-            self.report.loop_cost_us, self.report.loop_cost_reason = cost, ""
+            self.report.loop_cost_us, self.report.loop_cost_reason = json.loads(cost), ""
 
     def _part(
         self, kind: str, what: str, work: Callable[[], T], pair: Pair | None = None
@@ -236,17 +305,19 @@ class Check:
         if not self._fits(kind, what):
             return None
         self.say(what)
-        watchdog = threading.Timer(HANGS, pair.kill if pair is not None else lambda: None)
+        limit = self.budget.limit(kind)
+        watchdog = threading.Timer(limit, pair.kill if pair is not None else lambda: None)
         watchdog.start()
         try:
             with self.budget.spending(kind):
                 return work()
         except Exception as error:
             hangs = pair is not None and pair.killed
-            reason = f"no answer in {HANGS:g} s" if hangs else str(error) or type(error).__name__
+            reason = _no_answer(limit) if hangs else str(error) or type(error).__name__
             self._skip(what, reason)
             if pair is not None and not pair.alive():
-                raise EnginesDied(reason, kind) from None
+                time_is_up = hangs and limit < LIMITS[kind]
+                raise EnginesDied(reason, kind, time_is_up=time_is_up) from None
             return None
         finally:
             watchdog.cancel()
@@ -290,10 +361,19 @@ def _traced(row: Row, stock: dict[str, Any], ours: dict[str, Any]) -> Row:
     return replace(row, stock=side("stock", stock), fusedstep=side("fusedstep", ours))
 
 
-def _loop_cost() -> dict[str, Any]:
+def _in_a_process(command: tuple[str, ...], seconds: float) -> str:
+    """What it prints. It is killed after so many seconds: what goes wrong there stays there."""
     environment = os.environ | processes.environment()
-    done = subprocess.run(LOOP_COST, capture_output=True, text=True, timeout=HANGS, env=environment)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        raise FusedStepError(_no_answer(seconds)) from None
     if done.returncode != 0:
         raise FusedStepError((done.stderr.splitlines() or ["no output"])[-1])
-    cost: dict[str, Any] = json.loads(done.stdout)
-    return cost
+    return done.stdout
+
+
+def _no_answer(seconds: float) -> str:
+    return f"{NO_ANSWER} in {seconds:.3g} s"

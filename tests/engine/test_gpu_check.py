@@ -16,12 +16,12 @@ from fusedstep.vllm_plugin.launch import wiring
 def test_tiny_on_the_cpu(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     command = [sys.executable, "-m", "fusedstep.bench.gpu_check", "--device=cpu", "--tiny"]
-    plan = ["--batch-sizes=2", "--forms=while,eager", "--repeats=1", f"--json={result}"]
+    plan = ["--batch-sizes=2", "--forms=auto,eager", "--repeats=1", f"--json={result}"]
     done = subprocess.run([*command, *plan], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     report = json.loads(result.read_text())
     assert report["equal"] is True
-    for form in ("while", "eager"):
+    for form in ("auto", "eager"):
         known = report["forms"][form]
         assert (known["ran"], known["reason"]) == ("eager", "the device is a cpu")
         assert known["equal"] is True and known["requests"] >= 41 and known["near_ties"] == 0

@@ -55,6 +55,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         no_windows=None,
         ops_choice=Choice("triton", ""),
         scratch=None,
+        graph_memory={},
         max_num_reqs=3,
         vocab_size=11,
         device=torch.device("cpu"),

@@ -78,7 +78,7 @@ RUNNER = {
             kv_cache_config: KVCacheConfig
             req_states: gpu.states.RequestState
             sampler: gpu.sample.sampler.Sampler
-            +stats, use_form, stock_steps_reason
+            +stats, use_form, stock_steps_reason, graph_memory
         """,
     },
     f"{GPU}.kv_connector": {"NO_OP_KV_CONNECTOR": ""},

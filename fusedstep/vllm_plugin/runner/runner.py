@@ -87,6 +87,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if self.ops_choice.name is None and self.engine_reason is None:
             self.engine_reason = f"{Reason.NO_OPS}: {self.ops_choice.reason}"
         self.staged: tuple[SchedulerOutput, WindowSlot, np.ndarray] | None = None
+        self.graph_memory: dict[str, int] = {}  # bytes of the windows' graphs
         self.scratch: Any = None  # of the step operations, where they have some
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
@@ -147,7 +148,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         """vLLM's graphs, then those of the windows; bytes of device memory for both."""
         size: int = super().capture_model(profile_only=profile_only)
         if self.engine_reason is None:
-            size += self.graph_store.record(profile_only=profile_only)
+            taken = self.graph_store.record(profile_only=profile_only)
+            self.graph_memory["estimated" if profile_only else "taken"] = taken
+            size += taken
             self.tables.static.overwritten()  # by the proof's requests
             self._note_form()
         return size
