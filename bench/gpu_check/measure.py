@@ -144,7 +144,8 @@ class Pair:
 
         try:
             # Each measures the memory that is free: side by side they would see each other.
-            with ThreadPoolExecutor(1 if how.as_served else 2) as pool:
+            alone = how.as_served and plan.on_gpu
+            with ThreadPoolExecutor(1 if alone else 2) as pool:
                 list(pool.map(start, (STOCK, OURS)))
             for kind, engine in self.engines.items():
                 if model.dummy:

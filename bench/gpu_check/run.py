@@ -78,6 +78,8 @@ class Check:
         self._harmful: set[str] = set()  # forms that brought engines down
         self._traces = plan.on_gpu  # until the profiler does that
         self._hangs = False  # does a WHILE node, on this GPU?
+        # Without a GPU there are no graphs, hence no sizes: the first engines do for all forms.
+        self._one_pair = AUTO in plan.forms and not plan.on_gpu
 
     def run(self) -> Report:
         """Every model gets an equal share of the time that is left when its turn comes."""
@@ -88,7 +90,7 @@ class Check:
             self._device()
             for index, model in enumerate(models):
                 self.budget.divide(len(models) - index)
-                self._as_served(model)
+                self._as_served(model, first=index == 0)
                 self._model(model, first=index == 0)
                 if index == 0:
                     self.budget.divide(1)
@@ -108,7 +110,7 @@ class Check:
             else:
                 self.report.device[check.what] = WORKS
 
-    def _as_served(self, model: gpu_models.Model) -> None:
+    def _as_served(self, model: gpu_models.Model, *, first: bool) -> None:
         """The engine that users start: its memory profile, all sizes, the proof; then its tokens,
         and what it gains. Where a WHILE node hangs, or the engine does not start with the form that
         it chooses, it is asked for the next one."""
@@ -138,12 +140,14 @@ class Check:
             self._tokens(pair, [AUTO])
             self._times(pair, [AUTO])
             self._idle_shares(pair, [AUTO])
+            if self._one_pair:
+                self._all_forms(pair, self._others(), first=first)
         except EnginesDied as error:
             if error.kind == "trace":
                 self._traces = False
             elif not error.time_is_up:
-                known.fail(f"{name}: {error}")
-                self._harmful.add(AUTO)
+                self.report.forms[self._form or AUTO].fail(f"{name}: {error}")
+                self._harmful.add(self._form or AUTO)
         finally:
             pair.close()
             self._write()
@@ -151,8 +155,9 @@ class Check:
     def _model(self, model: gpu_models.Model, *, first: bool) -> None:
         """The other forms, of engines with few sizes, so that a form changes quickly. One that
         brings the engines down is left out from then on."""
-        asked = [form for form in self.plan.forms if form != AUTO]
-        while forms := [form for form in asked if form not in self._harmful]:
+        if self._one_pair:
+            return
+        while forms := [form for form in self._others() if form not in self._harmful]:
             how = Start(seconds=self.budget.limit("start"))
             start = partial(self.open_pair, model, self.plan, how)
             self._form = ""
@@ -175,6 +180,9 @@ class Check:
             finally:
                 pair.close()
                 self._write()
+
+    def _others(self) -> list[str]:
+        return [form for form in self.plan.forms if form != AUTO]
 
     def _all_forms(self, pair: Pair, forms: list[str], *, first: bool) -> None:
         """On the first model tokens come first; on others the times of the first form do.
