@@ -11,6 +11,7 @@ from typing import Any
 import engine_child
 import pytest
 import standin_child
+import standin_faults
 from standin.mixture import ABORT, ARRIVE, OPTIONS, REQUESTS, assert_same
 from standin_child import StandInChild
 
@@ -86,3 +87,10 @@ def test_start_and_tokens(
     got, stats = run(engine, 7, 3)
     assert (stats["loop"], stats["steps"] > stats["windows"] > 0) == (form, True)
     assert_same(got, expected)
+
+
+def test_stale_parameters_are_seen(engine: StandInChild, expected: dict[str, Any]) -> None:
+    """The control, and the engine's last test."""
+    engine.call(standin_faults.keep_stale_parameters)
+    with pytest.raises(AssertionError):  # or vLLM's: of a token that nobody waits for
+        assert_same(run(engine, 7, LATE)[0], expected)
