@@ -179,6 +179,7 @@ class Driver:
 def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
     """torch.cuda is the stand-in from here on, in all of this process; Triton's interpreter, its
     kernels' launches. ``put``: a test's, which takes it back."""
+    import triton
     from triton.runtime.interpreter import GridExecutor
 
     names = {
@@ -221,6 +222,8 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
         enqueue(lambda: interpret(self, *args, **kwargs))
 
     put(GridExecutor, "__call__", launch)
+    # Triton would look for the GPU's driver: a kernel that is interpreted has no target.
+    put(triton.language.target_info, "current_target", lambda: None)
 
 
 def _set_stream(stream: Stream) -> None:
