@@ -6,7 +6,8 @@ VARIANT ?= auto
 BIN := .venv/bin
 TYPES := build/types
 # Tests that start processes for long have the machine to themselves; the others run on several cores.
-ENGINES := tests/engine tests/frontend/test_server.py tests/standin/test_copies.py tests/libcuda
+ENGINES := tests/engine tests/frontend/test_server.py tests/standin/test_copies.py \
+	tests/standin/test_engine.py tests/libcuda
 
 # The first of these that runs, is new enough and can make virtual environments.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
