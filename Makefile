@@ -37,7 +37,7 @@ ifneq ($(ARGS),)
 	$(BIN)/pytest $(ARGS)
 else
 	@failed=0; \
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 $(ENGINES:%=--ignore=%) || failed=1; \
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ENGINES:%=--ignore=%) || failed=1; \
 	$(BIN)/pytest $(ENGINES) || failed=1; \
 	exit $$failed
 endif

@@ -1,6 +1,6 @@
 """No launch has a race, and none depends on the order of its programs.
 
-By hand, with every specialisation and hundreds of schedules for each (about an hour on two cores):
+By hand, with every specialisation and hundreds of schedules for each (hours on two cores):
 
     .venv/bin/pytest tests/races -m exhaustive
 """
