@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ignored = "ignore::RuntimeWarning:triton.runtime.interpreter"  # inf - inf and the like
         config.addinivalue_line("filterwarnings", ignored)
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; what is printed here is for files
 
 
 @pytest.fixture(scope="session")

@@ -92,22 +92,18 @@ def test_a_page_is_read_whole(page: Page) -> None:
 
 def test_reader_and_writer_at_once(page: Page) -> None:
     """Whatever is read was written as a whole."""
-    stop = threading.Event()
+    pause = threading.Event()
 
     def write() -> None:
-        n = 0
-        while not stop.is_set():
-            n += 1
+        for n in range(1, 1001):
             page.write([n] * (n % 500 + 1))
-            stop.wait(1e-4)
+            pause.wait(1e-4)
 
     thread = threading.Thread(target=write)
     thread.start()
-    try:
-        seen = [page.read() for _ in range(5000)]
-    finally:
-        stop.set()
-        thread.join()
+    seen = []
+    while thread.is_alive():
+        seen.append(page.read())
     assert all(len(set(numbers)) == 1 for numbers in seen if numbers is not None)
     assert len({numbers[0] for numbers in seen if numbers is not None}) > 10
 

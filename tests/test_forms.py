@@ -213,7 +213,7 @@ def test_no_more_rows_than_requests(
         ({"mode": CUDAGraphMode.PIECEWISE}, "eager", None),
         ({"mode": CUDAGraphMode.PIECEWISE, "device": "cpu"}, "auto", None),
         ({"in_place": (True, False)}, "auto", None),
-        ({"in_place": (False,), "name": "FLASHINFER"}, "auto", "only the device knows"),
+        ({"in_place": (False,), "name": "FLASHINFER"}, "auto", "planned on the host by FLASHINFER"),
         ({"in_place": (True,), "name": "FLASHINFER"}, "auto", None),
     ],
 )

@@ -1,4 +1,4 @@
-"""What only a GPU can show, without vLLM's engine: the tokens of a WHILE node around real kernels.
+"""Checks that only a GPU can answer, without vLLM's engine: a WHILE node around real kernels.
 
 Each check is a process of its own, which may hang: ``python -m fusedstep.bench.gpu_check.device
 NAME`` ends with code 0, or with one line that says why not.
@@ -18,7 +18,7 @@ import torch
 
 from fusedstep.bench.kernels.loop_cost import HIDDEN, VOCAB, SmallModel
 from fusedstep.bench.kernels.step_state import build_state
-from fusedstep.loop_forms import LoopForm
+from fusedstep.loop_forms import BEST, LoopForm
 from fusedstep.ops import dispatch
 from fusedstep.ops.types import StepInputs
 from fusedstep.window.arrivals import NEVER_END, ArrivalCounter
@@ -130,8 +130,7 @@ def compare(
     """Raises RuntimeError unless the WHILE form gives the eager loop's tokens."""
     arrivals.add()
     eager, ours = (
-        tokens(make, form, device, arrivals, recorder, pace)
-        for form in (LoopForm.EAGER, LoopForm.WHILE)
+        tokens(make, form, device, arrivals, recorder, pace) for form in (LoopForm.EAGER, BEST)
     )
     ended = [len(rows[0]) for rows in ours]
     if ended != [STEPS, 1, STEPS]:
@@ -152,7 +151,7 @@ def run(name: str) -> None:
     """One check, on the GPU."""
     if not torch.cuda.is_available():
         raise RuntimeError("needs CUDA")
-    if reason := missing(LoopForm.WHILE):
+    if reason := missing(BEST):
         raise RuntimeError(reason)
     device = torch.device("cuda")
     arrivals = ArrivalCounter(f"gpu-check-{os.getpid()}-{time.time_ns()}")

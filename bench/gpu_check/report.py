@@ -210,7 +210,7 @@ def print_report(report: Report) -> None:
 
 
 def _memory(model: str, taken: dict[str, int]) -> list[str]:
-    """What vLLM left free for the graphs of the windows, and what they took."""
+    """Memory that vLLM left free for the graphs of the windows, and what they took."""
     if not taken:
         return []
     words = ", ".join(f"{name} {size / (1 << 30):.2f} GiB" for name, size in taken.items())

@@ -100,7 +100,7 @@ class Check:
         return self.report
 
     def _device(self) -> None:
-        """What no test without a GPU can show, each in a process of its own."""
+        """The checks that only a GPU can answer, each in a process of its own."""
         for name, check in gpu_device.CHECKS.items() if self.plan.on_gpu else ():
             work = partial(_in_a_process, (*DEVICE, name), self.budget.limit("device"))
             done = self._part("device", check.what, work)
@@ -370,7 +370,7 @@ def _traced(row: Row, stock: dict[str, Any], ours: dict[str, Any]) -> Row:
 
 
 def _in_a_process(command: tuple[str, ...], seconds: float) -> str:
-    """What it prints. It is killed after so many seconds: what goes wrong there stays there."""
+    """Returns what it prints. Killed after so many seconds; what goes wrong stays there."""
     environment = os.environ | processes.environment()
     try:
         done = subprocess.run(

@@ -107,7 +107,7 @@ def not_int64(name: str, number: int | None) -> Iterator[Refusal]:
 
 
 def no_message(*parts: object) -> Iterator[Refusal]:
-    """What the engine's messages cannot carry: they are UTF-8."""
+    """Text that the engine's messages cannot carry: they are UTF-8."""
     try:
         MESSAGE.encode(parts)
     except UnicodeEncodeError:
