@@ -53,11 +53,12 @@ def test_a_sampled_difference_is_judged_with_the_noise() -> None:
     assert found.verdict == "near-tie" and found.gap == pytest.approx(-0.1, abs=1e-5)
 
 
+@pytest.mark.parametrize("limit", [{"top_p": 0.95}, {"top_k": 20}], ids=str)
 @pytest.mark.parametrize(("tokens", "verdict"), [((7, 9), "near-tie"), ((7, 7), "DIFFERENT")])
-def test_a_token_at_the_cut_of_top_p(tokens: tuple[int, int], verdict: str) -> None:
+def test_a_token_at_the_cut(tokens: tuple[int, int], verdict: str, limit: dict[str, float]) -> None:
     again = [output([5, 6, 7, 8], logprobs(2, t7=-1.0, t9=float("-inf")))]
     nudged = [output([token]) for token in tokens]
-    asked = batch(temperature=1.0, top_p=0.95)
+    asked = batch(temperature=1.0, **limit)
     (found,) = judged(asked, [5, 6, 7, 8], [5, 6, 9, 1], again, nudged)
     assert found.verdict == verdict
     assert gpu_equality.as_json("m", found)["gap"] is None

@@ -1,7 +1,8 @@
 """Device code: Triton kernels, nothing else. Imports triton only.
 
-Import it as ``fusedstep.kernels``. ``fusedstep/ops/triton_step.py`` launches it; a decode step is
-``sample.py``, and ``truncate.py`` where a row has top-k or top-p.
+Import it as ``fusedstep.kernels``. ``fusedstep/ops/triton_step.py`` launches it. A decode step is
+``sample.py``, then ``draw.py`` where stock vLLM has applied top-k or top-p in between;
+``truncate.py`` applies them where there is no vLLM.
 """
 
 # vLLM takes any importable top-level ``triton_kernels`` for the upstream Triton package, and

@@ -2,7 +2,8 @@
 
 Grid (NUM_SPLITS, num_reqs). Each program adjusts, scales and scores a block of one row; the last to
 arrive takes the winner (``winner.py``, with the memory order) and advances the row, unless the row
-has top-k or top-p: then ``truncate.py`` does.
+has top-k or top-p: then ``truncate.py`` does. With HANDS_OVER somebody else's kernels truncate such
+rows (``adjusted`` by ``limit_k`` and ``limit_p`` of the scratch), and ``draw.py`` advances them.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def sample_kernel(
     BLOCK_SIZES: tl.constexpr,  # per KV cache group
     ADJUST: tl.constexpr,  # may a row have bias, penalties or bad words?
     RESTRICT: tl.constexpr,  # may a row have min-p, top-k or top-p?
+    HANDS_OVER: tl.constexpr,  # somebody else applies top-k and top-p
 ):
     split = tl.program_id(0)
     batch_idx = tl.program_id(1).to(tl.int64)
@@ -64,8 +66,16 @@ def sample_kernel(
     req = tl.load(rows.idx_mapping + batch_idx)
     position = tl.load(inputs.positions + batch_idx)
     if tl.load(rows.active + batch_idx) == 0:
+        if HANDS_OVER:
+            _store_limits(VOCAB_SIZE, 1.0, split, batch_idx, scratch)
         return
     temperature = tl.load(sampling.temperature + req)
+    is_handed_over = False
+    if HANDS_OVER:
+        is_handed_over = is_truncated(req, sampling, VOCAB_SIZE)
+        top_k = tl.where(is_handed_over, tl.load(sampling.top_k + req), VOCAB_SIZE)
+        top_p = tl.where(is_handed_over, tl.load(sampling.top_p + req), 1.0)
+        _store_limits(top_k, top_p, split, batch_idx, scratch)
     is_adjusted = False
     if ADJUST:
         is_adjusted = must_adjust(req, position, sampling)
@@ -90,6 +100,20 @@ def sample_kernel(
             VOCAB_SIZE,
             BLOCK_V,
         )
+    if is_handed_over:
+        _hand_over(
+            logits / temperature,
+            token_ids,
+            offset,
+            adjusted_row,
+            batch_idx,
+            tl.load(sampling.min_p + req),
+            scratch,
+            VOCAB_SIZE,
+            NUM_SPLITS,
+            SPLITS,
+        )
+        return
     scores = logits
     if temperature != 0.0:
         logits = logits / temperature
@@ -148,6 +172,48 @@ def sample_kernel(
         SPLITS,
         BLOCK_SIZES,
     )
+
+
+@triton.jit
+def _store_limits(top_k, top_p, split, batch_idx, scratch):
+    """Store a row's top-k and top-p for those who apply them; one program of the row does it."""
+    if split == 0:
+        tl.store(scratch.limit_k + batch_idx, top_k)
+        tl.store(scratch.limit_p + batch_idx, top_p)
+
+
+@triton.jit
+def _hand_over(
+    logits,  # [BLOCK_V] float32, scaled
+    token_ids,
+    offset,  # of this split in the scratch
+    adjusted_row,
+    batch_idx,
+    min_p,
+    scratch,
+    VOCAB_SIZE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Store the scaled logits of a row for those who truncate it, after min-p."""
+    tl.debug_barrier()  # ``adjust`` may have stored or still read these entries in other threads
+    tl.store(adjusted_row + token_ids, logits, mask=token_ids < VOCAB_SIZE)
+    if min_p != 0.0:
+        tl.store(scratch.best_values + offset, tl.max(logits, axis=0))
+        if arrive(batch_idx, NUM_SPLITS, scratch):
+            split_max = load_splits(
+                scratch.best_values, batch_idx, float("-inf"), NUM_SPLITS, SPLITS
+            )
+            _mask_below(tl.max(split_max, axis=0) + tl.log(min_p), adjusted_row, VOCAB_SIZE)
+
+
+@triton.jit
+def _mask_below(limit, adjusted_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr = 4096):
+    for start in range(0, VOCAB_SIZE, BLOCK):
+        token_ids = start + tl.arange(0, BLOCK)
+        logits = tl.load(adjusted_row + token_ids, mask=token_ids < VOCAB_SIZE, other=float("inf"))
+        tl.debug_barrier()  # other threads may still load these entries
+        tl.store(adjusted_row + token_ids, float("-inf"), mask=logits < limit)
 
 
 @triton.jit

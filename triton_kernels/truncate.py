@@ -1,5 +1,8 @@
 """The fused step, second launch: rows with top-k or top-p. No sort of the vocabulary.
 
+It keeps what a stable sort would, as stock vLLM on a CPU does. On a GPU stock keeps other ones of
+equal logits, so there its own kernels take this launch's place (``draw.py``).
+
 Grid (num_parts, num_reqs). ``sample.py`` has left each such row the winner among the tokens that
 min-p keeps. ``winner.py`` says how the programs of a row are ordered.
 

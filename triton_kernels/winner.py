@@ -16,6 +16,8 @@ Memory order, for every kernel that calls ``arrive``:
 * Scratch with an entry per row: written by the last program of ``sample_kernel``, read by
   ``truncate_kernel``. The end of a launch orders them, as it orders all that ``advance`` writes
   before the next step. (Programmatic dependent launch would not; it is off.)
+* ``adjusted``, ``limit_k`` and ``limit_p`` of rows that are handed over (``sample.py``): written in
+  one launch, changed in those of somebody else, read in that of ``draw_kernel``.
 * ``arrivals``: counted by atomics, reset by the last program, zero between launches.
 * ``num_active``: rows subtract from it by atomics; nobody reads it before the launch has ended.
 * Within a program a thread is sure to see its own stores only. A barrier, with its reason, stands

@@ -21,7 +21,10 @@ from fusedstep.ops.reference import gumbel_noise
 Outputs = list[dict[str, Any]]  # as ``Engine.call("generate")`` gives them
 Generate = Callable[[list[Any], list[dict[str, Any]]], Outputs]  # prompts, sampling parameters
 
-TOP_P_NUDGE = 0.005  # stock's own token at a top-p as far away may be ours
+# Stock's own token may be ours where top-p or top-k is as far away. Equal logits at the cut need no
+# such allowance, as both sides call the same function; logits that were rounded otherwise do.
+TOP_P_NUDGE = 0.005
+TOP_K_NUDGE = 1
 SAMPLED = {"temperature": 1.0, "top_p": 0.95}
 # Whatever changes the recorded steps: greedy, seeds, each kind of truncation and adjustment.
 PLAIN: tuple[dict[str, Any], ...] = (
@@ -172,29 +175,40 @@ def _scores(
 def _at_the_cut(
     batch: Batch, want: Outputs, found: list[Difference], stock: Generate
 ) -> list[Difference]:
-    """Near-ties of the other kind: stock gives our token when its top-p moves a little."""
+    """Near-ties of the other kind: stock gives our token when its top-p or top-k moves a little."""
     prompts, params, asked = [], [], []
     for index, difference in enumerate(found):
         fields = batch.params[difference.request]
-        cuts = 0 < fields.get("top_p", 1.0) < 1 and fields["temperature"] > 0
-        if difference.verdict != "DIFFERENT" or difference.gap is None or not cuts:
+        if difference.verdict != "DIFFERENT" or difference.gap is None:
             continue
         tokens = want[difference.request]["completions"][0]["token_ids"][: difference.at]
         prompt = batch.prompts[difference.request]["prompt_token_ids"] + list(tokens)
-        for nudge in (-TOP_P_NUDGE, TOP_P_NUDGE):
-            asked.append(index)
+        for moved in _nudged(fields):
+            asked.append((index, next(iter(moved))))
             prompts.append({"prompt_token_ids": prompt})
-            top_p = min(fields["top_p"] + nudge, 1.0)
-            params.append(fields | {"top_p": top_p, "max_tokens": 1, "min_tokens": 0})
+            params.append(fields | moved | {"max_tokens": 1, "min_tokens": 0})
     if not asked:
         return found
     result = list(found)
-    for index, output in zip(asked, stock(prompts, params), strict=True):
+    for (index, limit), output in zip(asked, stock(prompts, params), strict=True):
         ours = result[index].fusedstep_token
         if output["completions"][0]["token_ids"][0] == ours:
-            why = f"stock gives it, too, when top-p moves by {TOP_P_NUDGE:g}"
+            nudge = TOP_P_NUDGE if limit == "top_p" else TOP_K_NUDGE
+            why = f"stock gives it, too, when {limit} moves by {nudge:g}"
             result[index] = replace(result[index], verdict="near-tie", why=why)
     return result
+
+
+def _nudged(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """The limits of a sampled request, each a little lower and higher."""
+    found: list[dict[str, Any]] = []
+    if fields["temperature"] == 0:
+        return found
+    if 0 < (top_p := fields.get("top_p", 1.0)) < 1:
+        found += [{"top_p": min(top_p + nudge, 1.0)} for nudge in (-TOP_P_NUDGE, TOP_P_NUDGE)]
+    if (top_k := fields.get("top_k", 0)) > 0:
+        found += [{"top_k": max(top_k + nudge, 1)} for nudge in (-TOP_K_NUDGE, TOP_K_NUDGE)]
+    return found
 
 
 def as_json(model: str, difference: Difference) -> dict[str, Any]:

@@ -97,6 +97,20 @@ def build_state(
     )
 
 
+def _truncation(name: str, state: State) -> dict[str, Any]:
+    """Arguments that a runner adds to the state: on a GPU, stock vLLM's top-k and top-p."""
+    device = state.requests.total_len.device
+    if name != "triton" or device.type == "cpu":
+        return {}
+    from fusedstep.ops.triton_step import TritonStep
+    from fusedstep.vllm_plugin.runner.truncation import allocate_buffers, truncate_as_stock
+
+    num_reqs, vocab_size = state.requests.output_bin_counts.shape
+    scratch = TritonStep.allocate_scratch(num_reqs, vocab_size, device)
+    allocate_buffers(scratch.adjusted, scratch.limit_k, scratch.limit_p)
+    return {"scratch": scratch, "truncation": truncate_as_stock}
+
+
 class FusedStep:
     """Our step on its own state."""
 
@@ -104,7 +118,7 @@ class FusedStep:
         self.requests, self.sampling = state.requests, state.sampling
         self.rows, self.needs = state.rows, needs
         self.num_reqs = len(state.rows.idx_mapping)
-        self.ops = dispatch.load(name)(state)
+        self.ops = dispatch.load(name)(state, **_truncation(name, state))
         self._first = [tensor.clone() for tensor in self._moving()]
 
     def rewind(self) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+# Applies top-k and top-p: masks logits [n, V] float32 in place with -inf, given k [n] int32 (V
+# is none) and p [n] float32 (1 is none). It may neither synchronise nor allocate what it uses
+# again: it is recorded.
+Truncation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)

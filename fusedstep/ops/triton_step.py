@@ -1,4 +1,8 @@
-"""The step operations as Triton kernels: at most two launches per decode step, none synchronises.
+"""The step operations as Triton kernels, none of which synchronises.
+
+A decode step is one launch. With top-k or top-p it is two, or one before and one after somebody
+else's truncation (``Truncation``): seeded tokens equal stock vLLM's only where both keep the same
+tokens, and on a GPU those are known to nobody but stock's own kernels.
 
 ``TritonStep`` binds the state once: the tensors have static addresses, as a captured CUDA graph
 needs them. On CPU tensors the kernels run in Triton's interpreter (TRITON_INTERPRET=1), for tests.
@@ -7,12 +11,14 @@ needs them. On CPU tensors the kernels run in Triton's interpreter (TRITON_INTER
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from fusedstep.kernels.draw import draw_kernel
 from fusedstep.kernels.logprobs import token_logprobs_kernel
 from fusedstep.kernels.rows import prepare_kernel
 from fusedstep.kernels.sample import BUCKET, sample_kernel
@@ -24,7 +30,7 @@ from fusedstep.ops.check import (
     check_state,
     check_token_ids,
 )
-from fusedstep.ops.launch import Launch
+from fusedstep.ops.launch import Launch, Truncation
 from fusedstep.ops.types import (
     BatchNeeds,
     RequestState,
@@ -106,7 +112,9 @@ class _Scratch(NamedTuple):
     candidate_values: torch.Tensor  # [R, CANDIDATES] float32
     sorted: torch.Tensor  # [R, CANDIDATES] int32
     sorted_values: torch.Tensor  # [R, CANDIDATES] float32
-    adjusted: torch.Tensor  # [R, V] float32, rows with bias, penalties or bad words
+    adjusted: torch.Tensor  # [R, V] float32, rows with bias, penalties or bad words, or handed over
+    limit_k: torch.Tensor  # [R] int32, of rows that are handed over, else V
+    limit_p: torch.Tensor  # [R] float32, the same, else 1
 
 
 class TritonStep:
@@ -116,7 +124,9 @@ class TritonStep:
         self,
         state: StepState,
         scratch: _Scratch | None = None,  # made before: of ``allocate_scratch``
+        truncation: Truncation | None = None,  # None: ours, which keeps what a sort would
     ) -> None:
+        self._truncation = truncation
         self._device = state.requests.output_bin_counts.device
         check_state(state, self._device)
         requests, sampling, stop, inputs = state.requests, state.sampling, state.stop, state.inputs
@@ -210,8 +220,8 @@ class TritonStep:
         num_reqs: int,
         needs: BatchNeeds,
         advance: bool,
-    ) -> Sequence[Launch]:
-        """The kernels that ``step`` (``advance``) or ``sample`` launches: none for no rows."""
+    ) -> Sequence[Callable[[], None]]:
+        """All that ``step`` (``advance``) or ``sample`` launches: nothing for no rows."""
         check_logits(logits, num_reqs, self._vocab_size, self._device)
         if num_reqs == 0:
             return ()
@@ -238,10 +248,12 @@ class TritonStep:
             "SPLITS": _power_of_two(num_splits),
             "BLOCK_SIZES": self._block_sizes,
         }
+        hands_over = needs.truncation and self._truncation is not None
         features = {
             "BUCKETS": _num_buckets(self._vocab_size),
             "ADJUST": needs.adjustment,
             "RESTRICT": needs.restriction,
+            "HANDS_OVER": hands_over,
         }
         sample = Launch(
             sample_kernel,
@@ -253,6 +265,12 @@ class TritonStep:
         )
         if not needs.truncation:
             return (sample,)
+        if self._truncation is not None:
+            scratch = self._scratch
+            limited = (scratch.adjusted[:num_reqs], scratch.limit_k[:num_reqs])
+            truncation = partial(self._truncation, *limited, scratch.limit_p[:num_reqs])
+            draw = Launch(draw_kernel, (num_splits, num_reqs), args, shape, num_warps=8)
+            return sample, truncation, draw
         part = _block_size(self._vocab_size, num_reqs, TRUNCATE_BLOCKS)
         num_parts = -(-self._vocab_size // part)
         truncate = Launch(
@@ -350,4 +368,6 @@ def _allocate_scratch(max_num_reqs: int, vocab_size: int, device: torch.device) 
         sorted=ints(CANDIDATES),
         sorted_values=floats(CANDIDATES),
         adjusted=floats(vocab_size),
+        limit_k=torch.full((max_num_reqs,), vocab_size, dtype=torch.int32, device=device),
+        limit_p=torch.ones(max_num_reqs, device=device),
     )

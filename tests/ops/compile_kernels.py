@@ -128,6 +128,7 @@ class Case:
 def cases(world: World) -> Iterator[Case]:
     """All launches of a step and around it."""
     step, rows = world.bind(TritonStep), world.rows
+    stock = TritonStep(world, truncation=lambda *_: None)  # as on a GPU
     for num_reqs in (1, 2, 64):
         for launch in step.prepare_launches(rows, num_reqs):
             yield Case(f"prepare n={num_reqs}", launch)
@@ -138,6 +139,10 @@ def cases(world: World) -> Iterator[Case]:
             call = "step" if advance else "sample"
             for launch in step.launches(logits, rows, num_reqs, needs, advance):
                 yield Case(f"{call} {name} {where}", launch)
+            if needs.truncation:
+                sample, _, draw = stock.launches(logits, rows, num_reqs, needs, advance)
+                yield Case(f"{call} {name} {where} for stock's truncation", sample)
+                yield Case(f"{call} {name} {where} after stock's truncation", draw)
         token_ids = torch.zeros(num_reqs, 5, dtype=torch.int64)
         logprobs = torch.zeros(num_reqs, 5)
         for launch in step.logprobs_launches(logits, token_ids, logprobs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +34,7 @@ from ops.options import (
 )
 from ops.world import build_world, random_logits
 
-from fusedstep.ops import attention, triton_step
+from fusedstep.ops import attention, reference, triton_step
 from fusedstep.ops.attention import MAX_QUERY_LEN, DecodeAttention, DeviceLimits
 from fusedstep.ops.triton_step import TritonStep
 
@@ -90,6 +91,15 @@ ROWS: dict[str, list[tuple[Option, ...]]] = {
 }
 
 
+def truncate(logits: torch.Tensor, limit_k: torch.Tensor, limit_p: torch.Tensor) -> None:
+    """Somebody else's truncation (see ``ops.launch.Truncation``)."""
+    for row, k, p in zip(logits, limit_k.tolist(), limit_p, strict=True):
+        if k < len(row):
+            row.copy_(reference.apply_top_k(row, k))
+        if p < 1:
+            row.copy_(reference.apply_top_p(row, p))
+
+
 def step_case(
     kind: str,
     options: list[tuple[Option, ...]],
@@ -98,6 +108,7 @@ def step_case(
     dtype: torch.dtype = torch.bfloat16,
     block_sizes: tuple[int, ...] = (16,),
     seed: int = 0,
+    hands_over: bool = False,
 ) -> Case:
     """``prepare`` and two steps: the second finds what the first has left.
 
@@ -116,14 +127,15 @@ def step_case(
         world.rows.steps_allowed[0] = 2
         world.stop.max_len[last] = world.requests.total_len[last] + 2
         world.stop.num_stop_token_ids[:] = 2
-        step = world.bind(TritonStep)
+        step = world.bind(partial(TritonStep, truncation=truncate if hands_over else None))
         step.prepare(world.rows, n)
         for step_logits in logits:
             call = step.step if advance else step.sample
             call(step_logits.to(dtype), world.rows, n, NEEDS[kind])
         return world.tensors() | {"arrivals": step._scratch.arrivals}
 
-    return Case(f"{'step' if advance else 'sample'}-{kind}", run)
+    over = "-handed-over" if hands_over else ""
+    return Case(f"{'step' if advance else 'sample'}-{kind}{over}", run)
 
 
 def logprobs_case() -> Case:
@@ -180,6 +192,8 @@ def cases() -> list[Case]:
     return [
         *(step_case(kind, rows, advance=True) for kind, rows in ROWS.items()),
         step_case("everything", ROWS["everything"], advance=False, block_sizes=(16, 32)),
+        step_case("truncation", ROWS["truncation"], advance=True, hands_over=True),
+        step_case("everything", ROWS["everything"], advance=True, hands_over=True),
         logprobs_case(),
         *(
             attention_case(query_len, **ATTENTION_OPTIONS[query_len - 1])
@@ -192,12 +206,21 @@ def all_cases() -> list[Case]:
     """The same with everything that makes another specialisation, for a run by hand."""
     return [
         *(
-            step_case(kind, rows, advance=advance, dtype=dtype, block_sizes=sizes, seed=seed)
+            step_case(
+                kind,
+                rows,
+                advance=advance,
+                dtype=dtype,
+                block_sizes=sizes,
+                seed=seed,
+                hands_over=hands_over,
+            )
             for kind, rows in (ROWS | {"everything": COMBINATIONS}).items()
             for advance in (True, False)
             for dtype in (torch.bfloat16, torch.float32)
             for sizes in ((16,), (16, 32))
             for seed in range(3)
+            for hands_over in ((False, True) if NEEDS[kind].truncation else (False,))
         ),
         logprobs_case(),
         *(

@@ -42,7 +42,8 @@ def test_race_is_named(mutant: Mutant, tmp_path: Path) -> None:
 
 # Which case shows the barriers of a file; if it does not, one of the others must.
 SHOWS = {"adjust.py": "step-adjustment", "truncate.py": "step-truncation"}
-OTHERS = ("step-plain", "step-adjustment", "step-truncation", "step-everything", "attention-q1")
+OTHERS = ("step-plain", "step-adjustment", "step-truncation", "step-everything")
+OTHERS += ("step-everything-handed-over", "attention-q1")
 
 
 @pytest.mark.parametrize("mutant", barrier_mutants(), ids=str)

@@ -82,12 +82,12 @@ class StandInAttention(FusedStepAttentionBackend):
 class LaunchedNative:
     """The native step operations as kernels: bound to fixed addresses, run when it is their turn.
 
-    With the scratch of Triton's, so that memory is counted as on a GPU.
+    With the scratch of Triton's, so that memory is counted as on a GPU. Its top-k is its own.
     """
 
     allocate_scratch = staticmethod(TritonStep.allocate_scratch)
 
-    def __init__(self, state: Any, scratch: Any = None) -> None:
+    def __init__(self, state: Any, scratch: Any = None, truncation: Any = None) -> None:
         for part in (state.requests, state.sampling, state.stop, state.inputs):
             readable(vars(part).values())
         with running():
@@ -219,6 +219,7 @@ def worker_class() -> Any:
     recorder.Driver = graphs.Driver
     recorder.no_while_reason = lambda: None
     runner.FusedStepRunner = runner_class()
+    runner.allocate_buffers = lambda *_: None  # vLLM's kernels do not run in the interpreter
     dispatch.resolve = lambda *_: dispatch.Choice("triton", "the stand-in")
     dispatch.load = lambda _: LaunchedNative if SETTINGS["ops"] == "native" else TritonStep
     GPU.current = torch.cuda.Stream()

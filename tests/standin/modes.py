@@ -114,6 +114,10 @@ class Places(TorchFunctionMode):
         special = SPECIAL.get(func)
         if special is not None:
             return special(*args, **kwargs)
+        if func is T.new_tensor:
+            like, *args = args
+            device = CUDA if on_gpu(like) else like.device
+            func, kwargs = torch.tensor, {"dtype": like.dtype, "device": device} | kwargs
         if kwargs.get("device") is None and not kwargs.get("pin_memory"):
             return func(*args, **kwargs)
         return self.make(func, args, dict(kwargs))

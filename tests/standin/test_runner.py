@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,12 +11,24 @@ import torch
 from fusedstep.ops.dispatch import Choice
 from fusedstep.vllm_plugin.runner import runner as module
 from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
+from fusedstep.vllm_plugin.runner.truncation import truncate_as_stock
+
+
+class Scratch(NamedTuple):
+    """What the operations allocate, in words."""
+
+    num_rows: int
+    vocab_size: int
+    device: torch.device
+    adjusted: str = "all logits"
+    limit_k: str = "k"
+    limit_p: str = "p"
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A runner without a model. ``bound``: the scratch that each start's operations got."""
-    seen = SimpleNamespace(events=[], bound=[], inference=[])
+    seen = SimpleNamespace(events=[], bound=[], truncations=[], inference=[])
     stock = FusedStepRunner.__base__
     monkeypatch.setattr(stock, "initialize_kv_cache", lambda *_, **__: None)
     monkeypatch.setattr(stock, "profile_run", lambda *_: seen.events.append("profile"))
@@ -26,17 +38,19 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(module.compat, "options", lambda _: SimpleNamespace(loop="auto"))
     monkeypatch.setattr(module, "PrefillSampler", lambda *_: None)
     monkeypatch.setattr(module, "arrival_counter", lambda _: seen.events.append("counter"))
+    monkeypatch.setattr(module, "allocate_buffers", lambda *args: seen.events.append(args))
 
     class Step:
         """The Triton step operations, without tensors."""
 
-        def __init__(self, state: Any, *, scratch: Any) -> None:
-            seen.bound.append(scratch)
+        def __init__(self, state: Any, *, scratch: Any, truncation: Any) -> None:
+            seen.bound.append(scratch[:3])
+            seen.truncations.append(truncation)
 
         @staticmethod
         def allocate_scratch(*shape: Any) -> Any:
             seen.events.append("scratch")
-            return shape
+            return Scratch(*shape)
 
     static = SimpleNamespace(overwritten=lambda: seen.events.append("overwritten"))
     tables = SimpleNamespace(state=SimpleNamespace(block_tables=()), static=static)
@@ -73,6 +87,21 @@ def test_scratch_is_made_while_vllm_measures_and_once(started: SimpleNamespace) 
     runner.initialize_kv_cache(None)
     assert started.events[:2] == ["scratch", "profile"] and started.events.count("scratch") == 1
     assert started.bound == [(3, 11, torch.device("cpu"))] * 2
+
+
+def test_a_cpu_truncates_by_our_own_kernel(started: SimpleNamespace) -> None:
+    started.runner.initialize_kv_cache(None)
+    assert started.truncations == [None]
+
+
+def test_a_gpu_truncates_as_stock(started: SimpleNamespace) -> None:
+    """vLLM's buffers are made for the largest batch, while it measures its memory, and once."""
+    runner = started.runner
+    runner.device = torch.device("cuda")
+    runner.profile_run()
+    runner._step_class()(None)
+    assert started.truncations == [truncate_as_stock]
+    assert started.events == ["scratch", ("all logits", "k", "p"), "profile"]
 
 
 def test_one_page_of_arrivals(started: SimpleNamespace) -> None:

@@ -147,7 +147,10 @@ _PLATFORM = {
     },
     "vllm.triton_utils": {"HAS_TRITON": ""},
     "vllm.triton_utils.dispatcher": {"register_kernels": "(overrides)", "vars": ""},
-    "vllm.v1.sample.ops.topk_topp_sampler": {"HAS_TRITON": ""},
+    "vllm.v1.sample.ops.topk_topp_sampler": {
+        "HAS_TRITON": "",
+        "apply_top_k_top_p": "(logits, k, p)",
+    },
 }
 
 _ENGINE = {

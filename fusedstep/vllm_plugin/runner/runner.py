@@ -27,6 +27,7 @@ from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.parts import batch_reason, runner_reason
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
+from fusedstep.vllm_plugin.runner.truncation import allocate_buffers, truncate_as_stock
 from fusedstep.vllm_plugin.shared import arrival_counter
 from fusedstep.window import arrivals
 from fusedstep.window.graphs import variant
@@ -117,11 +118,14 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         step_class: Any = dispatch.load(self.ops_choice.name)
         if self.ops_choice.name != "triton":
             return step_class
+        truncation = None if self.device.type == "cpu" else truncate_as_stock
         if self.scratch is None:
             self.scratch = step_class.allocate_scratch(
                 self.max_num_reqs, self.vocab_size, self.device
             )
-        return partial(step_class, scratch=self.scratch)
+            if truncation is not None:
+                allocate_buffers(self.scratch.adjusted, self.scratch.limit_k, self.scratch.limit_p)
+        return partial(step_class, scratch=self.scratch, truncation=truncation)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """The block tables exist from here on: build what windows need."""
