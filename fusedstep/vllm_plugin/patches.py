@@ -226,6 +226,20 @@ PATCHES = (
         "steps of one token that are still to be handed on",
     ),
     Patch(
+        "frontend/dead_engine.py",
+        "SyncMPClient.shutdown",
+        Kind.REPLACED,
+        "SyncMPClient.shutdown",
+        "who waits for a killed engine's output gets an error, and does not wait for ever",
+    ),
+    Patch(
+        "frontend/dead_engine.py",
+        "shutdown.tells",
+        Kind.HUNG,
+        "SyncMPClient.shutdown",
+        "plug-ins are loaded more than once in a process; the patch is made once",
+    ),
+    Patch(
         "frontend/unfold.py",
         "client_cls.get_output*",
         Kind.REPLACED,

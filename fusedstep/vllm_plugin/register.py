@@ -21,7 +21,7 @@ def register() -> None:
     from fusedstep import processes
     from fusedstep.errors import UnsupportedError
     from fusedstep.vllm_plugin import compat, startup
-    from fusedstep.vllm_plugin.frontend import limits
+    from fusedstep.vllm_plugin.frontend import dead_engine, limits
 
     processes.belong()
     startup.report_failures()
@@ -29,6 +29,7 @@ def register() -> None:
         compat.check_vllm_version()
         attention_backend(BACKEND)
         limits.refuse_what_cannot_be_held()
+        dead_engine.tell_who_waits()
     if os.environ.get(SWITCH) != "on":
         return
     from fusedstep.vllm_plugin.compile_cache import leave_options_out

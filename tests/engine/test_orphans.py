@@ -88,6 +88,7 @@ SOME = (
     ("two servers", "busy", "SIGKILL"),
     ("LLM of two", "busy", "SIGTERM"),
     ("two workers", "busy", "SIGINT"),
+    ("LLM", "busy", "EngineCore"),
     ("LLM", "engine", "SIGINT"),
     ("soak", "engine", "SIGHUP"),
     ("verify", "engine", "SIGTERM"),

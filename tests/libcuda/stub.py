@@ -15,14 +15,15 @@ COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 BINDINGS = {major: Path(sys.prefix, f"cuda-bindings-{major}") for major in (12, 13)}
 
 
-def missing() -> str | None:
-    """The reason that the stub cannot be tried here, or None."""
+def missing(major: int) -> str | None:
+    """The reason that the stub cannot be tried here with these bindings, or None."""
     if not sys.platform.startswith("linux"):
         return "CUDA's loader is another one here"
     if COMPILER is None:
         return "there is no C compiler"
-    absent = [str(path) for path in BINDINGS.values() if not path.is_dir()]
-    return f"there is no {', '.join(absent)}: run `make install`" if absent else None
+    if not BINDINGS[major].is_dir():
+        return f"cuda-bindings {major} is not installed: `make install` does it or says why not"
+    return None
 
 
 def compiled(folder: Path) -> Path:

@@ -42,7 +42,7 @@ def major(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="module")
 def driver(major: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Calls a function of ``child.py`` in a process that has the stub and these bindings."""
-    if (reason := stub.missing()) is not None:
+    if (reason := stub.missing(major)) is not None:
         pytest.skip(reason)
     library = stub.compiled(tmp_path_factory.mktemp("libcuda"))
     context = multiprocessing.get_context("spawn")

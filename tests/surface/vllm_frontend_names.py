@@ -48,9 +48,10 @@ UNFOLDING = {
             engine_core, vllm_config, output_processor
         """,
     },
+    "vllm.v1.engine.exceptions": {"EngineDeadError": "()"},
     "vllm.v1.engine.core_client": {
         "InprocClient": "def get_output()\n+steps",
-        "SyncMPClient": "def get_output()\n+steps",
+        "SyncMPClient": "def get_output()\nshutdown, resources, outputs_queue\n+steps",
         "AsyncMPClient": "def get_output_async()\n+steps",
     },
     "vllm.v1.metrics.stats": {
