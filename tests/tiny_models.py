@@ -1,0 +1,171 @@
+"""Tiny random models, made when a test needs them: the layers of a model that people serve, small.
+
+``make("granite", folder)`` writes up to 2 MB. All have one vocabulary of words, float32 weights,
+and so wide an initialisation that a wrong state shows in the tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 2048
+BOS, EOS = 1, 2
+FIRST_WORD, LAST_WORD = 10, 1989  # token ids of plain words; special tokens come from 1990 on
+LINE_BREAKS = {"\n" * n: 1989 + n for n in (1, 2, 3, 4)}  # image processors ask for them
+TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,  # of 32: vLLM's CPU attention knows no less
+    "num_key_value_heads": 1,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,  # tied, a random model repeats itself
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+}
+MAKERS: dict[str, Callable[[], Any]] = {}
+
+
+def make(name: str, folder: Path) -> str:
+    """The model of this name and its tokenizer, in ``folder``; returns the folder."""
+    model = MAKERS[name]()
+    _initialise(model)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def save_tokenizer(folder: Path, specials: Mapping[str, int] | None = None) -> Any:
+    """One token per word: "w17" is 17. ``specials`` are special tokens, at these ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = specials or {}
+    named = {token_id: word for word, token_id in {**LINE_BREAKS, **specials}.items()}
+    words = {named.get(i, f"w{i}"): i for i in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(specials))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=f"w{BOS}",
+        eos_token=f"w{EOS}",
+        pad_token=f"w{EOS}",
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def _initialise(model: Any) -> None:
+    """The same weights on every machine, whatever the model's own initialisation draws."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+
+
+def maker(function: Callable[[], Any]) -> Callable[[], Any]:
+    MAKERS[function.__name__] = function
+    return function
+
+
+@maker
+def llama() -> Any:
+    import transformers
+
+    config = transformers.LlamaConfig(num_hidden_layers=2, **TEXT)
+    return transformers.LlamaForCausalLM(config)
+
+
+@maker
+def granite() -> Any:
+    """Granite 4 hybrid: Mamba2 and attention."""
+    import transformers
+
+    config = transformers.GraniteMoeHybridConfig(
+        num_hidden_layers=4,
+        layer_types=["mamba", "attention", "mamba", "attention"],
+        mamba_n_heads=4,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_chunk_size=64,
+        mamba_expand=2,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=128,
+        attention_multiplier=0.17,
+        **TEXT,
+    )
+    return transformers.GraniteMoeHybridForCausalLM(config)
+
+
+@maker
+def nemotron() -> Any:
+    """Nemotron-H: Mamba2, attention, and layers that are only an MLP."""
+    import transformers
+
+    config = transformers.NemotronHConfig(
+        layers_block_type=["mamba", "attention", "mamba", "mlp"],
+        head_dim=32,
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=1,
+        chunk_size=64,
+        **TEXT,
+    )
+    return transformers.NemotronHForCausalLM(config)
+
+
+@maker
+def lfm2() -> Any:
+    """LFM2: short convolutions and attention."""
+    import transformers
+
+    config = transformers.Lfm2Config(
+        num_hidden_layers=4,
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+        conv_L_cache=3,
+        block_multiple_of=32,
+        block_auto_adjust_ff_dim=False,
+        tie_embedding=False,
+        **TEXT,
+    )
+    return transformers.Lfm2ForCausalLM(config)
+
+
+@maker
+def qwen3_next() -> Any:
+    """Qwen3-Next: gated delta net and attention, text only."""
+    import transformers
+
+    config = transformers.Qwen3NextConfig(
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_conv_kernel_dim=4,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        decoder_sparse_step=1,
+        **TEXT,
+    )
+    return transformers.Qwen3NextForCausalLM(config)
+
+
+if __name__ == "__main__":  # python tests/tiny_models.py FOLDER NAME...
+    for each in sys.argv[2:]:
+        print(make(each, Path(sys.argv[1], each)))
