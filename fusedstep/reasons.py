@@ -32,7 +32,6 @@ class Reason(StrEnum):
     FP64_GUMBEL = "float64 Gumbel noise"
     WATERMARK = "watermarking"
     SPECULATION = "speculative decoding"
-    LORA = "LoRA"
     KV_CONNECTOR = "KV connector"
     EC_CONNECTOR = "encoder-cache connector"
     AUX_OUTPUT = "auxiliary outputs"

@@ -172,7 +172,11 @@ def record_on_tapes(form: str) -> dict[str, Any]:
             if args:  # a stock step
                 return stock.dispatch(num_reqs, num_tokens, *args, **kwargs)
             padded = 1 << (num_tokens - 1).bit_length()
-            return SimpleNamespace(cg_mode=CUDAGraphMode.FULL, num_tokens=padded)
+            return SimpleNamespace(
+                cg_mode=CUDAGraphMode.FULL,
+                num_tokens=padded,
+                num_active_loras=kwargs["num_active_loras"],
+            )
 
         def run_fullgraph(self, graph: Any) -> Any:
             return us.model(**us.decode_model.inputs)

@@ -297,6 +297,14 @@ def sampling_params(fields: dict[str, Any]) -> Any:
     return SamplingParams(**fields)
 
 
+def ask_without_adapters(model: str, options: dict[str, Any], asks: list[Ask]) -> dict[str, Any]:
+    """``ask`` with windows that keep the adapters of the stock step before."""
+    from fusedstep.vllm_plugin.runner.adapters import Adapters
+
+    with patch.object(Adapters, "apply", lambda _: None):
+        return ask(model, options, asks)
+
+
 def lora_request(folder: str | None) -> Any:
     """The adapter in this folder; its number is the last digit of the name."""
     if folder is None:

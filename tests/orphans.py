@@ -123,6 +123,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     seen = sorted(f"{status(p)} {words(p)[:60]}" for p in below())
     used = files(folder)
     if spec["end"] in ("frozen", "no guardian"):  # and then it is killed
+        # Its command line is its parent's until it has begun: it would be frozen with the others.
+        guarded = lambda: any("guardian.py" in words(other) for other in below())  # noqa: E731
+        wait_for(guarded, process, log)
         for other in below():
             guards = "guardian.py" in words(other)
             if spec["end"] == "no guardian" and guards:

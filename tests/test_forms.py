@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,10 +24,12 @@ STEP_BYTES = 1000  # a recorded batch of n rows takes n times as much
 class Manager:
     """vLLM's graph manager: full decode graphs for SIZES."""
 
-    def dispatch(self, num_reqs: int, num_tokens: int, **_: Any) -> Any:
+    def dispatch(self, num_reqs: int, num_tokens: int, num_active_loras: int, **_: Any) -> Any:
         size = next((s for s in SIZES if s >= num_tokens), None)
         mode = CUDAGraphMode.NONE if size is None else CUDAGraphMode.FULL
-        return SimpleNamespace(cg_mode=mode, num_tokens=size or num_tokens)
+        return SimpleNamespace(
+            cg_mode=mode, num_tokens=size or num_tokens, num_active_loras=num_active_loras
+        )
 
 
 def runner(
@@ -53,8 +55,9 @@ def runner(
     )
 
 
-def graph_store(form: Form, **options: Any) -> GraphStore:
-    model: Any = SimpleNamespace(stage=None)
+def graph_store(form: Form, cases: tuple[int, ...] = (0,), **options: Any) -> GraphStore:
+    adapters = SimpleNamespace(graph_cases=cases, made_up=nullcontext)
+    model: Any = SimpleNamespace(stage=None, adapters=adapters)
     unused: Any = None
     parts = LoopParts(model, unused, unused, unused, unused, unused, None)
     return GraphStore(runner(**options), parts, form)
@@ -64,16 +67,18 @@ def graph_store(form: Form, **options: Any) -> GraphStore:
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A GPU whose driver has WHILE nodes; ``broken`` forms cannot be recorded there."""
     machine = SimpleNamespace(broken=set(), wrong=set(), recorded=[], proved=[], free=1_000_000)
+    machine.adapters = []  # of each recorded batch
     machine.group = SimpleNamespace(world_size=1)
 
     class Graphs:
         def __init__(self, form: str, *_: Any) -> None:
             self.form = form
 
-        def record(self, recorder: Any, num_rows: int) -> None:
+        def record(self, recorder: Any, num_rows: int, num_loras: int) -> None:
             if self.form in machine.broken:
                 raise RuntimeError(f"no {self.form} today\nand much more")
             machine.recorded.append((self.form, num_rows))
+            machine.adapters.append(num_loras)
             machine.free -= num_rows * STEP_BYTES
 
     class Proof:
@@ -133,6 +138,13 @@ def test_all_sizes_are_recorded_the_largest_first(machine: SimpleNamespace) -> N
     assert machine.recorded == [("replay", size) for size in sorted(SIZES, reverse=True)]
     assert store.graphs is not None and store.graphs.form == "replay"
     assert sorted(machine.proved) == [("replay", min(SIZES)), ("replay", max(SIZES))]
+
+
+def test_each_number_of_adapters_is_recorded(machine: SimpleNamespace) -> None:
+    store = graph_store(Form(LoopForm.REPLAY, ""), cases=(0, 3))
+    assert store.record(profile_only=False) == 2 * sum(SIZES) * STEP_BYTES
+    assert machine.recorded[:2] == [("replay", max(SIZES))] * 2
+    assert machine.adapters == [3, 0] * len(SIZES)
 
 
 def test_memory_is_estimated_from_the_largest_and_nothing_kept(machine: SimpleNamespace) -> None:
@@ -199,7 +211,7 @@ def test_no_more_rows_than_requests(
     """Of cudagraph_mode FULL, whose sizes go beyond the number of requests."""
     store = graph_store(Form(LoopForm.REPLAY, ""))
     store.runner.max_num_reqs = max_num_reqs
-    sizes = store._batch_sizes()
+    sizes = [num_rows for num_rows, _ in store._batches()]
     assert max(sizes) == min(max_num_reqs, max(SIZES)) and sizes == sorted(sizes, reverse=True)
     assert padded_rows(SimpleNamespace(num_tokens=104), 100) == 100
 

@@ -58,7 +58,7 @@ class SmallModel:
         pass
 
     @contextmanager
-    def capturing(self, num_reqs: int) -> Iterator[None]:
+    def capturing(self, num_reqs: int, num_loras: int) -> Iterator[None]:
         self.num_reqs = num_reqs
         yield
 

@@ -68,7 +68,6 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (model.use_fp64_gumbel, Reason.FP64_GUMBEL),
         (vllm_config.watermark_config is not None, Reason.WATERMARK),
         (vllm_config.speculative_config is not None, Reason.SPECULATION),
-        (vllm_config.lora_config is not None, Reason.LORA),
         (vllm_config.kv_transfer_config is not None, Reason.KV_CONNECTOR),
         (vllm_config.ec_transfer_config is not None, Reason.EC_CONNECTOR),
         (vllm_config.aux_output_config.enabled, Reason.AUX_OUTPUT),

@@ -18,6 +18,8 @@ VARIANTS = (BatchNeeds.none(), BatchNeeds())
 # Steps of one graph of the unrolled form. It cannot be stopped within them.
 UNROLLED_STEPS = 8
 
+Key = tuple[int, int, BatchNeeds]  # rows with padding, adapters, variant
+
 
 class Graph(Protocol):
     """Device work that was recorded."""
@@ -51,7 +53,7 @@ def variant(needs: BatchNeeds) -> BatchNeeds:
 
 
 class WindowGraphs:
-    """The recorded steps of one form, by padded batch size and variant.
+    """The recorded steps of one form, by padded batch size, number of LoRA adapters and variant.
 
     A batch that wants logprobs has none: it takes eager steps.
     """
@@ -63,34 +65,35 @@ class WindowGraphs:
         self.form = form
         self.model, self.ops, self.state = model, ops, state
         self._recorder: Recorder | None = None
-        self._single: dict[tuple[int, BatchNeeds], Graph] = {}
-        self._many: dict[tuple[int, BatchNeeds], Graph] = {}  # unrolled or a WHILE loop
+        self._single: dict[Key, Graph] = {}
+        self._many: dict[Key, Graph] = {}  # unrolled or a WHILE loop
 
-    def record(self, recorder: Recorder, num_rows: int) -> None:
+    def record(self, recorder: Recorder, num_rows: int, num_loras: int = 0) -> None:
         """Record the steps of batches of ``num_rows`` rows, each after a run that compiles."""
         self._recorder = recorder  # whose memory the graphs use
         rows = self.state.rows
         for needs in VARIANTS:
-            key = num_rows, needs
+            key = num_rows, num_loras, needs
+            capturing = partial(self.model.capturing, num_rows, num_loras)
             step = partial(decode_step, self.model, self.ops, rows, num_rows, needs)
             self._idle_rows(rows, num_rows)
-            with self.model.capturing(num_rows):
+            with capturing():
                 step()
             if self.form is LoopForm.WHILE:
-                with self.model.capturing(num_rows):
+                with capturing():
                     self._many[key] = recorder.record_loop(step, rows.num_active, self.state.seen)
                 continue
-            with self.model.capturing(num_rows):
+            with capturing():
                 self._single[key] = recorder.record(step)
             if self.form is LoopForm.UNROLLED:
-                with self.model.capturing(num_rows):
+                with capturing():
                     self._many[key] = recorder.record(partial(_repeat, step))
 
     def steps(self, slot: WindowSlot) -> Steps | None:
         """The steps that ``run_window`` enqueues for this window's batch, or None."""
         if slot.needs.logprobs:
             return None
-        key = slot.num_rows, variant(slot.needs)
+        key = slot.num_rows, slot.num_loras, variant(slot.needs)
         single, many = self._single.get(key), self._many.get(key)
         if self.form is LoopForm.WHILE:
             return None if many is None else partial(_whole_window, many)

@@ -53,8 +53,9 @@ class DecodeModel(Protocol):
     def end(self) -> None:
         """The window is over."""
 
-    def capturing(self, num_reqs: int) -> AbstractContextManager[None]:
-        """``plan`` and ``forward`` are about to be recorded for batches of ``num_reqs`` rows."""
+    def capturing(self, num_reqs: int, num_loras: int) -> AbstractContextManager[None]:
+        """``plan`` and ``forward`` are about to be recorded for batches of ``num_reqs`` rows with
+        ``num_loras`` adapters."""
 
     def begin_captured(self, num_reqs: int) -> None:
         """A window of recorded steps starts: what they read beside the step inputs."""

@@ -35,7 +35,8 @@ class Proof:
         state: StepState,  # no request is in it yet
         graphs: WindowGraphs,
         max_num_blocks: int,  # that may be used
-        stage: Callable[[np.ndarray, int], int],  # (seq_lens, steps) -> rows with padding
+        # (seq_lens, steps) -> rows with padding, LoRA adapters
+        stage: Callable[[np.ndarray, int], tuple[int, int]],
         stream: torch.cuda.Stream | None = None,  # of the copies to the host
         pace: Pace = HOST_PACE,
     ) -> None:
@@ -73,9 +74,9 @@ class Proof:
         self._make_up(num_reqs, needs)
         steps_allowed = np.full(num_reqs, STEPS, dtype=np.int32)
         steps_allowed[2::3] -= 1
-        num_rows = self.stage(np.full(num_reqs, CONTEXT + 1, dtype=np.int32), STEPS)
+        num_rows, num_loras = self.stage(np.full(num_reqs, CONTEXT + 1, dtype=np.int32), STEPS)
         slot = self.graphs.state.next_slot()
-        slot.stage(np.arange(num_reqs), steps_allowed, -1, needs, num_rows)
+        slot.stage(np.arange(num_reqs), steps_allowed, -1, needs, num_rows, num_loras=num_loras)
         run_window(self.graphs.model, self.graphs.ops, slot, lambda: False, self.pace, graphs)
         return Fetched(slot, self.stream).tokens().token_ids
 

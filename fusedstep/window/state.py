@@ -64,6 +64,7 @@ class WindowSlot:
     staging: Staging
     num_reqs: int = 0
     num_rows: int = 0  # with padding rows
+    num_loras: int = 0  # adapters, as the model tells its graphs apart by them
     num_steps: int = 0  # the most that any row may take
     num_logprobs: int = -1  # top-n beside the sampled token; -1: nobody asked
     needs: BatchNeeds = field(default_factory=BatchNeeds)
@@ -84,6 +85,7 @@ class WindowSlot:
         num_rows: int | None = None,  # with padding rows, num_reqs without
         arrivals_seen: int = arrivals.NEVER_END,
         ends_at_stop: bool = False,
+        num_loras: int = 0,
     ) -> None:
         """Host part of a window; everything else happens on the device.
 
@@ -91,6 +93,7 @@ class WindowSlot:
         """
         self.num_reqs = len(idx_mapping)
         self.num_rows = self.num_reqs if num_rows is None else num_rows
+        self.num_loras = num_loras
         self.num_steps = int(steps_allowed.max(initial=0))
         self.num_logprobs = num_logprobs
         self.needs = needs

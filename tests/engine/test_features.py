@@ -361,15 +361,44 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return folders
 
 
-def test_lora(compare: Any, adapters: list[str]) -> None:
-    """Two adapters in a batch, then none (vLLM's CPU kernels give a request without an adapter
-    another's, where both are in a batch)."""
-    asks = [Ask(PROMPTS[0], LONG, lora=folder) for folder in adapters]
-    asks.append(Ask(PROMPTS[0], LONG, at=100))
-    result = compare(asks, enable_lora=True, max_loras=2, max_lora_rank=8)
-    tokens = [answer[0]["token_ids"] for answer in result["answers"]]
+@pytest.fixture
+def mixed(adapters: list[str]) -> list[Ask]:
+    """Requests with adapters and without, that come and go."""
+    folders = [*adapters, None, *adapters]
+    return [
+        Ask(prompt, LONG | {"max_tokens": 30 + 5 * n}, at=3 * n, lora=folders[n])
+        for n, prompt in enumerate([PROMPTS[0]] * 3 + list(PROMPTS[1:3]))
+    ]
+
+
+# One place more than there are adapters: vLLM's CPU kernels give a request without an adapter the
+# one in the last place.
+LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
+
+
+def test_lora(compare: Any, mixed: list[Ask]) -> None:
+    result = compare(mixed, **LORA)
+    tokens = [answer[0]["token_ids"][:30] for answer in result["answers"]]
     assert tokens[0] != tokens[1] != tokens[2] != tokens[0]
-    assert_stock(result["counts"], "LoRA")
+    assert_windows(result["counts"])
+
+
+def test_lora_adapters_take_turns(compare: Any, adapters: list[str]) -> None:
+    """One place: the next adapter is loaded when no request has the one before any more."""
+    asks = [Ask(p, LONG, at=n, lora=adapters[n % 2]) for n, p in enumerate(PROMPTS)]
+    result = compare(asks, enable_lora=True, max_loras=1, max_cpu_loras=1, max_lora_rank=8)
+    assert result["ended"] != sorted(result["ended"])
+    assert_windows(result["counts"])
+
+
+def test_a_window_without_its_adapters_shows(
+    fused: EngineChild, stock: EngineChild, tiny: str, mixed: list[Ask]
+) -> None:
+    args = tiny, OPTIONS | LORA, mixed
+    want = stock.call(features_child.ask, *args)
+    have = fused.call(features_child.ask_without_adapters, *args)
+    assert_windows(have["counts"])
+    assert have["answers"] != want["answers"]
 
 
 def test_custom_logits_processor(stock: EngineChild, fused: EngineChild, tiny: str) -> None:

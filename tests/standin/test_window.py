@@ -93,7 +93,7 @@ def test_the_proof_passes(gpu: None, arrivals: ArrivalCounter) -> None:
     graphs = recorded("while", engine, arrivals, (ROWS,))
     with torch.device("cuda"):
         stream = torch.cuda.Stream()
-        proof = Proof(engine.state, graphs, 70, lambda *_: ROWS, stream, AheadPace())
+        proof = Proof(engine.state, graphs, 70, lambda *_: (ROWS, 0), stream, AheadPace())
         proof.check(ROWS)
 
 

@@ -73,7 +73,7 @@ class PagedModel:
         self.ended += 1
 
     @contextmanager
-    def capturing(self, num_reqs):
+    def capturing(self, num_reqs, num_loras):
         self.num_reqs = num_reqs
         yield
 
@@ -141,14 +141,16 @@ class Engine:
         logprobs=True,
         arrivals_seen=NEVER_END,
         ends_at_stop=False,
+        num_loras=0,
     ):
         """One window over ``rows`` (all), budgets by row; returns the steps that gave tokens."""
         slot = self.windows.next_slot()
         rows = np.arange(len(budget)) if rows is None else np.asarray(rows)
         needs = replace(BatchNeeds.none(), logprobs=logprobs)
         budget = np.asarray(budget, dtype=np.int32)
+        asked = 1 if logprobs else -1
         slot.stage(
-            rows, budget, 1 if logprobs else -1, needs, num_rows, arrivals_seen, ends_at_stop
+            rows, budget, asked, needs, num_rows, arrivals_seen, ends_at_stop, num_loras
         )
         run_window(self.model, self.ops, slot, cut_short, pace, graphs)
         stream = torch.cuda.Stream() if slot.rows.active.is_cuda else None

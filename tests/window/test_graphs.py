@@ -63,6 +63,19 @@ def test_what_is_not_recorded_runs_eagerly(engine, recorder, form):
     assert 12 < engine.model.begun <= 24
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_takes_the_graph_of_its_adapters(engine, recorder, form):
+    graphs = recorded(form, engine, recorder)
+    engine.window([1] * ROWS, graphs=graphs, logprobs=False, num_loras=2)
+    assert engine.model.begun == 1  # nothing was recorded for two
+    graphs.record(recorder, ROWS, 2)
+    engine.model.begun = 0
+    for num_loras in (2, 0):
+        engine.window([1] * ROWS, graphs=graphs, logprobs=False, num_loras=num_loras)
+    assert engine.model.begun == 0
+    assert engine.outputs == [tokens[:3] for tokens in emitted()]
+
+
 def test_the_device_ends_the_while_loop(engine, recorder, arrivals):
     """When no row is active, and after the step in which a request arrived; one turn at least."""
     graphs = recorded("while", engine, recorder)

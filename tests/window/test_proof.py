@@ -19,9 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 def proof(engine, graphs, max_num_blocks=ROWS * MAX_LEN // BLOCK - 1):
     def stage(seq_lens, _):
-        return (
-            2 if len(seq_lens) <= 2 and (2, VARIANTS[0]) in graphs._many | graphs._single else ROWS
-        )
+        has_two = (2, 0, VARIANTS[0]) in graphs._many | graphs._single
+        return 2 if len(seq_lens) <= 2 and has_two else ROWS, 0
 
     return Proof(engine.state, graphs, max_num_blocks, stage)
 

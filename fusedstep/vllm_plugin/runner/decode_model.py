@@ -14,6 +14,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
+from fusedstep.vllm_plugin.runner.adapters import Adapters
+
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.utils import AttentionGroup
@@ -27,6 +29,13 @@ def attention_groups(runner: GPUModelRunner) -> list[AttentionGroup]:
 def in_place(group: AttentionGroup) -> bool:
     """Can this backend move its metadata along on the device?"""
     return bool(group.supports_draft_decode_metadata_update)
+
+
+def decode_graph(runner: GPUModelRunner, num_reqs: int, num_loras: int) -> Any:
+    """What vLLM has for a decode step of such a batch: a graph, or its mode NONE."""
+    return runner.cudagraph_manager.dispatch(
+        num_reqs, num_reqs, uniform_token_count=1, num_active_loras=num_loras, max_query_len=1
+    )
 
 
 def padded_rows(graph: Any, max_num_reqs: int) -> int:
@@ -57,6 +66,7 @@ class VllmDecodeModel:
         self.is_prefilling = torch.zeros(runner.max_num_reqs, dtype=torch.bool)
         self.seq_lens_upper_bound = np.zeros(runner.max_num_reqs, dtype=np.int32)
         self.use_graphs = use_graphs
+        self.adapters = Adapters(runner)
         self.groups = attention_groups(runner)
         self.updates_in_place = all(map(in_place, self.groups))
         self.num_reqs = 0  # without padding
@@ -70,15 +80,18 @@ class VllmDecodeModel:
         self,
         seq_lens: np.ndarray,  # [num_reqs] int32, upper bound in the first step
         num_steps: int,
-    ) -> int:
-        """Host part: lengths without asking the device. Returns the rows with padding."""
+    ) -> tuple[int, int]:
+        """Host part: lengths without asking the device; after ``adapters.stage``.
+
+        Returns the rows with padding, and the adapters that the batch's graph is for.
+        """
         self.num_reqs = num_reqs = len(seq_lens)
         self.graph = None
         num_rows, runner = num_reqs, self.runner
+        num_loras = self.adapters.num_active
         if self.use_graphs and num_reqs and runner.cudagraph_manager is not None:
-            graph = runner.cudagraph_manager.dispatch(
-                num_reqs, num_reqs, uniform_token_count=1, num_active_loras=0, max_query_len=1
-            )
+            graph = decode_graph(runner, num_reqs, num_loras)
+            num_loras = graph.num_active_loras
             if graph.cg_mode == CUDAGraphMode.FULL:
                 num_rows = padded_rows(graph, runner.max_num_reqs)
                 # vLLM's own may be of more tokens than there can be rows.
@@ -87,13 +100,14 @@ class VllmDecodeModel:
         self.seq_lens_upper_bound[num_reqs:num_rows] = 0
         if self.updates_in_place:  # planned once: for the last step's lengths
             self.seq_lens_upper_bound[:num_reqs] += max(num_steps - 1, 0)
-        return num_rows
+        return num_rows, num_loras
 
     def begin(self, num_reqs: int) -> None:
         runner, buffers = self.runner, self.buffers
         slot_mappings = runner.block_tables.slot_mappings[:, :num_reqs]
         upper_bound = torch.from_numpy(self.seq_lens_upper_bound[:num_reqs])
         self._describe_rows(num_reqs)
+        self.adapters.apply()
         self.common = [
             CommonAttentionMetadata(
                 query_start_loc=buffers.query_start_loc[: num_reqs + 1],
@@ -144,12 +158,14 @@ class VllmDecodeModel:
         self.context = None
 
     @contextmanager
-    def capturing(self, num_reqs: int) -> Iterator[None]:
-        """Metadata for any batch of so many rows, as vLLM captures its own decode graphs.
+    def capturing(self, num_reqs: int, num_loras: int) -> Iterator[None]:
+        """Metadata for any such batch, as vLLM captures its own decode graphs.
 
         Its builder has set it up; what the recorded ``plan`` does is to move it along in place.
         """
         runner = self.runner
+        self.adapters.make_up(num_loras, num_reqs)
+        self.adapters.apply()
         self.attn_metadata, slots_by_layer = prepare_inputs_to_capture(
             num_reqs,
             num_reqs,
@@ -170,6 +186,7 @@ class VllmDecodeModel:
 
     def begin_captured(self, num_reqs: int) -> None:
         self._describe_rows(num_reqs)
+        self.adapters.apply()
         for group in self.groups:
             group.map_to_kernel_block_table(
                 self.runner.block_tables.input_block_tables[group.kv_cache_group_id][:num_reqs]
@@ -193,7 +210,11 @@ class VllmDecodeModel:
             self.attn_metadata,
             self.runner.vllm_config,
             num_tokens=num_reqs,
-            batch_descriptor=BatchDescriptor(num_tokens=num_reqs),
+            batch_descriptor=BatchDescriptor(
+                num_tokens=num_reqs,
+                has_lora=self.adapters.enabled,
+                num_active_loras=self.adapters.num_active,
+            ),
             slot_mapping=slots_by_layer,
             is_padding=buffers.is_padding[:num_reqs],
         )

@@ -6,8 +6,10 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from vllm.config.compilation import CUDAGraphMode
@@ -24,6 +26,7 @@ from fusedstep.vllm_plugin import reasons
 from fusedstep.vllm_plugin.runner.decode_model import (
     VllmDecodeModel,
     attention_groups,
+    decode_graph,
     in_place,
     padded_rows,
 )
@@ -129,9 +132,10 @@ class GraphStore:
             free, began = _free_bytes(), time.perf_counter()
             failure: Exception | None = None
             try:
-                self.graphs, taken = self._record(PROFILED_SIZES if profile_only else None)
-                if prove and not profile_only:
-                    self.prove()
+                with self.parts.model.adapters.made_up():
+                    self.graphs, taken = self._record(PROFILED_SIZES if profile_only else None)
+                    if prove and not profile_only:
+                        self.prove()
             except Exception as error:
                 failure = error
             if not _all_ranks(failure is None):
@@ -160,19 +164,19 @@ class GraphStore:
     def _record(self, num_sizes: int | None) -> tuple[WindowGraphs | None, int]:
         """The graphs of the largest ``num_sizes`` batches, and the bytes that all would take."""
         runner, parts = self.runner, self.parts
-        sizes = self._batch_sizes()
+        batches = self._batches()
         if not all(map(in_place, attention_groups(runner))):
             return None, 0  # planned before every step: vLLM's own graph is the forward then
         graphs = WindowGraphs(self.form.name, parts.model, parts.ops, parts.windows)
-        recorded = sizes[:num_sizes]
+        recorded = batches[:num_sizes]
         taken: list[int] = []
         with graph_capture(device=runner.device):
             recorder = CudaRecorder(runner.device, parts.arrivals)
-            for num_rows in self._shown(recorded):
+            for num_rows, num_loras in self._shown(recorded):
                 free = _free_bytes()
-                graphs.record(recorder, num_rows)
+                graphs.record(recorder, num_rows, num_loras)
                 taken.append(free - _free_bytes())
-        rest = len(sizes) - len(recorded)
+        rest = len(batches) - len(recorded)
         return graphs, sum(taken) + rest * (taken[-1] if taken else 0)
 
     def prove(self) -> None:
@@ -183,37 +187,40 @@ class GraphStore:
         parts, graphs = self.parts, self.graphs
         if graphs is None:
             return
-        proof = Proof(
-            parts.state,
-            graphs,
-            self.runner.kv_cache_config.num_blocks - 1,  # block 0 is vLLM's null block
-            parts.model.stage,
-            parts.copy_stream,
-            parts.pace,
-        )
-        for num_rows in {self._batch_sizes()[-1], self._batch_sizes()[0]}:
+        batches = self._batches()
+        for num_rows, num_loras in {batches[-1], batches[0]}:
+            proof = Proof(
+                parts.state,
+                graphs,
+                self.runner.kv_cache_config.num_blocks - 1,  # block 0 is vLLM's null block
+                partial(self._stage_made_up, num_loras),
+                parts.copy_stream,
+                parts.pace,
+            )
             proof.check(num_rows)
 
-    def _batch_sizes(self) -> list[int]:
-        """Padded batch sizes of vLLM's own decode graphs, the largest first."""
-        dispatch = self.runner.cudagraph_manager.dispatch
-        graphs = (
-            dispatch(n, n, uniform_token_count=1, num_active_loras=0, max_query_len=1)
-            for n in range(1, self.runner.max_num_reqs + 1)
-        )
-        sizes = {
-            padded_rows(graph, self.runner.max_num_reqs)
-            for graph in graphs
-            if graph.cg_mode == CUDAGraphMode.FULL
-        }
-        return sorted(sizes, reverse=True)
+    def _stage_made_up(
+        self, num_loras: int, seq_lens: np.ndarray, num_steps: int
+    ) -> tuple[int, int]:
+        self.parts.model.adapters.make_up(num_loras, len(seq_lens))
+        return self.parts.model.stage(seq_lens, num_steps)
 
-    def _shown(self, sizes: list[int]) -> Iterator[int]:
+    def _batches(self) -> list[tuple[int, int]]:
+        """Padded rows and LoRA adapters of vLLM's own decode graphs, the largest first."""
+        batches = set()
+        for num_loras in self.parts.model.adapters.graph_cases:
+            for num_reqs in range(1, self.runner.max_num_reqs + 1):
+                graph = decode_graph(self.runner, num_reqs, num_loras)
+                if graph.cg_mode == CUDAGraphMode.FULL:
+                    batches.add((padded_rows(graph, self.runner.max_num_reqs), num_loras))
+        return sorted(batches, reverse=True)
+
+    def _shown(self, batches: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """With vLLM's kind of progress bar, on the first rank."""
         if is_global_first_rank():
-            yield from tqdm(sizes, desc=f"Recording decode windows ({self.form.name})")
+            yield from tqdm(batches, desc=f"Recording decode windows ({self.form.name})")
         else:
-            yield from sizes
+            yield from batches
 
 
 def _all_ranks(fine: bool) -> bool:

@@ -310,7 +310,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         live = np.flatnonzero(~self.tables.stopped_np[rows])
         rows, steps_allowed = rows[live], steps_allowed[live]
         self.tables.static.refresh()
-        num_rows = self.decode_model.stage(
+        self.decode_model.adapters.stage(rows)
+        num_rows, num_loras = self.decode_model.stage(
             self.req_states.num_computed_tokens_np[rows] + 1, int(steps_allowed.max(initial=0))
         )
         slot = self.windows.next_slot()
@@ -321,6 +322,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             self._needs(rows),
             num_rows,
             *patches.stamp_of(scheduler_output),
+            num_loras=num_loras,
         )
         self.staged = (scheduler_output, slot, live)
 

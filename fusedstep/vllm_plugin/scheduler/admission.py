@@ -6,6 +6,9 @@ changes, so there is no arithmetic here that could disagree with stock's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -70,6 +73,23 @@ class Admission:
         status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
         return any(request.status == status for request in self.waiting_for_event)
 
+    @contextmanager
+    def adapters_keep_their_places(self, ending: list[Request]) -> Iterator[None]:
+        """``ending`` sit this turn out, but may come back: vLLM counts the LoRA adapters of the
+        requests that it schedules, and would give away the places of theirs."""
+        scheduler = self.scheduler
+        config = scheduler.lora_config
+        if not config:
+            yield
+            return
+        others = _adapters(request for request in scheduler.running if request not in ending)
+        scheduler.lora_config = copy(config)
+        scheduler.lora_config.max_loras -= len(_adapters(ending) - others)
+        try:
+            yield
+        finally:
+            scheduler.lora_config = config
+
     def on_queued(self, request: Request) -> None:
         """The request was queued. Behind others it changes nothing."""
         waiting = self.scheduler.waiting
@@ -105,3 +125,8 @@ class Admission:
             self.blocked, self.blocked_by_held = tokens_ahead == 0, tokens_ahead > 0
             if self.blocked:
                 self.min_blocks = max(self.min_blocks, num_free)
+
+
+def _adapters(requests: Iterable[Request]) -> set[int]:
+    """The LoRA adapters that these requests use."""
+    return {request.lora_request.lora_int_id for request in requests if request.lora_request}

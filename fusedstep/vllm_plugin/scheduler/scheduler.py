@@ -139,7 +139,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         since = time.monotonic()
         batch = self._look()
         self._reserve_window(batch)
-        with self._headroom() as tokens_ahead:
+        keep = self.admission.adapters_keep_their_places(batch.ending)
+        with self._headroom() as tokens_ahead, keep:
             scheduler_output = super().schedule(throttle_prefills)
         self.admission.record_turn(scheduler_output, self.blocks.num_free, tokens_ahead)
         self.door.is_open = self.admission.is_open
