@@ -11,6 +11,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
@@ -298,10 +299,14 @@ def sampling_params(fields: dict[str, Any]) -> Any:
 
 
 def ask_without_adapters(model: str, options: dict[str, Any], asks: list[Ask]) -> dict[str, Any]:
-    """``ask`` with windows that keep the adapters of the stock step before."""
+    """``ask`` with windows whose rows have no adapters."""
     from fusedstep.vllm_plugin.runner.adapters import Adapters
 
-    with patch.object(Adapters, "apply", lambda _: None):
+    def stage(adapters: Adapters, rows: Any) -> None:
+        nothing = (0,) * len(rows)
+        adapters._set = partial(adapters.runner._set_active_loras, nothing, nothing, set())
+
+    with patch.object(Adapters, "stage", stage):
         return ask(model, options, asks)
 
 

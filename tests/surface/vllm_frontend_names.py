@@ -51,7 +51,9 @@ UNFOLDING = {
     "vllm.v1.engine.exceptions": {"EngineDeadError": "()"},
     "vllm.v1.engine.core_client": {
         "InprocClient": "def get_output()\n+steps",
-        "SyncMPClient": "def get_output()\nshutdown, resources, outputs_queue\n+steps",
+        "SyncMPClient": "def get_output()\noutputs_queue\n+steps",
+        "MPClient": "def __init__(*args, **kwargs)\nresources, utility_results",
+        "BackgroundResources": "engine_dead\n+client",
         "AsyncMPClient": "def get_output_async()\n+steps",
     },
     "vllm.v1.metrics.stats": {

@@ -26,7 +26,7 @@ _CONFIG = {
             ()
             additional_config, compute_hash, instance_id, use_v2_model_runner
             watermark_config
-            speculative_config, lora_config, kv_transfer_config, ec_transfer_config
+            speculative_config, kv_transfer_config, ec_transfer_config
             structured_outputs_config
             model_config: ModelConfig
             parallel_config: ParallelConfig
@@ -183,7 +183,7 @@ _ENGINE = {
             is_prefill_chunk, max_tokens, next_decode_eligible_step, num_computed_tokens
             num_output_placeholders, num_output_tokens, num_prompt_tokens, num_stale_output_tokens
             num_tokens, request_id, spec_token_ids, status
-            client_index, prompt_token_ids, resumable, streaming_queue
+            client_index, lora_request, prompt_token_ids, resumable, streaming_queue
             sampling_params: sampling_params.SamplingParams
         """,
         "RequestStatus": """
@@ -203,7 +203,7 @@ _ENGINE = {
             def _handle_stopped_request(request)
             def has_requests()
             finished_req_ids_dict
-            current_step, max_model_len, max_num_active_reqs, max_num_scheduled_tokens
+            current_step, lora_config, max_model_len, max_num_active_reqs, max_num_scheduled_tokens
             num_spec_tokens, num_waiting_for_streaming_input, policy, requests
             vllm_config: VllmConfig
             kv_cache_config: KVCacheConfig

@@ -12,7 +12,7 @@ RUNNER = {
         "is_global_first_rank": "()",
     },
     "vllm.forward_context": {
-        "BatchDescriptor": "(num_tokens=_)",
+        "BatchDescriptor": "(num_tokens=_, has_lora=_, num_active_loras=_)",
         "set_forward_context": """
             (attn_metadata, vllm_config, num_tokens=_, batch_descriptor=_, slot_mapping=_,
              is_padding=_)
@@ -48,6 +48,10 @@ RUNNER = {
     "vllm.v1.worker.cpu_worker": {"CPUWorker": "def init_device()"},
     "vllm.v1.worker.cpu.shm": {},
     "vllm.v1.worker.cpu.model_runner": {"CPUModelRunner": "replaced\ndef warming_up_model()"},
+    f"{GPU}.lora_utils": {
+        "LoraState": "make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)",
+        "create_lora_capture_hook": "(lora_config, runner)",
+    },
     f"{GPU}.model_runner": {
         "GPUModelRunner": """
             def __init__(vllm_config, device)
@@ -66,6 +70,10 @@ RUNNER = {
             free_states(scheduler_output)
             update_requests(scheduler_output)
             get_model()
+            maybe_setup_dummy_loras(lora_config)
+            _set_active_loras(prompt_lora_mapping, token_lora_mapping, lora_requests)
+            lora_config, lora_capture_cases
+            lora_state: LoraState
             device, dtype, max_model_len, max_num_reqs, model, model_state, output_copy_stream
             vocab_size
             vllm_config: VllmConfig
@@ -107,7 +115,7 @@ RUNNER = {
              max_query_len=_) -> BatchExecutionDescriptor
             run_fullgraph(desc)
         """,
-        "BatchExecutionDescriptor": "cg_mode, num_tokens",
+        "BatchExecutionDescriptor": "cg_mode, num_tokens, num_active_loras",
         "prepare_inputs_to_capture": """
             (num_reqs, num_tokens, model_state, input_buffers, block_tables, attn_groups,
              kv_cache_config, full_cudagraph=_, max_query_len=_)
@@ -142,7 +150,7 @@ RUNNER = {
             add_request(req_id, prompt_len, all_token_ids, num_computed_tokens, max_tokens=_)
             apply_staged_writes()
             draft_tokens, free_indices, last_sampled_tokens, num_computed_tokens_np
-            req_id_to_index
+            req_id_to_index, index_to_req_id
             all_token_ids, num_computed_tokens, total_len: StagedWriteTensor
             prefill_len, prompt_len: UvaBackedTensor
         """,

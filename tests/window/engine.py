@@ -149,9 +149,7 @@ class Engine:
         needs = replace(BatchNeeds.none(), logprobs=logprobs)
         budget = np.asarray(budget, dtype=np.int32)
         asked = 1 if logprobs else -1
-        slot.stage(
-            rows, budget, asked, needs, num_rows, arrivals_seen, ends_at_stop, num_loras
-        )
+        slot.stage(rows, budget, asked, needs, num_rows, arrivals_seen, ends_at_stop, num_loras)
         run_window(self.model, self.ops, slot, cut_short, pace, graphs)
         stream = torch.cuda.Stream() if slot.rows.active.is_cuda else None
         result = Fetched(slot, stream).tokens()
