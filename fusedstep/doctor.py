@@ -174,16 +174,20 @@ def _driver_cuda_version() -> str:
 
 
 def _torchvision() -> Check:
-    """A torchvision of another torch build breaks transformers; none at all is fine."""
+    """Models that take images need it. One of another torch build breaks transformers."""
     version = _version("torchvision")
     if version is None:
-        return Check("torchvision", "ok", "not installed, not needed")
+        advice = "for models that take images: pip install --no-deps, the version for this torch"
+        return Check("torchvision", "warning", "not installed", advice)
     try:
-        importlib.import_module("torchvision")
+        torchvision = importlib.import_module("torchvision")
     except Exception as error:
         advice = f"it does not match this torch: pip uninstall {MEDIA_PACKAGES}"
         return Check("torchvision", "problem", f"{version}: {_line(error)}", advice)
-    return Check("torchvision", "ok", version)
+    if not torchvision.extension._has_ops():
+        found = f"{torchvision.__version__}, its Python part: its extension is for another torch"
+        return Check("torchvision", "ok", found)
+    return Check("torchvision", "ok", torchvision.__version__)
 
 
 def _bundled_model() -> Check:

@@ -17,9 +17,7 @@ class Reason(StrEnum):
     MODEL_RUNNER_V1 = "Model Runner V1"
     POOLING_MODEL = "pooling model"
     ENCODER_DECODER = "encoder-decoder model"
-    MULTIMODAL = "multimodal model"
-    PROMPT_EMBEDS = "prompt embeddings"
-    MROPE = "M-RoPE positions"
+    REALTIME = "realtime model"
     RECURRENT = "recurrent state"
     MODEL_STATE = "model state"  # and which
     DIFFUSION = "diffusion model"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -82,6 +83,25 @@ def test_broken_torchvision_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> Non
     check = doctor._torchvision()
     assert check.status == "problem"
     assert check.found == "0.28.0: RuntimeError: operator torchvision::nms does not exist"
+
+
+@pytest.mark.parametrize("has_ops", [False, True])
+def test_which_torchvision_it_is(monkeypatch: pytest.MonkeyPatch, has_ops: bool) -> None:
+    found = SimpleNamespace(
+        __version__="0.28.0+x", extension=SimpleNamespace(_has_ops=lambda: has_ops)
+    )
+    _with_versions(monkeypatch, torchvision="0.28.0")
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: found)
+    check = doctor._torchvision()
+    assert check.status == "ok" and check.found.startswith("0.28.0+x")
+    assert ("its Python part" in check.found) == (not has_ops)
+
+
+def test_no_torchvision_is_only_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_versions(monkeypatch)
+    check = doctor._torchvision()
+    assert (check.status, check.found) == ("warning", "not installed")
+    assert "images" in check.advice
 
 
 def test_missing_model_is_only_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ MAKERS: dict[str, Callable[[], Any]] = {}
 def make(name: str, folder: Path) -> str:
     """The model of this name and its tokenizer, in ``folder``; returns the folder."""
     model = MAKERS[name]()
-    _initialise(model)
+    initialise(model)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
@@ -61,7 +61,7 @@ def save_tokenizer(folder: Path, specials: Mapping[str, int] | None = None) -> A
     return fast
 
 
-def _initialise(model: Any) -> None:
+def initialise(model: Any) -> None:
     """The same weights on every machine, whatever the model's own initialisation draws."""
     import torch
 

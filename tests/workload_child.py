@@ -59,7 +59,7 @@ def run(model: str, options: dict[str, Any], workload: Workload) -> dict[str, An
         engine_child.set_decode_steps(workload.decode_steps)
     before = features_child.counts()
     rng = random.Random(workload.seed)
-    requests = _first_requests(workload, rng)
+    requests = first_requests(workload, rng)
     phases = []
     with _cut_windows(workload.cut_seed if fused else None):
         for phase in range(workload.phases):
@@ -69,7 +69,7 @@ def run(model: str, options: dict[str, Any], workload: Workload) -> dict[str, An
     return {"phases": phases, "counts": features_child.since(before)}
 
 
-def _first_requests(workload: Workload, rng: random.Random) -> list[Request]:
+def first_requests(workload: Workload, rng: random.Random) -> list[Request]:
     requests = []
     for number in range(workload.num_requests):
         token_ids = [
@@ -118,8 +118,8 @@ def _answer(workload: Workload, phase: int, requests: list[Request]) -> dict[str
             request = waiting.pop(number)
             engine.add_request(
                 f"{phase}-{number}",
-                _prompt(request),
-                features_child.sampling_params(_fields(workload, number, request)),
+                prompt_of(request),
+                features_child.sampling_params(fields_of(workload, number, request)),
                 lora_request=features_child.lora_request(
                     workload.loras[number % len(workload.loras)]
                 ),
@@ -146,7 +146,7 @@ def _due(workload: Workload, waiting: dict[int, Request], step: int, engine: Any
     return [number for number, request in waiting.items() if request.arrives <= step]
 
 
-def _prompt(request: Request) -> dict[str, Any]:
+def prompt_of(request: Request) -> dict[str, Any]:
     prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
     if request.image is not None:
         prompt["multi_modal_data"] = {"image": _image(request.image)}
@@ -163,7 +163,7 @@ def _image(seed: int) -> Any:
     return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-def _fields(workload: Workload, number: int, request: Request) -> dict[str, Any]:
+def fields_of(workload: Workload, number: int, request: Request) -> dict[str, Any]:
     fields: dict[str, Any] = {"max_tokens": request.max_tokens, "ignore_eos": True}
     if workload.temperature:
         fields |= {"temperature": workload.temperature, "seed": 7 + number}

@@ -54,6 +54,18 @@ def pos_seq_lens() -> Case:
     return "input_batch._prepare_pos_seq_lens_kernel", (4,), args, {"BLOCK_SIZE": 1024}
 
 
+def rope_positions() -> Case:
+    """Rows: a whole prompt, a decode, a chunk of a prompt; a delta may be negative."""
+    args = [
+        poison(3, 41, dtype=torch.int64), 41, randint(60, R * 3, 64), 3 * 64, 64,
+        randint(30, R) - 20, IDX, ints(0, 5, 6, 16),
+        ints(20, 9, 12, 9, 5, 9), ints(24, 0, 2, 0, 0, 0),
+    ]  # fmt: skip
+    return "mm.rope._prepare_rope_positions_kernel", (3,), args, {
+        "BLOCK_SIZE": 1024, "NUM_DIMS": 3,
+    }  # fmt: skip
+
+
 def combine(drafts: int) -> Case:
     """Rows: chunk of a prefill, first decode after a prompt, decode with ``drafts``."""
     num_logits = 2 + 1 + drafts
@@ -255,6 +267,7 @@ def temperature() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "prefill_inputs": prefill_inputs,
     "pos_seq_lens": pos_seq_lens,
+    "rope_positions": rope_positions,
     "combine": lambda: combine(0),
     "combine-drafts": lambda: combine(3),
     "num_sampled_and_rejected": num_sampled_and_rejected,

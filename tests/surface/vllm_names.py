@@ -37,8 +37,8 @@ _CONFIG = {
         """,
         "CacheConfig": "kv_sharing_fast_prefill",
         "ModelConfig": """
-            runner_type, is_encoder_decoder, supports_multimodal_inputs, enable_prompt_embeds
-            uses_mrope, is_hybrid, has_inner_state, is_diffusion, rswa_window, logits_processors
+            runner_type, is_encoder_decoder, supports_multimodal_inputs
+            is_hybrid, has_inner_state, is_diffusion, rswa_window, logits_processors
             logprobs_mode, return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
             get_vocab_size()
         """,

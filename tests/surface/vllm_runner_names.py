@@ -57,8 +57,8 @@ RUNNER = {
             def __init__(vllm_config, device)
             def load_model(*args, **kwargs)
             def initialize_kv_cache(kv_cache_config, *args, **kwargs)
-            adaptive_verification, aux_output_connector, encoder_cache, fast_prefill, kv_connector
-            pcp_manager, pooling_runner, pp_handler, rejection_sampler, speculator, ubatch_runner
+            adaptive_verification, aux_output_connector, fast_prefill, kv_connector, pcp_manager
+            pooling_runner, pp_handler, rejection_sampler, speculator, ubatch_runner
             def shutdown()
             def add_requests(scheduler_output)
             def execute_model(scheduler_output, *args, **kwargs)
@@ -74,8 +74,9 @@ RUNNER = {
             _set_active_loras(prompt_lora_mapping, token_lora_mapping, lora_requests)
             lora_config, lora_capture_cases
             lora_state: LoraState
-            device, dtype, max_model_len, max_num_reqs, model, model_state, output_copy_stream
-            vocab_size
+            device, dtype, max_model_len, max_num_reqs, max_num_tokens, model, output_copy_stream
+            uses_inputs_embeds, vocab_size
+            model_state: DefaultModelState
             vllm_config: VllmConfig
             compilation_config: CompilationConfig
             parallel_config: ParallelConfig
@@ -90,7 +91,29 @@ RUNNER = {
         """,
     },
     f"{GPU}.kv_connector": {"NO_OP_KV_CONNECTOR": ""},
-    f"{GPU}.model_states.default": {"DefaultModelState": ""},
+    f"{GPU}.model_states.default": {
+        "DefaultModelState": """
+            dummy_inputs_embeds(num_tokens)
+            num_new_sampled_tokens_per_step, supports_mm_inputs
+            encoder_runner: EncoderRunner
+            rope_state: RopeState
+        """,
+    },
+    f"{GPU}.model_states.mm_pruning": {"MultiModalPruner": ""},
+    f"{GPU}.model_states.prompt_embeds": {"PromptEmbedsState": ""},
+    f"{GPU}.mm.encoder_runner": {
+        "EncoderRunner": """
+            get_inputs_embeds(input_ids, mm_embeds, is_mm_embed)
+            is_realtime
+        """,
+    },
+    f"{GPU}.mm.rope": {
+        "RopeState": """
+            positions
+            prefill_delta: UvaBackedTensor
+        """,
+    },
+    "vllm.model_executor.models.interfaces": {"requires_raw_input_tokens": "(model)"},
     f"{GPU}.attn_utils": {"build_slot_mappings_by_layer": "(slot_mappings, kv_cache_config)"},
     f"{GPU}.block_table": {
         "BlockTables": """

@@ -73,6 +73,35 @@ def prepare_pos_seq_lens(
 
 
 @_kernel
+def prepare_rope_positions(
+    positions,  # [num_dims, max_num_tokens + 1]
+    positions_stride,
+    prefill_positions,  # [max_num_reqs * num_dims, max_model_len]
+    prefill_positions_stride0,
+    prefill_positions_stride1,
+    prefill_delta,
+    idx_mapping,
+    query_start_loc,
+    prefill_lens,
+    num_computed_tokens,
+):
+    """M-RoPE positions: of a prompt's tokens as staged, of others with its prefill's delta."""
+    num_dims = len(positions)
+    for batch_idx in range(len(idx_mapping)):
+        req = idx_mapping[batch_idx]
+        num_computed = num_computed_tokens[req]
+        is_prefill = num_computed < prefill_lens[req]
+        start = query_start_loc[batch_idx]
+        for i in range(query_start_loc[batch_idx + 1] - start):
+            for dim in range(num_dims):
+                if is_prefill:
+                    position = prefill_positions[req * num_dims + dim, num_computed + i]
+                else:
+                    position = num_computed + i + prefill_delta[req]
+                positions[dim, start + i] = position
+
+
+@_kernel
 def combine_sampled_and_draft_tokens(
     input_ids,
     idx_mapping,

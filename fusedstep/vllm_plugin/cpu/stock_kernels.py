@@ -54,6 +54,7 @@ def _stand_ins() -> dict[str, StandIn]:
         "block_table._gather_block_tables_kernel": _plain(native_stock.gather_block_tables),
         "block_table._compute_slot_mappings_kernel": compute_slot_mappings,
         "buffer_utils._apply_write_kernel": apply_write,
+        "mm.rope._prepare_rope_positions_kernel": _plain(native_stock.prepare_rope_positions),
         "sample.gumbel._temperature_kernel": temperature,
         "sample.gumbel._gumbel_sample_kernel": gumbel_sample,
         "sample.penalties._penalties_kernel": penalties,

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 from fusedstep.vllm_plugin.runner.adapters import Adapters
+from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -47,7 +48,7 @@ def padded_rows(graph: Any, max_num_reqs: int) -> int:
 
 
 class VllmDecodeModel:
-    """``fusedstep.window.loop.DecodeModel`` for a text model of Model Runner V2.
+    """``fusedstep.window.loop.DecodeModel`` for a model of Model Runner V2.
 
     The forward context is entered once per window. Per step only the attention metadata moves: in
     place where every backend can, as vLLM's drafters do it; else each group's builder plans again
@@ -55,9 +56,12 @@ class VllmDecodeModel:
     batch, that is the forward of a step that is not recorded itself.
     """
 
-    def __init__(self, runner: GPUModelRunner, *, use_graphs: bool) -> None:
+    def __init__(
+        self, runner: GPUModelRunner, model_inputs: ModelInputs, *, use_graphs: bool
+    ) -> None:
         self.runner = runner
         self.model = runner.model
+        self.model_inputs = model_inputs
         self.buffers = runner.input_buffers
         self.query_start_loc = torch.arange(
             runner.max_num_reqs + 1, dtype=torch.int32, device=runner.device
@@ -70,6 +74,7 @@ class VllmDecodeModel:
         self.groups = attention_groups(runner)
         self.updates_in_place = all(map(in_place, self.groups))
         self.num_reqs = 0  # without padding
+        self.num_rows = 0  # with it
         self.graph: Any = None  # of vLLM, for this window's padded batch
         self.common: list[CommonAttentionMetadata] = []
         self.attn_metadata: dict[str, Any] = {}
@@ -138,13 +143,14 @@ class VllmDecodeModel:
             for group in self.groups:
                 group.update_draft_decode_metadata(self.attn_metadata)
         else:
-            self.seq_lens_upper_bound[: self.inputs["positions"].shape[0]] += 1
+            self.seq_lens_upper_bound[: self.num_rows] += 1
             for common in self.common:
                 common.max_seq_len += 1
                 common._num_computed_tokens_cache = None
             self._build()
 
     def forward(self) -> torch.Tensor:
+        self.model_inputs.write(self.num_rows)
         if self.graph is None:
             hidden_states = self.model(**self.inputs)
         else:
@@ -199,13 +205,8 @@ class VllmDecodeModel:
         self.buffers.is_padding[self.num_reqs : num_rows].fill_(True)
 
     def _enter(self, num_reqs: int, slots_by_layer: dict[str, torch.Tensor]) -> None:
-        buffers = self.buffers
-        self.inputs = {
-            "input_ids": buffers.input_ids[:num_reqs],
-            "positions": buffers.positions[:num_reqs],
-            "inputs_embeds": None,
-            "intermediate_tensors": None,
-        }
+        self.num_rows = num_reqs
+        self.inputs = self.model_inputs.views(num_reqs)
         self.context = set_forward_context(
             self.attn_metadata,
             self.runner.vllm_config,
@@ -216,7 +217,7 @@ class VllmDecodeModel:
                 num_active_loras=self.adapters.num_active,
             ),
             slot_mapping=slots_by_layer,
-            is_padding=buffers.is_padding[:num_reqs],
+            is_padding=self.buffers.is_padding[:num_reqs],
         )
         self.context.__enter__()
 

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
+from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
+from vllm.v1.worker.gpu.mm.rope import RopeState
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
+from vllm.v1.worker.gpu.model_states.prompt_embeds import PromptEmbedsState
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
@@ -22,6 +26,13 @@ from fusedstep.reasons import Reason
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+# Of a model state, by attribute: what prompts need of them, stock steps do.
+INPUT_PARTS = {
+    "encoder_runner": EncoderRunner,
+    "mm_pruner": MultiModalPruner,
+    "prompt_embeds_state": PromptEmbedsState,
+    "rope_state": RopeState,
+}
 LOGITS_PROCESSORS = [LogitBiasState, PenaltiesState, BadWordsState]  # in this order
 # Fields of a batch that a window honours, or that say nothing of its decode steps.
 BATCH = {
@@ -50,6 +61,8 @@ def runner_reason(runner: GPUModelRunner) -> str | None:
     state, sampler = runner.model_state, runner.sampler
     if type(state) is not DefaultModelState:
         return f"{Reason.MODEL_STATE} {type(state).__name__}"
+    if (reason := _inputs_reason(state)) is not None:
+        return reason
     if state.num_new_sampled_tokens_per_step != 1:
         return Reason.TOKENS_PER_STEP
     if type(sampler) is not Sampler:
@@ -61,7 +74,6 @@ def runner_reason(runner: GPUModelRunner) -> str | None:
     others = (
         (runner.adaptive_verification, Reason.ADAPTIVE_VERIFICATION),
         (runner.aux_output_connector, Reason.AUX_OUTPUT),
-        (runner.encoder_cache, Reason.MULTIMODAL),
         (runner.fast_prefill, Reason.FAST_PREFILL),
         (runner.pcp_manager, Reason.PREFILL_CONTEXT_PARALLEL),
         (runner.pooling_runner, Reason.POOLING_MODEL),
@@ -71,6 +83,17 @@ def runner_reason(runner: GPUModelRunner) -> str | None:
         (runner.ubatch_runner, Reason.DBO),
     )
     return next((words for part, words in others if part is not None), None)
+
+
+def _inputs_reason(state: DefaultModelState) -> str | None:
+    """The reason that decode steps may have inputs of which ``ModelInputs`` knows nothing."""
+    for name, known in INPUT_PARTS.items():
+        part = getattr(state, name, None)
+        if part is not None and type(part) is not known:
+            return f"{Reason.MODEL_STATE} with {type(part).__name__}"
+    if state.supports_mm_inputs and state.encoder_runner.is_realtime:
+        return Reason.REALTIME  # media embeddings come while it decodes
+    return None
 
 
 def batch_reason(scheduler_output: SchedulerOutput) -> str | None:

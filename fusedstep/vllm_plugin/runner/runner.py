@@ -24,6 +24,7 @@ from fusedstep.policy import MAX_STEPS
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat, patches, reasons
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
+from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
 from fusedstep.vllm_plugin.runner.parts import batch_reason, runner_reason
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
@@ -170,7 +171,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def _choose_form(self, loop: str) -> None:
         form = choose(self, loop)
         self.no_windows = no_windows_reason(self, loop)
-        self.decode_model = VllmDecodeModel(self, use_graphs=form.name.is_recorded)
+        model_inputs = ModelInputs(self, self.tables, self.windows.rows.idx_mapping)
+        self.decode_model = VllmDecodeModel(self, model_inputs, use_graphs=form.name.is_recorded)
         parts = LoopParts(
             self.decode_model,
             self.ops,

@@ -164,6 +164,8 @@ class DeviceTables:
             num_blocks=static.of(tables.num_blocks),
         )
         self.prefill_len = static.of(state.prefill_len)
+        rope = runner.model_state.rope_state
+        self.prefill_delta = None if rope is None else static.of(rope.prefill_delta)
 
         # Where device memory is host memory the host sees at once which requests have stopped.
         self.stopped_np = (

@@ -1,0 +1,257 @@
+"""Tiny random models that take images, with their processors; like ``tiny_models``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiny_models import TEXT, initialise, save_tokenizer
+
+START, END, IMAGE, VIDEO = 2000, 2001, 2002, 2003
+QWEN = {
+    "<|vision_start|>": START,
+    "<|vision_end|>": END,
+    "<|image_pad|>": IMAGE,
+    "<|video_pad|>": VIDEO,
+}
+QWEN_IDS = {
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "tie_word_embeddings": False,
+}
+VISION = {"hidden_size": 64, "intermediate_size": 128}
+MAKERS: dict[str, Callable[[Path], None]] = {}
+# Tokens that stand for an image in a prompt.
+IMAGE_TOKENS: dict[str, tuple[int, ...]] = {
+    "qwen25_vl": (START, IMAGE, END),
+    "qwen3_vl": (START, IMAGE, END),
+    "gemma3": (START,),
+    "gemma4": (IMAGE,),
+}
+CHAT = (
+    "{%- for message in messages %}{%- if message.content is string %}{{ message.content }}"
+    "{%- else %}{%- for part in message.content %}"
+    "{%- if part.type == 'image' %} @ {% else %}{{ part.text }}{%- endif %}"
+    "{%- endfor %}{%- endif %}{%- endfor %}"
+)
+
+
+def make(name: str, folder: Path) -> str:
+    """The model of this name, its tokenizer and its processor, in ``folder``."""
+    MAKERS[name](folder)
+    return str(folder)
+
+
+def maker(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    MAKERS[function.__name__] = function
+    return function
+
+
+def _save(folder: Path, model: Any) -> None:
+    initialise(model)
+    model.save_pretrained(folder)
+
+
+@maker
+def qwen25_vl(folder: Path) -> None:
+    """M-RoPE in three pieces, vision attention in windows."""
+    import transformers
+
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 2,
+            "rope_scaling": {
+                "type": "mrope",
+                "rope_type": "default",
+                "mrope_section": [4, 6, 6],
+            },
+        },
+        vision_config={
+            **VISION,
+            "depth": 2,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+        },
+        **QWEN_IDS,
+    )
+    _save(folder, transformers.Qwen2_5_VLForConditionalGeneration(config))
+    transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            min_pixels=28 * 28, max_pixels=56 * 56 * 4
+        ),
+        tokenizer=save_tokenizer(folder, QWEN),
+        video_processor=transformers.Qwen2VLVideoProcessor(),
+        chat_template=CHAT.replace("@", "<|vision_start|> <|image_pad|> <|vision_end|>"),
+    ).save_pretrained(folder)
+
+
+@maker
+def qwen3_vl(folder: Path) -> None:
+    """Interleaved M-RoPE, and image features that enter several layers."""
+    import transformers
+
+    config = transformers.Qwen3VLConfig(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "rope_scaling": {
+                "rope_type": "default",
+                "mrope_section": [4, 6, 6],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            **VISION,
+            "depth": 3,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 64,
+        },
+        **QWEN_IDS,
+    )
+    _save(folder, transformers.Qwen3VLForConditionalGeneration(config))
+    transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
+        ),
+        tokenizer=save_tokenizer(folder, QWEN),
+        video_processor=transformers.Qwen3VLVideoProcessor(),
+        chat_template=CHAT.replace("@", "<|vision_start|> <|image_pad|> <|vision_end|>"),
+    ).save_pretrained(folder)
+
+
+@maker
+def gemma3(folder: Path) -> None:
+    """Sliding windows, and prompts whose image tokens see each other."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    words = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
+    config = transformers.Gemma3Config(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 2,
+            "head_dim": 32,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 32,
+        },
+        vision_config={
+            **VISION,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        boi_token_index=START,
+        eoi_token_index=END,
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+    _save(folder, transformers.Gemma3ForConditionalGeneration(config))
+    weights = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }  # the names that vLLM's loader knows
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = _tokenizer_with(
+        folder, dict(zip(words.values(), (START, END, IMAGE), strict=True)), words
+    )
+    transformers.Gemma3Processor(
+        image_processor=transformers.Gemma3ImageProcessor(size={"height": 56, "width": 56}),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=CHAT.replace("@", "<boi>"),
+    ).save_pretrained(folder)
+
+
+@maker
+def gemma4(folder: Path) -> None:
+    """Embeddings for each layer, beside those of the tokens; layers that share a KV cache."""
+    import transformers
+
+    words = {
+        "boi_token": "<boi>",
+        "eoi_token": "<eoi>",
+        "image_token": "<image>",
+        "audio_token": "<audio>",
+        "boa_token": "<boa>",
+        "eoa_token": "<eoa>",
+    }
+    config = transformers.Gemma4Config(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "global_head_dim": 64,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": TEXT["vocab_size"],
+        },
+        vision_config={
+            **VISION,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "patch_size": 16,
+            "position_embedding_size": 64,
+            "default_output_length": 70,
+        },
+        boi_token_id=START,
+        eoi_token_id=END,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=2004,
+        boa_token_id=2005,
+        eoa_token_index=2006,
+        tie_word_embeddings=False,
+    )
+    _save(folder, transformers.Gemma4ForConditionalGeneration(config))
+    ids = (START, END, IMAGE, 2004, 2005, 2006)
+    tokenizer = _tokenizer_with(
+        folder, dict(zip(words.values(), ids, strict=True)) | {"<|video|>": VIDEO}, words
+    )
+    transformers.Gemma4Processor(
+        feature_extractor=transformers.Gemma4AudioFeatureExtractor(),
+        image_processor=transformers.Gemma4ImageProcessor(max_soft_tokens=70),
+        tokenizer=tokenizer,
+        video_processor=transformers.Gemma4VideoProcessor(),
+        chat_template=CHAT.replace("@", "<image>"),
+    ).save_pretrained(folder)
+
+
+def _tokenizer_with(folder: Path, specials: dict[str, int], names: dict[str, str]) -> Any:
+    """A tokenizer that knows its special tokens by name, as ``tokenizer.boi_token``."""
+    from transformers import AutoTokenizer
+
+    save_tokenizer(folder, specials)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config |= names | {"extra_special_tokens": names}
+    path.write_text(json.dumps(config, indent=1))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+if __name__ == "__main__":  # python tests/tiny_vlms.py FOLDER NAME...
+    for each in sys.argv[2:]:
+        print(make(each, Path(sys.argv[1], each)))
