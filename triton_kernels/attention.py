@@ -43,6 +43,26 @@ def _span(seq_len, query_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
     return context, first_seen, first_tile, num_tiles
 
 
+@triton.jit
+def _tiles_of(
+    row_ids,
+    rows,
+    num_rows,
+    QUERY_LEN: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Tiles of these rows, for each KV head and block of queries; 0 of a row not in the batch."""
+    in_batch = row_ids < num_rows
+    seq_lens = tl.load(rows.seq_lens + row_ids, mask=in_batch, other=0)
+    query_lens = 1
+    if QUERY_LEN > 1:
+        starts = tl.load(rows.starts + row_ids, mask=in_batch, other=0)
+        query_lens = tl.load(rows.starts + row_ids + 1, mask=in_batch, other=0) - starts
+    _, _, _, num_tiles = _span(seq_lens, query_lens, TILE, WINDOW)
+    return tl.where(in_batch, num_tiles, 0)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def attend_kernel(
     tokens,  # query, key, value, output: [num_tokens, heads, HEAD_SIZE]
@@ -67,9 +87,11 @@ def attend_kernel(
     FP8_MAX: tl.constexpr,  # largest number of the cache's dtype; 0: not quantised
     PRECISION: tl.constexpr,  # of tl.dot on float32
     ROWS: tl.constexpr,  # a power of two, at least num_rows
+    LANES: tl.constexpr,  # that count the tiles of ROWS
     BLOCK_M: tl.constexpr,  # queries (token, head) per item
     M_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
+    NEW_FIRST: tl.constexpr,  # new tokens before the cached ones, keys in a layout of their own
     MIN_TILES: tl.constexpr,  # of a share
     CHUNK: tl.constexpr,  # a merge takes CHUNK pieces of CHUNK_M queries at a time
     CHUNK_M: tl.constexpr,
@@ -77,22 +99,29 @@ def attend_kernel(
     """Grid (any number of programs): attention of the new tokens; row i's begin at starts[i]."""
     ITEMS: tl.constexpr = NUM_KV_HEADS * M_BLOCKS  # of a row
     program = tl.program_id(0)
-    row_ids = tl.arange(0, ROWS)
-    in_batch = row_ids < num_rows
-    seq_lens = tl.load(rows.seq_lens + row_ids, mask=in_batch, other=0)
-    query_lens = 1
-    if QUERY_LEN > 1:
-        starts = tl.load(rows.starts + row_ids, mask=in_batch, other=0)
-        query_lens = tl.load(rows.starts + row_ids + 1, mask=in_batch, other=0) - starts
-    _, _, _, row_tiles = _span(seq_lens, query_lens, TILE, WINDOW)
-    ends = tl.cumsum(tl.where(in_batch, row_tiles * ITEMS, 0), axis=0)
-    total = tl.max(ends, axis=0)
+    # Each lane of a warp counts the tiles of some neighbouring rows, and each warp those of all:
+    # sums over lanes need no barrier.
+    row_ids = tl.arange(0, LANES) * (ROWS // LANES)
+    row_tiles = ()
+    lane_tiles = tl.zeros([LANES], tl.int32)
+    for i in tl.static_range(ROWS // LANES):
+        tiles = _tiles_of(row_ids + i, rows, num_rows, QUERY_LEN, TILE, WINDOW) * ITEMS
+        row_tiles += (tiles,)
+        lane_tiles += tiles
+    total = tl.sum(lane_tiles, axis=0)
     num_programs = tl.num_programs(0)
     share = tl.maximum((total + num_programs - 1) // num_programs, MIN_TILES)
     tile_index = program * share
     stop = tl.minimum(tile_index + share, total)
-    row = tl.sum((ends <= tile_index).to(tl.int32), axis=0)
-    row_start = tl.max(tl.where(ends <= tile_index, ends, 0), axis=0)
+    # One sum of two numbers: the rows before tile_index, and their tiles.
+    end = tl.cumsum(lane_tiles, axis=0) - lane_tiles
+    before = tl.zeros([LANES], tl.int64)
+    for i in tl.static_range(ROWS // LANES):
+        end += row_tiles[i]
+        before += tl.where(end <= tile_index, (row_tiles[i].to(tl.int64) << 32) + 1, 0)
+    before = tl.sum(before, axis=0)
+    row = before.to(tl.int32)
+    row_start = (before >> 32).to(tl.int32)
     while tile_index < stop:
         seq_len = tl.load(rows.seq_lens + row)
         first_token = row
@@ -135,6 +164,7 @@ def attend_kernel(
             M_BLOCKS,
             ITEMS,
             TILE,
+            NEW_FIRST,
             CHUNK,
             CHUNK_M,
         )
@@ -174,6 +204,7 @@ def _attend_piece(
     M_BLOCKS: tl.constexpr,
     ITEMS: tl.constexpr,
     TILE: tl.constexpr,
+    NEW_FIRST: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNK_M: tl.constexpr,
 ):
@@ -202,61 +233,62 @@ def _attend_piece(
         scale = scale * tl.load(layer.k_scale)
         v_scale = tl.load(layer.v_scale)
 
-    # The new tokens, if this is the item's last piece.
-    new = tl.arange(0, NEW)
-    num_new = tl.where(piece_stop == item_stop, num_new, 0)
-    is_new = new < num_new
-    token = first_token.to(tl.int64) + new
-    key_offsets = token * strides.key[0] + kv_head * strides.key[1]
-    value_offsets = token * strides.value[0] + kv_head * strides.value[1]
-    new_mask = is_new[:, None] & in_head
-    cache_dtype: tl.constexpr = cache_ptr.dtype.element_ty
-    new_keys = tl.load(tokens.key + key_offsets[:, None] + dims, mask=new_mask, other=0.0)
-    new_values = tl.load(tokens.value + value_offsets[:, None] + dims, mask=new_mask, other=0.0)
-    new_keys = quantised(new_keys, layer.k_scale, cache_dtype, FP8_MAX)
-    new_values = quantised(new_values, layer.v_scale, cache_dtype, FP8_MAX)
-    num_written = tl.where(m_block == 0, num_new, 0)
-    slots = tl.load(rows.slots + token, mask=new < num_written, other=-1).to(tl.int64)
-    writes = (slots >= 0)[:, None] & in_head
-    slot_offsets = (slots // BLOCK_SIZE) * strides.cache[0] + kv_head * strides.cache[1]
-    slot_offsets += (slots % BLOCK_SIZE) * strides.cache[2]
-    tl.store(cache_ptr + slot_offsets[:, None] + dims, new_keys, mask=writes)
-    tl.store(cache_ptr + HEAD_SIZE + slot_offsets[:, None] + dims, new_values, mask=writes)
-    distances = query_tokens[:, None] - new
-    new_seen = is_new & (distances >= 0)
-    if WINDOW > 0:
-        new_seen = new_seen & (distances < WINDOW)
-    new_scores = scores(
-        query, tl.trans(new_keys), new, slopes, scale, soft_cap, SOFT_CAP, ALIBI, PRECISION
-    )
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, DIMS], tl.float32)
-    row_max, weight, sums = add_tile(
-        row_max, weight, sums, new_scores, new_seen, new_values, query, PRECISION
-    )
+
+    if NEW_FIRST:
+        row_max, weight, sums = _add_new(
+            row_max,
+            weight,
+            sums,
+            query,
+            query_tokens,
+            slopes,
+            (first_token, tl.where(piece_stop == item_stop, num_new, 0)),
+            kv_head,
+            m_block,
+            tokens,
+            cache_ptr,
+            rows,
+            layer,
+            strides,
+            scale,
+            soft_cap,
+            HEAD_SIZE,
+            DIMS,
+            BLOCK_SIZE,
+            WINDOW,
+            SOFT_CAP,
+            ALIBI,
+            FP8_MAX,
+            PRECISION,
+        )
 
     # The cached tokens, tile by tile; the block numbers of the next tile are loaded ahead.
     table = rows.block_table + row.to(tl.int64) * strides.block_table
     tile_end = tl.minimum(first_tile + piece_stop - item_start, (context + TILE - 1) // TILE)
     first_position = (first_tile + tile_index - item_start) * TILE
-    blocks = _blocks_of(first_position, table, first_seen, context, BLOCK_SIZE, TILE)
+    blocks = _blocks_of(first_position, table, first_seen, context, BLOCK_SIZE, WINDOW, TILE)
     for tile_position in range(first_position, tile_end * TILE, TILE):
         positions = tile_position + tl.arange(0, TILE)
-        cached = (positions >= first_seen) & (positions < context)
-        next_blocks = _blocks_of(tile_position + TILE, table, first_seen, context, BLOCK_SIZE, TILE)
+        cached = _is_cached(positions, first_seen, context, WINDOW)
+        next_blocks = _blocks_of(
+            tile_position + TILE, table, first_seen, context, BLOCK_SIZE, WINDOW, TILE
+        )
         offsets = blocks.to(tl.int64) * strides.cache[0] + kv_head * strides.cache[1]
         offsets += (positions % BLOCK_SIZE) * strides.cache[2]
-        keys = tl.load(
-            cache_ptr + offsets[None, :] + dims[:, None],
-            mask=cached[None, :] & in_head[:, None],
-            other=0.0,
-        )
-        values = tl.load(
-            cache_ptr + HEAD_SIZE + offsets[:, None] + dims,
-            mask=cached[:, None] & in_head,
-            other=0.0,
-        )
+        tile_mask = cached[:, None] & in_head
+        if not NEW_FIRST:
+            # Of addresses, for keys and values: computed once, in half the registers.
+            keys = tl.trans(tl.load(cache_ptr + offsets[:, None] + dims, mask=tile_mask, other=0.0))
+        else:
+            keys = tl.load(
+                cache_ptr + offsets[None, :] + dims[:, None],
+                mask=cached[None, :] & in_head[:, None],
+                other=0.0,
+            )
+        values = tl.load(cache_ptr + HEAD_SIZE + offsets[:, None] + dims, mask=tile_mask, other=0.0)
         seen = cached[None, :]
         if WINDOW > 0 and QUERY_LEN > 1:
             seen = seen & (context + query_tokens[:, None] - positions < WINDOW)
@@ -275,6 +307,35 @@ def _attend_piece(
             row_max, weight, sums, tile_scores, seen, values, query, PRECISION
         )
         blocks = next_blocks
+
+    if not NEW_FIRST and piece_stop == item_stop:
+        # After the loads of the cached tokens are under way, and only where there are new ones.
+        row_max, weight, sums = _add_new(
+            row_max,
+            weight,
+            sums,
+            query,
+            query_tokens,
+            slopes,
+            (first_token, num_new),
+            kv_head,
+            m_block,
+            tokens,
+            cache_ptr,
+            rows,
+            layer,
+            strides,
+            scale,
+            soft_cap,
+            HEAD_SIZE,
+            DIMS,
+            BLOCK_SIZE,
+            WINDOW,
+            SOFT_CAP,
+            ALIBI,
+            FP8_MAX,
+            PRECISION,
+        )
 
     whole = num_tiles == piece_stop - tile_index
     if whole:
@@ -299,13 +360,15 @@ def _attend_piece(
         # Of a share's pieces only the first and the last can be parts: two entries per program.
         offset = (2 * program + (tile_index != program * share).to(tl.int32)) * BLOCK_M
         offset += tl.arange(0, BLOCK_M)
-        tl.store(scratch.piece_max + offset, row_max)
-        tl.store(scratch.weights + offset, weight)
-        tl.store(scratch.sums + offset[:, None] * DIMS + dims, sums)
+        stored = is_query | NEW_FIRST
+        tl.store(scratch.piece_max + offset, row_max, mask=stored)
+        tl.store(scratch.weights + offset, weight, mask=stored)
+        tl.store(scratch.sums + offset[:, None] * DIMS + dims, sums, mask=stored[:, None])
         first = item_start // share
         last = (item_stop - 1) // share
         if arrive(row * ITEMS + item, last - first + 1, scratch):
-            for start in range(0, BLOCK_M, CHUNK_M):
+            num_queries = tl.minimum(query_len * GROUP - m_block * BLOCK_M, BLOCK_M)
+            for start in range(0, num_queries, CHUNK_M):
                 merged = _merge(
                     start, first, last, share, item_start, scratch, DIMS, BLOCK_M, CHUNK, CHUNK_M
                 )
@@ -329,12 +392,89 @@ def _attend_piece(
 
 
 @triton.jit
+def _add_new(
+    row_max,
+    weight,
+    sums,
+    query,
+    query_tokens,
+    slopes,
+    new_tokens,
+    kv_head,
+    m_block,
+    tokens,
+    cache_ptr,
+    rows,
+    layer,
+    strides,
+    scale,
+    soft_cap,
+    HEAD_SIZE: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the row's new tokens to the running softmax, and write them to their slots."""
+    first_token, num_new = new_tokens
+    dims = tl.arange(0, DIMS)
+    in_head = dims < HEAD_SIZE
+    new = tl.arange(0, NEW)
+    is_new = new < num_new
+    token = first_token.to(tl.int64) + new
+    key_offsets = token * strides.key[0] + kv_head * strides.key[1]
+    value_offsets = token * strides.value[0] + kv_head * strides.value[1]
+    new_mask = is_new[:, None] & in_head
+    cache_dtype: tl.constexpr = cache_ptr.dtype.element_ty
+    new_keys = tl.load(tokens.key + key_offsets[:, None] + dims, mask=new_mask, other=0.0)
+    new_values = tl.load(tokens.value + value_offsets[:, None] + dims, mask=new_mask, other=0.0)
+    new_keys = quantised(new_keys, layer.k_scale, cache_dtype, FP8_MAX)
+    new_values = quantised(new_values, layer.v_scale, cache_dtype, FP8_MAX)
+    num_written = tl.where(m_block == 0, num_new, 0)
+    slots = tl.load(rows.slots + token, mask=new < num_written, other=-1).to(tl.int64)
+    writes = (slots >= 0)[:, None] & in_head
+    slot_offsets = (slots // BLOCK_SIZE) * strides.cache[0] + kv_head * strides.cache[1]
+    slot_offsets += (slots % BLOCK_SIZE) * strides.cache[2]
+    tl.store(cache_ptr + slot_offsets[:, None] + dims, new_keys, mask=writes)
+    tl.store(cache_ptr + HEAD_SIZE + slot_offsets[:, None] + dims, new_values, mask=writes)
+    distances = query_tokens[:, None] - new
+    new_seen = is_new & (distances >= 0)
+    if WINDOW > 0:
+        new_seen = new_seen & (distances < WINDOW)
+    new_scores = scores(
+        query, tl.trans(new_keys), new, slopes, scale, soft_cap, SOFT_CAP, ALIBI, PRECISION
+    )
+    row_max, weight, sums = add_tile(
+        row_max, weight, sums, new_scores, new_seen, new_values, query, PRECISION
+    )
+    return row_max, weight, sums
+
+
+@triton.jit
+def _is_cached(positions, first_seen, context, WINDOW: tl.constexpr):
+    """Positions that some query sees in the cache."""
+    cached = positions < context
+    if WINDOW > 0:
+        cached = cached & (positions >= first_seen)
+    return cached
+
+
+@triton.jit
 def _blocks_of(
-    first_position, table, first_seen, context, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+    first_position,
+    table,
+    first_seen,
+    context,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Block numbers [TILE] of the positions from ``first_position`` on; 0 for unseen positions."""
     positions = first_position + tl.arange(0, TILE)
-    cached = (positions >= first_seen) & (positions < context)
+    cached = _is_cached(positions, first_seen, context, WINDOW)
     return tl.load(table + positions // BLOCK_SIZE, mask=cached, other=0)
 
 

@@ -140,6 +140,7 @@ class _Tiling(NamedTuple):
     tile: int  # tokens
     num_warps: int
     num_stages: int
+    new_first: bool  # the order of the loads that needs fewer registers
 
 
 class DecodeAttention:
@@ -262,6 +263,7 @@ class DecodeAttention:
             "scale": float(layer.scale),
             "soft_cap": float(layer.soft_cap),
         }
+        padded_rows = _power_of_two(num_rows)
         chunk_m = max(min(MERGE_NUMBERS // (16 * layer.dims), tiling.block_m), 1)
         constexprs = {
             "HEAD_SIZE": layer.head_size,
@@ -276,10 +278,12 @@ class DecodeAttention:
             "SINKS": layer.sinks is not None,
             "FP8_MAX": FP8_MAX.get(kv_cache.dtype, 0.0),
             "PRECISION": "ieee",
-            "ROWS": _power_of_two(num_rows),
+            "ROWS": padded_rows,
+            "LANES": min(padded_rows, max(32, padded_rows // 8)),
             "BLOCK_M": tiling.block_m,
             "M_BLOCKS": tiling.m_blocks,
             "TILE": tiling.tile,
+            "NEW_FIRST": tiling.new_first,
             "MIN_TILES": max(MIN_SHARE // tiling.tile, 1),
             "CHUNK": 16,
             "CHUNK_M": chunk_m,
@@ -303,7 +307,7 @@ def _power_of_two(n: int) -> int:
 def _query_blocks(layer: AttentionLayer, query_len: int, dtype: torch.dtype) -> tuple[int, int]:
     """Queries of an item, and items of a KV head: large numbers leave fewer registers."""
     num_queries = query_len * layer.group
-    most = 16 if dtype.itemsize == 4 else 32
+    most = 16 if dtype.itemsize == 4 or layer.dims > 128 else 32
     block_m = min(max(_power_of_two(num_queries), MIN_BLOCK_M), most)
     return block_m, -(-num_queries // block_m)
 
@@ -327,8 +331,11 @@ def _tiling(
     stage_bytes = 2 * tile * layer.dims * cache_dtype.itemsize
     in_flight = min((limits.shared_bytes - OTHER_BYTES) // stage_bytes, MAX_IN_FLIGHT)
     num_stages = 2 if limits.is_hip else 1 + max(in_flight, 1)
-    num_warps = 8 if large or (cache_dtype.itemsize == 4 and layer.dims > 128) else 4
-    return _Tiling(block_m, m_blocks, tile, num_warps, num_stages)
+    # Without tensor cores a product takes more registers; of heads of 256 it has too few for the
+    # faster order.
+    num_warps = 8 if large or (dtype.itemsize == 4 and layer.dims > 64) else 4
+    new_first = dtype.itemsize == 4 and layer.dims > 128
+    return _Tiling(block_m, m_blocks, tile, num_warps, num_stages, new_first)
 
 
 def _check(

@@ -144,6 +144,19 @@ def test_rows_of_different_numbers_of_new_tokens(attend: Attend, device: str) ->
     attend(layer, make_rows(layer, [1, 300, 131, 0, 7], device, query_len=[1, 4, 8, 0, 2]))
 
 
+def test_more_rows_than_a_warp_has_lanes(attend: Attend, device: str) -> None:
+    """Of no tokens, of some, of several tiles; a lane counts those of two rows."""
+    layer = make_layer(1, 1, 16, device)
+    lens = [row % 4 for row in range(35)]
+    seq_lens = [(new + 61 * row % 180) * (new > 0) for row, new in enumerate(lens)]
+    attend(layer, make_rows(layer, seq_lens, device, query_len=lens))
+
+
+def test_more_queries_than_an_item_of_large_heads(attend: Attend, device: str) -> None:
+    layer = make_layer(9, 1, 256, device)
+    attend(layer, make_rows(layer, [2, 200], device, query_len=2, dtype=torch.float16))
+
+
 def test_padding_rows_are_zeros(attend: Attend, device: str) -> None:
     """Length 0, as the rows after the batch have in a CUDA graph, first, between and last."""
     layer = make_layer(4, 2, 64, device, sinks=True)

@@ -171,7 +171,8 @@ def attention_case(
         found = {"output": rows.output, "cache": rows.kv_cache.float()}
         return found | {"arrivals": call._scratch.arrivals}
 
-    name = "-".join([f"attention-q{query_len}", *(f"{k}={v}" for k, v in options.items())])
+    of = [] if head_size == 16 else [f"heads-of-{head_size}"]
+    name = "-".join([f"attention-q{query_len}", *of, *(f"{k}={v}" for k, v in options.items())])
     return Case(name, run)
 
 
@@ -199,6 +200,7 @@ def cases() -> list[Case]:
             attention_case(query_len, **ATTENTION_OPTIONS[query_len - 1])
             for query_len in range(1, MAX_QUERY_LEN + 1)
         ),
+        attention_case(2, heads=(2, 1), head_size=256),  # in float32: loads in another order
     ]
 
 
@@ -230,4 +232,5 @@ def all_cases() -> list[Case]:
             for dtype in (torch.float16, torch.float32)
             for programs in (4, 10)
         ),
+        attention_case(2, heads=(2, 1), head_size=256),
     ]
