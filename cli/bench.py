@@ -156,6 +156,13 @@ def _print(result: Result) -> None:
     help="Only this case, may be repeated: greedy, temperature, top_p, top_k_top_p, min_p, "
     "penalties, logprobs, top_p_flat; of attention qwen3-0.6b, llama-1b, llama-8b.",
 )
+@click.option(
+    "--static",
+    "target",
+    type=click.Choice(("sm_80", "sm_90", "sm_100", "gfx942")),
+    help="Measure nothing: compile both sides' kernels for this GPU, which need not be here, and "
+    "count their instructions.",
+)
 @console.json_option
 def kernels(
     device: str | None,
@@ -166,14 +173,18 @@ def kernels(
     only: str,
     context: tuple[int, ...],
     cases: tuple[str, ...],
+    target: str | None,
     json_path: str | None,
 ) -> None:
     """One decode step's work between lm_head and the next forward, alternating.
 
     Stock vLLM's kernels for it, ours, and the floor: the time in which the memory could deliver
     what must be read. Needs no model. With --only attention: vLLM's TRITON_ATTN and FLASH_ATTN
-    against FUSEDSTEP in one layer.
+    against FUSEDSTEP in one layer. With --static sm_90: both sides' registers and instructions.
     """
+    if target is not None:
+        _static(target, cases, batch_size, context, json_path)
+        return
     import torch
 
     from fusedstep.bench.kernels import step as library
@@ -294,6 +305,66 @@ def _print_attention(result: attention_library.Result) -> None:
     )
 
 
+def _static(
+    target: str,
+    cases: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    contexts: tuple[int, ...],
+    json_path: str | None,
+) -> None:
+    from rich.table import Table
+
+    from fusedstep.bench.kernels import static as library
+
+    context, chosen = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    for name in ("device", "vocab_size", "dtype", "repeats", "only"):
+        if context.get_parameter_source(name) is chosen:
+            option = name.replace("_", "-")
+            raise click.UsageError(f"--static measures nothing: leave out --{option}", context)
+    with console.progress(json_path) as progress:
+        result = library.measure(target, cases, batch_sizes, contexts, progress)
+    if json_path is not None:
+        console.write_json(json_path, {"complete": True} | result.as_dict())
+    if json_path == "-":
+        return
+    table = Table(title=f"{target}, Triton {result.triton}, bf16: compiled, not run")
+    for heading in ("case", "side", "kernel"):
+        table.add_column(heading)
+    for heading in _STATIC_COLUMNS:
+        table.add_column(heading.replace("_", "\n"), justify="right")
+    for row in result.rows:
+        numbers = [getattr(row, name) for name in _STATIC_COLUMNS]
+        cells = ["" if number is None else f"{number:.0f}" for number in numbers]
+        table.add_row(row.case, row.side, row.kernel, *cells)
+    times = Table(title="attention of a layer by the time model, us: not calibrated")
+    for heading in ("case", "batch", "context", "floor", "FUSEDSTEP"):
+        times.add_column(heading, justify="left" if heading == "case" else "right")
+    for time in result.times:
+        us = (f"{time.floor_us:.1f}", f"{time.fusedstep_us:.1f}")
+        times.add_row(time.case, str(time.batch_size), str(time.context), *us)
+    out = console.stdout()
+    out.print(table)
+    out.print(times)
+    out.print(_STATIC_NOTE)
+
+
+_STATIC_COLUMNS = (
+    "registers",
+    "local",
+    "shared",
+    "programs_per_sm",
+    "load_bytes",
+    "loads_before",
+    "barriers_before",
+    "main_loop",
+    "size",
+    "per_64_tokens",
+)
+_STATIC_NOTE = (
+    "local: bytes of a thread in memory. Before: loads and barriers before the first load into "
+    "shared memory, or before the first of the widest loads. Loops and size are in instructions of "
+    "a warp. The time model was never held against a GPU: compare versions with it, nothing else."
+)
 _CPU_NOTE = (
     "Stock is the sampler of vLLM's CPU runner alone: its input preparation and bookkeeping, "
     "Python in the runner, are left out; ours does all of it. Stock draws noise of its own: "

@@ -63,7 +63,7 @@ def measured(device: str) -> dict[str, Any]:
 def test_every_case_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the file of --json, before the next one is measured."""
     stock = SimpleNamespace(check_platform=lambda _: None)
-    monkeypatch.setattr(kernels, "_stock_vllm", lambda: stock)
+    monkeypatch.setattr(kernels, "stock_vllm", lambda: stock)
     monkeypatch.setattr(kernels, "memory_bandwidth", lambda _: 1e9)
     monkeypatch.setattr(kernels, "_measure_row", lambda plan, case, *_: case.name)
     monkeypatch.setattr(kernels, "keep_freed_memory", lambda: None)

@@ -176,7 +176,7 @@ def measure(plan: Plan, progress: Progress = NO_PROGRESS) -> Result:
         keep_freed_memory()
     _check_memory(plan)
     progress.say("importing vLLM")
-    stock = _stock_vllm()
+    stock = stock_vllm()
     stock.check_platform(plan.device)
     progress.say("measuring the memory bandwidth")
     bandwidth = memory_bandwidth(plan.device)
@@ -217,7 +217,7 @@ def _check_memory(plan: Plan) -> None:
         )
 
 
-def _stock_vllm() -> ModuleType:
+def stock_vllm() -> ModuleType:
     """vLLM as it comes, without our platform, and quiet: stdout is for data."""
     os.environ.pop(SWITCH, None)
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")

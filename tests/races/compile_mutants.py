@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-import triton
-from ops.compile_kernels import PLAIN, AbsentDevice
+from ops.compile_kernels import PLAIN
 from ops.world import build_world
 from races.compiled import order_of
 from races.mutants import Mutant, mutated
 
+from fusedstep.bench.kernels import absent_gpu
 from fusedstep.ops.triton_step import TritonStep
 
 VOCAB_SIZE = 4096
@@ -27,16 +27,13 @@ MUTANTS = [
 
 
 def main() -> None:
-    device = AbsentDevice()
-    device.target = "gfx942"
-    triton.runtime.driver.set_active(device)
+    driver = absent_gpu.install()
     logits = torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16)
     world = build_world(VOCAB_SIZE, 1)
     for mutant in MUTANTS:
         with tempfile.TemporaryDirectory() as folder, mutated(mutant, Path(folder)):
             (launch,) = world.bind(TritonStep).launches(logits, world.rows, 1, PLAIN, True)
-            arguments = launch.args | launch.constexprs | {"num_warps": launch.num_warps}
-            compiled = launch.kernel.warmup(**arguments, grid=launch.grid)
+            compiled = absent_gpu.compiled(driver, "gfx942", launch)
             print(mutant.name, *order_of(compiled.asm["amdgcn"]).disorders, sep="\t")
 
 
