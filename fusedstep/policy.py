@@ -16,6 +16,8 @@ MAX_STEPS_UNTIMED = 8
 SLOW_STEP = 1.2
 # Stop strings are seen by the host only, so a window may overrun one by its length.
 MAX_STEPS_HOST_STOPS = 8
+# Logprobs of a window, 12 bytes each, which the device and the host keep room for, twice.
+MAX_LOGPROBS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Turn:
     step_ms: float | None = None  # time of a step, None before any was measured
     step_measured: bool = True  # at this batch size, not only at another
     token_budget: int = 1 << 30  # tokens that windows may reserve
+    logprobs: int = 0  # of a step, of all requests together
     free_blocks: int = 1 << 30  # KV-cache blocks that are free
     blocks_for: Callable[[int], int] = no_blocks  # at most these are taken by so many steps
 
@@ -99,6 +102,8 @@ def decide(config: DecodeSteps, turn: Turn) -> Decision:
         (max(turn.remaining), Reason.REMAINING),
         (turn.token_budget // len(turn.remaining), Reason.TOKEN_BUDGET),
     ]
+    if turn.logprobs:
+        limits.append((MAX_LOGPROBS // turn.logprobs, Reason.LOGPROBS))
     if turn.tokens_ahead is not None:
         limits.append((turn.tokens_ahead // 4, Reason.HELD_AHEAD))
     if config.fixed is None:

@@ -22,8 +22,7 @@ class Reason(StrEnum):
     MODEL_STATE = "model state"  # and which
     DIFFUSION = "diffusion model"
     RSWA = "reference sliding-window attention"
-    LOGITS_PROCESSORS = "custom logits processors"
-    LOGPROBS_MODE = "logprobs mode"  # and which
+    LOGITS_PROCESSORS = "logits processors"  # and which
     SAMPLER = "sampler"  # and which
     SAMPLING_MASK = "sampling masks"
     TRACE_REPLAY = "trace replay"
@@ -53,9 +52,6 @@ class Reason(StrEnum):
     # A batch with such a request takes stock steps.
     POOLING_REQUEST = "pooling request"
     STRUCTURED_OUTPUT = "structured output"
-    ALL_LOGPROBS = "logprobs of all tokens"
-    LOGPROB_TOKEN_IDS = "logprobs of given token ids"
-    THINKING_BUDGET = "thinking budget"
     STOP_TOKEN_IDS = "more than 128 stop token ids"
     PARAMETER = "sampling parameter"  # and which
     BATCH_WITH = "a batch with"  # and what
@@ -72,6 +68,7 @@ class Reason(StrEnum):
     REMAINING = "longest-remaining request"
     TOKEN_BUDGET = "token budget"
     HELD_AHEAD = "blocks held ahead are used first"
+    LOGPROBS = "room for logprobs"
     STOP_STRINGS = "a request has stop strings"
     BLOCKS = "free KV-cache blocks"
     STREAMS = "a request streams"

@@ -310,6 +310,15 @@ def ask_without_adapters(model: str, options: dict[str, Any], asks: list[Ask]) -
         return ask(model, options, asks)
 
 
+def ask_without_processing(model: str, options: dict[str, Any], asks: list[Ask]) -> dict[str, Any]:
+    """``ask`` with windows that leave out what our own kernels do not do."""
+    from fusedstep.vllm_plugin.runner.processing import Processing
+
+    use(model, options)
+    with patch.object(Processing, "is_wanted", lambda *_: False):
+        return ask(model, options, asks)
+
+
 def lora_request(folder: str | None) -> Any:
     """The adapter in this folder; its number is the last digit of the name."""
     if folder is None:

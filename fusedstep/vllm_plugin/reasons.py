@@ -34,7 +34,6 @@ PARAMETERS = {
     *("repetition_detection", "routed_experts_prompt_start", "trace_decode_token_ids"),
 }
 MAX_STOP_TOKEN_IDS = 128
-MAX_LOGPROBS = 128
 # Attention backends that take the host's upper bound of a length for the length: after a window
 # that ended early it is too high.
 PLAN_FROM_BOUND = frozenset({"FLASHINFER"})
@@ -58,8 +57,6 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (model.is_hybrid or model.has_inner_state, Reason.RECURRENT),
         (model.is_diffusion, Reason.DIFFUSION),
         (model.rswa_window is not None, Reason.RSWA),
-        (model.logits_processors, Reason.LOGITS_PROCESSORS),
-        (model.logprobs_mode != "raw_logprobs", f"{Reason.LOGPROBS_MODE} {model.logprobs_mode}"),
         (model.return_sampling_mask, Reason.SAMPLING_MASK),
         (model.enable_trace_replay, Reason.TRACE_REPLAY),
         (model.use_fp64_gumbel, Reason.FP64_GUMBEL),
@@ -98,9 +95,6 @@ def request_reason(params: SamplingParams | None) -> str | None:
         return Reason.POOLING_REQUEST
     reasons = (
         (params.structured_outputs is not None, Reason.STRUCTURED_OUTPUT),
-        (params.logprobs == -1 or (params.logprobs or 0) > MAX_LOGPROBS, Reason.ALL_LOGPROBS),
-        (params.logprob_token_ids, Reason.LOGPROB_TOKEN_IDS),
-        (params.thinking_token_budget is not None, Reason.THINKING_BUDGET),
         (len(params.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS, Reason.STOP_TOKEN_IDS),
     )
     return next((words for applies, words in reasons if applies), _unknown_parameter(params))

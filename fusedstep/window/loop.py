@@ -14,6 +14,8 @@ from fusedstep.window.state import WindowSlot
 
 HOST_PACE = HostPace()
 
+# Takes down what requests want to know of a step: its raw logits, the window.
+Record = Callable[[torch.Tensor, WindowSlot], None]
 # Enqueues at least one and at most the given number of steps; returns how many.
 Steps = Callable[[int], int]
 
@@ -33,9 +35,6 @@ class StepOps(Protocol):
         self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
     ) -> None:
         """The tokens alone, for steps outside a window."""
-
-    def token_logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Logprobs [num_reqs, m] of ``token_ids`` [num_reqs, m]."""
 
 
 class DecodeModel(Protocol):
@@ -75,8 +74,11 @@ def run_window(
     cut_short: Callable[[], bool],
     pace: Pace = HOST_PACE,
     graphs: Graphs | None = None,
+    record: Record | None = None,
 ) -> None:
     """Run one window: enqueue up to ``slot.num_steps`` steps.
+
+    With ``record``, which every step calls, they are eager.
 
     Stops when no row is active, or after the step during which ``cut_short()`` became true. If it
     is already true before the first step and the slot allows it, no step runs. On a GPU up to
@@ -87,7 +89,7 @@ def run_window(
     ops.prepare(rows, slot.num_rows)
     if not pace.goes_on(rows) or (slot.may_give_way and cut_short()):
         return
-    with _steps(model, ops, slot, graphs) as steps:
+    with _steps(model, ops, slot, graphs, record) as steps:
         while True:
             slot.steps_run += steps(slot.num_steps - slot.steps_run)
             if slot.steps_run == slot.num_steps or not pace.goes_on(rows) or cut_short():
@@ -106,10 +108,14 @@ def decode_step(
 
 @contextmanager
 def _steps(
-    model: DecodeModel, ops: StepOps, slot: WindowSlot, graphs: Graphs | None
+    model: DecodeModel,
+    ops: StepOps,
+    slot: WindowSlot,
+    graphs: Graphs | None,
+    record: Record | None,
 ) -> Iterator[Steps]:
     """Recorded steps where there are some for this batch, else eager ones."""
-    recorded = None if graphs is None else graphs.steps(slot)
+    recorded = None if graphs is None or record is not None else graphs.steps(slot)
     if recorded is not None:
         model.begin_captured(slot.num_rows)
         yield recorded
@@ -117,8 +123,8 @@ def _steps(
 
     def eager(_: int) -> int:
         logits = decode_step(model, ops, slot.rows, slot.num_rows, slot.needs)
-        if slot.needs.logprobs:
-            _record_logprobs(ops, logits, slot)
+        if record is not None:
+            record(logits, slot)
         return 1
 
     model.begin(slot.num_rows)
@@ -126,16 +132,3 @@ def _steps(
         yield eager
     finally:
         model.end()
-
-
-def _record_logprobs(ops: StepOps, logits: torch.Tensor, slot: WindowSlot) -> None:
-    """Logprobs of the raw logits: the sampled token first, then the top n."""
-    n, step, width = slot.num_rows, slot.steps_run, 1 + slot.num_logprobs
-    token_ids = slot.output.token_ids[step, :n, :width]
-    logprobs = slot.output.logprobs[step, :n, :width]
-    token_ids[:, 0] = slot.rows.sampled[:n]
-    logprobs[:, 0] = slot.rows.logprobs[:n]
-    slot.output.ranks[step, :n] = slot.rows.ranks[:n]
-    if slot.num_logprobs:
-        token_ids[:, 1:] = torch.topk(logits, slot.num_logprobs, dim=-1).indices
-        logprobs[:, 1:] = ops.token_logprobs(logits, token_ids[:, 1:])

@@ -418,7 +418,7 @@ def test_custom_logits_processor(stock: EngineChild, fused: EngineChild, tiny: s
     assert tokens == expected
     assert all(token % 2 for answer in tokens[1:] for token in answer)
     assert any(token % 2 == 0 for token in tokens[0])
-    assert_stock(have["counts"], "custom logits processors")
+    assert_windows(have["counts"])
 
 
 def test_pooling(both: Any) -> None:

@@ -37,6 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(FusedStepRunner, "_note_form", lambda *_: None)
     monkeypatch.setattr(module.compat, "options", lambda _: SimpleNamespace(loop="auto"))
     monkeypatch.setattr(module, "PrefillSampler", lambda *_: None)
+    monkeypatch.setattr(module, "Processing", lambda *_: None)
     monkeypatch.setattr(module, "arrival_counter", lambda _: seen.events.append("counter"))
     monkeypatch.setattr(module, "allocate_buffers", lambda *args: seen.events.append(args))
 
@@ -74,6 +75,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         vocab_size=11,
         device=torch.device("cpu"),
         vllm_config=None,
+        sampler=None,
         graph_store=SimpleNamespace(record=record),
     )
     seen.runner = runner

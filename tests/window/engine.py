@@ -146,11 +146,13 @@ class Engine:
         """One window over ``rows`` (all), budgets by row; returns the steps that gave tokens."""
         slot = self.windows.next_slot()
         rows = np.arange(len(budget)) if rows is None else np.asarray(rows)
-        needs = replace(BatchNeeds.none(), logprobs=logprobs)
+        needs = BatchNeeds.none()
         budget = np.asarray(budget, dtype=np.int32)
         asked = 1 if logprobs else -1
         slot.stage(rows, budget, asked, needs, num_rows, arrivals_seen, ends_at_stop, num_loras)
-        run_window(self.model, self.ops, slot, cut_short, pace, graphs)
+        run_window(
+            self.model, self.ops, slot, cut_short, pace, graphs, top_one if logprobs else None
+        )
         stream = torch.cuda.Stream() if slot.rows.active.is_cuda else None
         result = Fetched(slot, stream).tokens()
         for row, new in zip(rows, result.token_ids, strict=True):
@@ -161,6 +163,14 @@ class Engine:
             assert result.logprobs.shape == result.logprob_token_ids.shape
         self.steps_enqueued = slot.steps_run
         return result.num_steps
+
+
+def top_one(logits, slot):
+    """Takes down the logprob of the sampled token and of the likeliest."""
+    step, sampled = slot.steps_run, slot.rows.sampled[: len(logits)]
+    ids = torch.stack([sampled, logits.argmax(-1)], dim=1)
+    slot.output.token_ids[step, : len(ids)] = ids
+    slot.output.logprobs[step, : len(ids)] = logits.log_softmax(-1).gather(1, ids)
 
 
 def recorded(form, engine, recorder, sizes=(ROWS,)):

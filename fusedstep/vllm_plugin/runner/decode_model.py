@@ -33,7 +33,7 @@ def in_place(group: AttentionGroup) -> bool:
 
 
 def decode_graph(runner: GPUModelRunner, num_reqs: int, num_loras: int) -> Any:
-    """What vLLM has for a decode step of such a batch: a graph, or its mode NONE."""
+    """vLLM's graph for a decode step of such a batch; its mode is NONE where there is none."""
     return runner.cudagraph_manager.dispatch(
         num_reqs, num_reqs, uniform_token_count=1, num_active_loras=num_loras, max_query_len=1
     )

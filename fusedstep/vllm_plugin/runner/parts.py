@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
 
 from fusedstep.reasons import Reason
 
@@ -33,7 +34,8 @@ INPUT_PARTS = {
     "prompt_embeds_state": PromptEmbedsState,
     "rope_state": RopeState,
 }
-LOGITS_PROCESSORS = [LogitBiasState, PenaltiesState, BadWordsState]  # in this order
+# In this order. Behind them come the user's, which a window calls in every step.
+LOGITS_PROCESSORS = [LogitBiasState, PenaltiesState, BadWordsState]
 # Fields of a batch that a window honours, or that say nothing of its decode steps.
 BATCH = {
     "scheduled_new_reqs",
@@ -67,8 +69,11 @@ def runner_reason(runner: GPUModelRunner) -> str | None:
         return Reason.TOKENS_PER_STEP
     if type(sampler) is not Sampler:
         return f"{Reason.SAMPLER} {type(sampler).__name__}"
-    if [type(each) for each in sampler.logits_processors] != LOGITS_PROCESSORS:
-        return Reason.LOGITS_PROCESSORS
+    processors = [type(each) for each in sampler.logits_processors]
+    if processors[: len(LOGITS_PROCESSORS)] != LOGITS_PROCESSORS:
+        return f"{Reason.LOGITS_PROCESSORS} {', '.join(each.__name__ for each in processors)}"
+    if type(sampler.thinking_budget_state) is not ThinkingBudgetState:
+        return f"{Reason.SAMPLER} {type(sampler.thinking_budget_state).__name__}"
     if runner.kv_connector is not NO_OP_KV_CONNECTOR:
         return Reason.KV_CONNECTOR
     others = (

@@ -6,14 +6,13 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from fusedstep.counts import WindowCounts
@@ -24,15 +23,17 @@ from fusedstep.policy import MAX_STEPS
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat, patches, reasons
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
+from fusedstep.vllm_plugin.runner.logprobs import Logprobs
 from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
 from fusedstep.vllm_plugin.runner.parts import batch_reason, runner_reason
+from fusedstep.vllm_plugin.runner.processing import Processing
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
 from fusedstep.vllm_plugin.runner.truncation import allocate_buffers, truncate_as_stock
 from fusedstep.vllm_plugin.shared import arrival_counter
 from fusedstep.window import arrivals
 from fusedstep.window.graphs import variant
-from fusedstep.window.loop import run_window
+from fusedstep.window.loop import StepOps, run_window
 from fusedstep.window.pace import AheadPace, HostPace, Pace
 from fusedstep.window.state import Fetched, WindowSlot, WindowState
 
@@ -74,6 +75,16 @@ class WorkerStats:
         }
 
 
+class StagedWindow(NamedTuple):
+    """A window between ``execute_model`` and ``sample_tokens``."""
+
+    scheduler_output: SchedulerOutput
+    slot: WindowSlot
+    live: np.ndarray  # [num_reqs of the window] int64, place in the scheduled batch
+    ops: StepOps
+    logprobs: Logprobs | None
+
+
 class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     """A decode batch becomes a window: staged in ``execute_model``, run in ``sample_tokens``.
 
@@ -88,7 +99,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.stats = WorkerStats(self.ops_choice.name)
         if self.ops_choice.name is None and self.engine_reason is None:
             self.engine_reason = f"{Reason.NO_OPS}: {self.ops_choice.reason}"
-        self.staged: tuple[SchedulerOutput, WindowSlot, np.ndarray] | None = None
+        self.staged: StagedWindow | None = None
         self.graph_memory: dict[str, int] = {}  # bytes of the windows' graphs
         self.scratch: Any = None  # of the step operations, where they have some
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
@@ -136,7 +147,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if self.engine_reason is not None:
             return
         self.tables = DeviceTables(self)
-        self.ops = self._step_class()(self.tables.state)
+        step_class = self._step_class()
+        self.ops = step_class(self.tables.state)
+        self.processing = Processing(self.sampler, self.tables.state, step_class)
         self.prefill_sampler = PrefillSampler(self.tables, self.ops)
         if self.ops_choice.name == "native":
             native.warm_up(self.vocab_size, self.dtype, len(self.tables.state.block_tables))
@@ -225,18 +238,21 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         """Run the staged window, or finish the stock step."""
         if self.staged is None:
             return super().sample_tokens(grammar_output)
-        scheduler_output, slot, rows = self.staged
-        self.staged = None
+        staged, self.staged = self.staged, None
+        slot, is_ours = staged.slot, staged.ops is self.ops
         run_window(
             self.decode_model,
-            self.ops,
+            staged.ops,
             slot,
             self._cut_short(slot.arrivals_seen),
             self.pace,
-            self.graph_store.graphs,
+            self.graph_store.graphs if is_ours else None,
+            staged.logprobs,
         )
         self.stats.counts.windows += 1
-        return WindowOutput(scheduler_output, slot, rows, self.stats.counts, self.copy_stream)
+        return WindowOutput(
+            staged.scheduler_output, slot, staged.live, self.stats.counts, self.copy_stream
+        )
 
     def sample(
         self,
@@ -245,23 +261,23 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         grammar_output: GrammarOutput | None,
     ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
         """A stock step's sampling, by the window's own sampler wherever it can."""
-        idx_mapping_np = input_batch.idx_mapping_np
+        rows = input_batch.idx_mapping_np
         if (
             grammar_output is not None
             or self.engine_reason is not None
-            or self.tables.needs_stock[idx_mapping_np].any()
+            or self.tables.needs_stock[rows].any()
+            or self.processing.is_wanted(rows)
         ):
             stock: tuple[SamplerOutput, torch.Tensor, torch.Tensor]
             stock = super().sample(hidden_states, input_batch, grammar_output)
             return stock
         logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
         positions = input_batch.positions[input_batch.logits_indices]
-        needs = replace(self._needs(idx_mapping_np), logprobs=False)
-        sampled = self.prefill_sampler(logits, input_batch.idx_mapping, positions, needs)
-        num_logprobs = self.tables.num_logprobs(idx_mapping_np)
-        logprobs = None
-        if num_logprobs >= 0:
-            logprobs = compute_topk_scores(logits, num_logprobs, sampled)
+        sampled = self.prefill_sampler(
+            logits, input_batch.idx_mapping, positions, self._needs(rows)
+        )
+        asked = Logprobs.wanted(self.sampler, rows)
+        logprobs = asked and asked.scores(logits, sampled, input_batch.idx_mapping)
         prefill_len = self.tables.prefill_len[input_batch.idx_mapping]
         finished_prefill = input_batch.seq_lens[: input_batch.num_reqs] >= prefill_len
         num_sampled = finished_prefill.to(torch.int32)
@@ -312,28 +328,29 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         live = np.flatnonzero(~self.tables.stopped_np[rows])
         rows, steps_allowed = rows[live], steps_allowed[live]
         self.tables.static.refresh()
+        seq_lens = self.req_states.num_computed_tokens_np[rows] + 1
+        processing = self.processing if self.processing.is_wanted(rows) else None
+        if processing is not None:
+            processing.stage(rows, seq_lens)
+        logprobs = Logprobs.wanted(self.sampler, rows, processing)
         self.decode_model.adapters.stage(rows)
-        num_rows, num_loras = self.decode_model.stage(
-            self.req_states.num_computed_tokens_np[rows] + 1, int(steps_allowed.max(initial=0))
-        )
+        num_rows, num_loras = self.decode_model.stage(seq_lens, int(steps_allowed.max(initial=0)))
         slot = self.windows.next_slot()
         slot.stage(
             rows,
             steps_allowed,
-            self.tables.num_logprobs(rows),
+            -1 if logprobs is None else logprobs.width,
             self._needs(rows),
             num_rows,
             *patches.stamp_of(scheduler_output),
             num_loras=num_loras,
         )
-        self.staged = (scheduler_output, slot, live)
+        self.staged = StagedWindow(scheduler_output, slot, live, processing or self.ops, logprobs)
 
     def _needs(self, rows: np.ndarray) -> BatchNeeds:
         """Work that a batch asks of a step; compiled kernels exist of few combinations."""
         needs = self.tables.needs(rows)
-        if self.ops_choice.name != "triton":
-            return needs
-        return replace(variant(needs), logprobs=needs.logprobs)
+        return variant(needs) if self.ops_choice.name == "triton" else needs
 
     def _cut_short(self, arrivals_seen: int) -> Callable[[], bool]:
         """Has a request arrived for which this window should end? All ranks say the same."""

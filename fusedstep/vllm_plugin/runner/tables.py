@@ -203,10 +203,6 @@ class DeviceTables:
             tensor.copy_to_uva()
         self.static.refresh()
 
-    def num_logprobs(self, rows: np.ndarray) -> int:
-        """Top-n logprobs that the batch asks for, -1 for none."""
-        return int(self.sampler.sampling_states.num_logprobs[rows].max(initial=-1))
-
     def needs(self, rows: np.ndarray) -> BatchNeeds:
         """Work that these requests ask of a step."""
         bias, penalties, bad_words = self.sampler.logits_processors[:3]
@@ -222,7 +218,6 @@ class DeviceTables:
             adjustment=bool(adjusted.any()),
             min_p=bool((states.min_p.np[sampled] != 0).any()),
             truncation=bool(truncated.any()),
-            logprobs=self.num_logprobs(rows) >= 0,
         )
 
 

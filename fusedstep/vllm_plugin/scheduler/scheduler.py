@@ -33,6 +33,7 @@ from fusedstep.window.arrivals import ArrivalCounter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request, RequestStatus
@@ -101,6 +102,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             or reasons.engine_reason(self.vllm_config)
             or reasons.cache_reason(self.kv_cache_config)
         )
+        self.vocab_size = self.vllm_config.model_config.get_vocab_size()
         self.last_decision = Decision(1, Reason.NOTHING_DECODES)
         self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
         counter = arrival_counter(self.vllm_config)
@@ -304,9 +306,17 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             step_ms=step_ms,
             step_measured=step_measured,
             token_budget=budget,
+            logprobs=self._logprobs(params),
             free_blocks=self.blocks.num_free,
             blocks_for=self._blocks_for(batch),
         )
+
+    def _logprobs(self, params: list[SamplingParams]) -> int:
+        """Logprobs of a step: each row gets as many as the request that asks for the most."""
+        asked = [len(p.logprob_token_ids or ()) for p in params]
+        asked += [self.vocab_size if p.logprobs == -1 else p.logprobs or 0 for p in params]
+        most = max(asked, default=0)
+        return len(params) * (1 + most) if most else 0
 
     def _blocks_for(self, batch: Running) -> Callable[[int], int]:
         """Returns f(num_steps): blocks that must be free so that every running request can continue

@@ -1,0 +1,74 @@
+"""Logprobs of a window's steps, by vLLM's own function: every mode, any number, given token ids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+
+if TYPE_CHECKING:
+    from vllm.v1.outputs import LogprobsTensors
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+    from fusedstep.vllm_plugin.runner.processing import Processing
+    from fusedstep.window.state import WindowSlot
+
+
+class Logprobs:
+    """Takes down the logprobs of each step of one window, beside the sampled token's."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        num_logprobs: int,
+        num_token_ids: int,
+        processing: Processing | None = None,  # it has the logits that are meant
+    ) -> None:
+        """The numbers are the most that a request asks for."""
+        self.sampler, self.processing = sampler, processing
+        self.num_logprobs, self.num_token_ids = num_logprobs, num_token_ids
+
+    @staticmethod
+    def wanted(
+        sampler: Sampler, rows: np.ndarray, processing: Processing | None = None
+    ) -> Logprobs | None:
+        """As many as these requests (by req_state_idx) ask for, or None."""
+        asked = sampler.get_logprobs_dims(rows)
+        if asked is None:
+            return None
+        processed = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+        return Logprobs(sampler, *asked, processing if processed else None)
+
+    @property
+    def width(self) -> int:
+        """Token ids of a row, without the sampled one."""
+        return max(self.num_logprobs, self.num_token_ids)
+
+    def scores(
+        self,
+        logits: torch.Tensor,  # [num_reqs, vocab_size]
+        sampled: torch.Tensor,  # [num_reqs] int64
+        idx_mapping: torch.Tensor,  # [num_reqs], batch_idx -> req_state_idx
+    ) -> LogprobsTensors:
+        return compute_topk_scores(
+            logits,
+            self.num_logprobs,
+            sampled,
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            expanded_idx_mapping=idx_mapping,
+            max_per_req_token_ids=self.num_token_ids,
+            logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
+        )
+
+    def __call__(self, logits: torch.Tensor, slot: WindowSlot) -> None:
+        """Into the window's output, in the place of its step."""
+        n, step, width = slot.num_reqs, slot.steps_run, 1 + self.width
+        if self.processing is not None:
+            logits = self.processing.logits
+        scores = self.scores(logits[:n], slot.rows.sampled[:n], slot.rows.idx_mapping[:n])
+        slot.output.token_ids[step, :n, :width] = scores.logprob_token_ids
+        slot.output.logprobs[step, :n, :width] = scores.logprobs
+        slot.output.ranks[step, :n] = scores.selected_token_ranks
