@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import features_child
@@ -107,7 +106,7 @@ def compare(oracle: EngineChild, fused: EngineChild, llama: str) -> Any:
         have = fused.call(features_child.ask, *args)
         for number, answers in enumerate(zip(have["answers"], want["answers"], strict=True)):
             assert_equal(*answers, number)
-        assert have["counts"]["windows"] > 5
+        assert have["counts"]["windows"] > 2
         assert have["counts"]["steps"] > 2 * have["counts"]["windows"]
         assert set(have["counts"]["stock_steps"]) == {"prefill"}
         return [answer[0] for answer in have["answers"]]

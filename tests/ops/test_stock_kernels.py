@@ -264,6 +264,53 @@ def temperature() -> Case:
     return "sample.gumbel._temperature_kernel", (3, 1), args, {"BLOCK_SIZE": 8192}
 
 
+# Token ids of which thoughts are made: (1) begins one, (2, 3) ends it, (4, 2, 3) is the forced end.
+MARKERS = ints(1), ints(2, 3), ints(4, 2, 3)
+BUDGETS = ints(-1, 3, 0, 5, 9, 2)
+
+
+def thoughts() -> torch.Tensor:
+    return torch.randint(1, 5, (R, 64), dtype=torch.int32)
+
+
+def marker_cache(scanned: bool) -> Case:
+    """Cold, or from where the last look ended; one request is shorter than it was.
+
+    One block holds all: stock's cold look ends at the first block with a marker, and leaves the
+    other marker's place at -1 if that lies before it. Which of both is the later is the same.
+    """
+    total_len = ints(40, 33, 1, 64, 25, 50)
+    last = ints(7, 9, -1, 12, 3, 60) if scanned else ints(*[-1] * R)
+    scan_pos = ints(38, 31, 0, 50, 20, 63) if scanned else ints(*[0] * R)
+    rows = torch.tensor([4, 0, 2, 5, 1])
+    args = [
+        rows, BUDGETS, thoughts(), 64, total_len, last.clone(), (last - 2).clamp(min=-1), scan_pos,
+        *MARKERS[:2],
+    ]  # fmt: skip
+    return "sample.thinking_budget._update_committed_marker_cache_kernel", (len(rows),), args, {
+        "START_LEN": 1, "NATURAL_END_LEN": 2, "MAX_LEN": 2, "BLOCK": 64,
+    }  # fmt: skip
+
+
+def thinking(drafts: int) -> Case:
+    """Many requests: in a thought, after one, at each place of the forced end."""
+    num_reqs = 60
+    tokens = torch.randint(1, 5, (num_reqs, 8), dtype=torch.int32)
+    first = torch.randint(-1, 4, (num_reqs,), dtype=torch.int32)
+    rows = torch.arange(num_reqs).repeat_interleave(1 + drafts)
+    budgets = torch.randint(-1, 6, (num_reqs,), dtype=torch.int32)
+    args = [
+        torch.randn(len(rows), 9), 9, rows, budgets, tokens, 8,
+        torch.randint(1, 9, (num_reqs,), dtype=torch.int32),
+        torch.randint(1, 5, (len(rows),), dtype=torch.int32),
+        torch.arange(1 + drafts, dtype=torch.int32).repeat(num_reqs),
+        first, torch.randint(-1, 4, (num_reqs,), dtype=torch.int32), *MARKERS,
+    ]  # fmt: skip
+    return "sample.thinking_budget._thinking_budget_kernel", (len(rows),), args, {
+        "START_LEN": 1, "NATURAL_END_LEN": 2, "END_LEN": 3,
+    }  # fmt: skip
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "prefill_inputs": prefill_inputs,
     "pos_seq_lens": pos_seq_lens,
@@ -296,6 +343,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "fill_ids": fill_ids,
     "penalties": lambda: penalties(0),
     "temperature": temperature,
+    "marker_cache-cold": lambda: marker_cache(False),
+    "marker_cache": lambda: marker_cache(True),
+    "thinking": lambda: thinking(0),
+    "thinking-drafts": lambda: thinking(2),
 }
 
 

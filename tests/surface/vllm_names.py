@@ -38,8 +38,8 @@ _CONFIG = {
         "CacheConfig": "kv_sharing_fast_prefill",
         "ModelConfig": """
             runner_type, is_encoder_decoder, supports_multimodal_inputs
-            is_hybrid, has_inner_state, is_diffusion, rswa_window, logits_processors
-            logprobs_mode, return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
+            is_hybrid, has_inner_state, is_diffusion, rswa_window
+            return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
             get_vocab_size()
         """,
         "ParallelConfig": """
@@ -147,6 +147,7 @@ _PLATFORM = {
     },
     "vllm.triton_utils": {"HAS_TRITON": ""},
     "vllm.triton_utils.dispatcher": {"register_kernels": "(overrides)", "vars": ""},
+    "vllm.config.model": {"PROCESSED_LOGPROBS_MODES": ""},
     "vllm.v1.sample.ops.topk_topp_sampler": {
         "HAS_TRITON": "",
         "apply_top_k_top_p": "(logits, k, p)",
@@ -274,7 +275,7 @@ _ENGINE = {
         "LogprobsLists": """
             (logprob_token_ids, logprobs, sampled_token_ranks, cu_num_generated_tokens)
         """,
-        "LogprobsTensors": "logprobs, selected_token_ranks",
+        "LogprobsTensors": "logprob_token_ids, logprobs, selected_token_ranks",
     },
 }
 

@@ -187,7 +187,11 @@ SAMPLING = {
             __call__(logits, input_batch) -> gpu.sample.output.SamplerOutput
             add_request(req_idx, sampling_params)
             apply_staged_writes()
-            use_flashinfer
+            apply_sampling_params(logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos,
+                                  input_ids, expanded_local_pos, seq_lens_upper_bound_np)
+            get_logprobs_dims(idx_mapping_np)
+            use_flashinfer, logprobs_mode, logprob_token_ids_state
+            thinking_budget_state: ThinkingBudgetState
             logits_processors: (LogitBiasState, PenaltiesState, BadWordsState)
             penalties_state: PenaltiesState
             sampling_states: SamplingStates
@@ -195,7 +199,7 @@ SAMPLING = {
     },
     f"{GPU}.sample.states": {
         "SamplingStates": """
-            num_logprobs, vocab_size
+            vocab_size
             min_p, seeds, temperature, top_k, top_p: UvaBackedTensor
         """,
     },
@@ -222,7 +226,13 @@ SAMPLING = {
         """,
     },
     f"{GPU}.sample.logprob": {
-        "compute_topk_scores": "(logits, num_logprobs, sampled_token_ids)",
+        "compute_topk_scores": """
+            (logits, num_logprobs, sampled_token_ids, logprob_token_ids_state=_,
+             expanded_idx_mapping=_, max_per_req_token_ids=_, logits_mode=_) -> LogprobsTensors
+        """,
+    },
+    f"{GPU}.sample.thinking_budget": {
+        "ThinkingBudgetState": "enabled, use_thinking_budget",
     },
     f"{GPU}.sample.output": {
         "SamplerOutput": """

@@ -1,7 +1,6 @@
 """A small torch model instead of vLLM, and requests that it decodes in windows."""
 
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import chain
 
 import numpy as np

@@ -272,3 +272,92 @@ def bincount(
             prompt_bin_mask[req, token >> 5] |= np.int32(np.uint32(1) << np.uint32(token & 31))
         for position in range(prompt_lens[req], prefill_lens[req]):
             output_bin_counts[req, all_token_ids[req, position]] += 1
+
+
+@_kernel
+def update_committed_marker_cache(
+    req_ids,
+    thinking_token_budget,
+    all_token_ids,
+    all_token_ids_stride,
+    total_len,
+    cached_last_start,
+    cached_last_end,
+    cached_scan_pos,
+    start_ids,
+    end_ids,
+):
+    """Notes where a thought last began and ended in each request with a budget."""
+    for i in range(len(req_ids)):
+        req = req_ids[i]
+        if thinking_token_budget[req] < 0:
+            continue
+        tokens = all_token_ids[req, : total_len[req]]
+        begin = cached_scan_pos[req]
+        if begin > len(tokens):
+            begin = 0
+            cached_last_start[req] = cached_last_end[req] = -1
+        for at in range(begin, len(tokens)):
+            if _stands_at(tokens, at, start_ids):
+                cached_last_start[req] = at
+            if _stands_at(tokens, at, end_ids):
+                cached_last_end[req] = at
+        # The next look begins where a marker may still be incomplete.
+        cached_scan_pos[req] = max(len(tokens) - max(len(start_ids), len(end_ids)) + 1, 0)
+
+
+@_kernel
+def thinking_budget(
+    logits,
+    logits_stride,
+    expanded_idx_mapping,
+    thinking_token_budget,
+    all_token_ids,
+    all_token_ids_stride,
+    total_len,
+    input_ids,
+    expanded_local_pos,
+    cached_last_start,
+    cached_last_end,
+    start_ids,
+    natural_end_ids,
+    forced_end_ids,
+):
+    """A thought that has used up its budget gets the next token of the end that is forced."""
+    for row in range(len(expanded_idx_mapping)):
+        req = expanded_idx_mapping[row]
+        budget = thinking_token_budget[req]
+        if budget < 0:
+            continue
+        # Behind the committed tokens come the drafts before this row, in the input ids.
+        committed, num_drafts = total_len[req], expanded_local_pos[row]
+        tokens = np.empty(committed + num_drafts, np.int32)
+        tokens[:committed] = all_token_ids[req, :committed]
+        tokens[committed:] = input_ids[row - num_drafts + 1 : row + 1]
+        last_start, last_end = cached_last_start[req], cached_last_end[req]
+        for at in range(max(committed - len(start_ids) + 1, 0), len(tokens)):
+            if _stands_at(tokens, at, start_ids):
+                last_start = at
+        for at in range(max(committed - len(natural_end_ids) + 1, 0), len(tokens)):
+            if _stands_at(tokens, at, natural_end_ids):
+                last_end = at
+        if last_start < 0 or last_start <= last_end:
+            continue
+        if len(tokens) - (last_start + len(start_ids)) < budget:
+            continue
+        num_forced = 0  # tokens of the end that stand there already
+        for length in range(1, min(len(forced_end_ids) - 1, len(tokens)) + 1):
+            if _stands_at(tokens, len(tokens) - length, forced_end_ids[:length]):
+                num_forced = length
+        logits[row, forced_end_ids[num_forced]] = 1.0e9
+
+
+@_kernel
+def _stands_at(tokens, at, wanted):
+    """Are the tokens from ``at`` on the wanted ones?"""
+    if at + len(wanted) > len(tokens):
+        return False
+    for i in range(len(wanted)):  # noqa: SIM110 (numba knows no generators)
+        if tokens[at + i] != wanted[i]:
+            return False
+    return True

@@ -65,6 +65,10 @@ def _stand_ins() -> dict[str, StandIn]:
         "sample.logprob._topk_log_softmax_kernel": topk_log_softmax,
         "sample.logprob._ranks_kernel": ranks,
         "sample.logprob._fill_logprob_token_ids_kernel": fill_logprob_token_ids,
+        "sample.thinking_budget._update_committed_marker_cache_kernel": _plain(
+            native_stock.update_committed_marker_cache
+        ),
+        "sample.thinking_budget._thinking_budget_kernel": _plain(native_stock.thinking_budget),
         "structured_outputs._apply_grammar_bitmask_kernel": apply_grammar_bitmask,
         "spec_decode.ngram.speculator._ngram_scan_kernel": ngram_scan,
         "spec_decode.ngram.speculator._ngram_finalize_kernel": ngram_finalize,

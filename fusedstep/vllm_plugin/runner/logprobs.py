@@ -40,7 +40,8 @@ class Logprobs:
         if asked is None:
             return None
         processed = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
-        return Logprobs(sampler, *asked, processing if processed else None)
+        num_logprobs, num_token_ids = asked
+        return Logprobs(sampler, num_logprobs, num_token_ids, processing if processed else None)
 
     @property
     def width(self) -> int:

@@ -84,7 +84,7 @@ class Processing:
         n, inputs = len(self.rows), self.inputs
         for processor in self.custom:
             processor.apply_staged_writes()  # once per step, says their contract
-        processed = self.sampler.apply_sampling_params(
+        processed: torch.Tensor = self.sampler.apply_sampling_params(
             logits[:n],
             self.idx_mapping[:n],
             self.idx_mapping[:n],
