@@ -47,8 +47,6 @@ def test_options_of_an_engine(monkeypatch):
         ({"temperature": 0.3, "top_p": 0.5, "logprobs": 20, "stop": ["x"], "n": 2}, None),
         ({"stop_token_ids": list(range(128))}, None),
         ({"stop_token_ids": list(range(129))}, "more than 128 stop token ids"),
-        ({"logprobs": -1}, "logprobs of all tokens"),
-        ({"logprob_token_ids": [1, 2]}, "logprobs of given token ids"),
     ],
 )
 def test_request_reasons(fields, reason):
