@@ -34,7 +34,7 @@ class Chip:
 
     @property
     def limits(self) -> DeviceLimits:
-        """What ``DeviceLimits.of`` would find."""
+        """As ``DeviceLimits.of`` would find them."""
         if self.is_hip:
             return DeviceLimits(self.num_sms, self.shared_bytes, is_hip=True)
         return DeviceLimits(self.num_sms, self.shared_bytes // 2 - 1024)
@@ -59,7 +59,7 @@ CHIPS = {
 
 
 class AbsentGpu(DriverBase):  # type: ignore[misc]
-    """What the JIT asks of a driver before it compiles; a device's number is its chip's name."""
+    """The driver that the JIT asks before it compiles; a device's number is its chip's name."""
 
     chip = "sm_90"
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel costs as its machine code shows it: SASS of NVIDIA, amdgcn of AMD."""
+"""Costs of a compiled kernel, read from its machine code: SASS of NVIDIA, amdgcn of AMD."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kernels cost by their machine code, for GPUs that need not be here: ours beside vLLM's own.
+"""The costs of kernels by their machine code, without a GPU: ours beside vLLM's own.
 
 All are compiled as they would be launched, and the instructions are counted (``machine_code.py``).
 The times of ``attention_us`` are a model that nobody has calibrated on a GPU: it is good for
