@@ -70,6 +70,7 @@ class Turn:
     logprobs: int = 0  # of a step, of all requests together
     free_blocks: int = 1 << 30  # KV-cache blocks that are free
     blocks_for: Callable[[int], int] = no_blocks  # at most these are taken by so many steps
+    state_block: int = 1 << 30  # tokens of a block of recurrent state: vLLM adds one per turn
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def decide(config: DecodeSteps, turn: Turn) -> Decision:
         (config.fixed or MAX_STEPS, Reason.FIXED if config.fixed else Reason.LONGEST),
         (max(turn.remaining), Reason.REMAINING),
         (turn.token_budget // len(turn.remaining), Reason.TOKEN_BUDGET),
+        (turn.state_block, Reason.STATE_BLOCK),
     ]
     if turn.logprobs:
         limits.append((MAX_LOGPROBS // turn.logprobs, Reason.LOGPROBS))

@@ -18,7 +18,10 @@ class Reason(StrEnum):
     POOLING_MODEL = "pooling model"
     ENCODER_DECODER = "encoder-decoder model"
     REALTIME = "realtime model"
-    RECURRENT = "recurrent state"
+    REPLAY_SSM = "ReplaySSM"
+    ROUNDED_STATE = "randomly rounded recurrent state"
+    STATE_CACHE = "recurrent state cached as"  # and which mode
+    METADATA = "attention metadata of"  # and which builder
     MODEL_STATE = "model state"  # and which
     DIFFUSION = "diffusion model"
     RSWA = "reference sliding-window attention"
@@ -71,6 +74,7 @@ class Reason(StrEnum):
     LOGPROBS = "room for logprobs"
     STOP_STRINGS = "a request has stop strings"
     BLOCKS = "free KV-cache blocks"
+    STATE_BLOCK = "one block of recurrent state per window"
     STREAMS = "a request streams"
     JOINS_ANYTIME = "a waiting request may get ready"
     CANNOT_END = "the window cannot be ended"

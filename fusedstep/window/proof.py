@@ -39,11 +39,12 @@ class Proof:
         stage: Callable[[np.ndarray, int], tuple[int, int]],
         stream: torch.cuda.Stream | None = None,  # of the copies to the host
         pace: Pace = HOST_PACE,
+        forget: Callable[[int], None] = lambda _: None,  # recurrent states in the first n blocks
     ) -> None:
         self.state, self.graphs = state, graphs
         self.widths = [-(-(CONTEXT + STEPS) // size) for size in state.inputs.block_sizes]
         self.max_num_reqs = max_num_blocks // sum(self.widths)
-        self.stage, self.stream, self.pace = stage, stream, pace
+        self.stage, self.stream, self.pace, self.forget = stage, stream, pace, forget
 
     def check(self, num_rows: int) -> None:
         """Raises WrongTokensError unless a batch of up to ``num_rows`` requests gives the same."""
@@ -72,6 +73,7 @@ class Proof:
     def _tokens(self, num_reqs: int, needs: BatchNeeds, graphs: Graphs | None) -> list[list[int]]:
         """The tokens that a window of all requests gives."""
         self._make_up(num_reqs, needs)
+        self.forget(1 + num_reqs * sum(self.widths))
         steps_allowed = np.full(num_reqs, STEPS, dtype=np.int32)
         steps_allowed[2::3] -= 1
         num_rows, num_loras = self.stage(np.full(num_reqs, CONTEXT + 1, dtype=np.int32), STEPS)

@@ -69,12 +69,17 @@ class WindowSlot:
     num_logprobs: int = -1  # top-n beside the sampled token; -1: nobody asked
     needs: BatchNeeds = field(default_factory=BatchNeeds)
     arrivals_seen: int = arrivals.NEVER_END
+    gives_way: bool = True  # the model allows that no step runs
     steps_run: int = 0  # enqueued, written by the loop
 
     @property
     def may_give_way(self) -> bool:
         """May it end before its first step? Not a one-step turn: each turn must get somewhere."""
-        return self.num_steps > 1 and self.arrivals_seen != arrivals.END_AFTER_ONE_STEP
+        return (
+            self.gives_way
+            and self.num_steps > 1
+            and self.arrivals_seen != arrivals.END_AFTER_ONE_STEP
+        )
 
     def stage(
         self,
@@ -86,6 +91,7 @@ class WindowSlot:
         arrivals_seen: int = arrivals.NEVER_END,
         ends_at_stop: bool = False,
         num_loras: int = 0,
+        gives_way: bool = True,
     ) -> None:
         """Host part of a window; everything else happens on the device.
 
@@ -97,7 +103,7 @@ class WindowSlot:
         self.num_steps = int(steps_allowed.max(initial=0))
         self.num_logprobs = num_logprobs
         self.needs = needs
-        self.arrivals_seen = arrivals_seen
+        self.arrivals_seen, self.gives_way = arrivals_seen, gives_way
         self.steps_run = 0
         self.staging.copy_to(
             self.rows,

@@ -1,8 +1,9 @@
 """Runs stock vLLM Triton kernels in Triton's interpreter: ``interpret_stock.py CASES RESULTS``.
 
 A process of its own, because the interpreter must be switched on before vLLM is imported. CASES is
-a list of (kernel, grid, args, constants); an argument ``("pointers", tensors)`` becomes the
-addresses of the tensors. RESULTS is the list of the arguments after each launch, or its error.
+a list of (kernel, grid, args, constants), the kernel's name behind ``vllm.v1.worker.``; an argument
+``("pointers", tensors)`` becomes the tensors' addresses, ``("addresses", tensors)`` too, signed.
+RESULTS is the list of the arguments after each launch, or its error.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from fusedstep.vllm_plugin.cpu import triton_stand_in as triton_cpu
 def as_argument(value: Any) -> Any:
     if isinstance(value, tuple) and value[0] == "pointers":
         return torch.tensor([t.data_ptr() for t in value[1]], dtype=torch.uint64)
+    if isinstance(value, tuple) and value[0] == "addresses":
+        return torch.tensor([t.data_ptr() for t in value[1]], dtype=torch.int64)
     return value
 
 
@@ -26,7 +29,7 @@ def main(cases_path: str, results_path: str) -> None:
     triton_cpu.install()
     results = []
     for kernel, grid, args, constants in torch.load(cases_path, weights_only=False):
-        module, _, name = ("vllm.v1.worker.gpu." + kernel).rpartition(".")
+        module, _, name = ("vllm.v1.worker." + kernel).rpartition(".")
         launch = getattr(importlib.import_module(module), name)[grid]
         try:
             launch(*(as_argument(arg) for arg in args), **constants)

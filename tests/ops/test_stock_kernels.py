@@ -381,7 +381,8 @@ def flatten(args: list[Any]) -> list[torch.Tensor]:
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The arguments of every case after the stock kernel, or its error."""
     folder = tmp_path_factory.mktemp("stock")
-    torch.save([build(name) for name in CASES], folder / "cases.pt")
+    cases = [build(name) for name in CASES]
+    torch.save([("gpu." + kernel, *rest) for kernel, *rest in cases], folder / "cases.pt")
     script = Path(__file__).with_name("interpret_stock.py")
     command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")]
     env = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""}

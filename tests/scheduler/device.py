@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 from scheduler.trace import Spec, Trace, device_stop, next_hash, next_token
+from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
 from vllm.v1.outputs import ModelRunnerOutput
 
 from fusedstep.window.arrivals import END_AFTER_ONE_STEP
@@ -23,6 +24,7 @@ class Row:
     prefill_len: int
     blocks: list[list[int]]  # by KV-cache group
     stopped: bool = False
+    state: tuple[int, int] = (0, 0)  # of this step: the tokens that it has seen, and their hash
 
 
 @dataclass
@@ -51,7 +53,10 @@ class Device:
         self.trace, self.fused, self.arrivals = trace, fused, arrivals
         self.rows: dict[str, Row] = {}
         self.values: dict[tuple[int, int], int] = {}  # (block, offset) -> what the KV cache holds
+        self.states: dict[int, tuple[int, int]] = {}  # block -> tokens seen, and their hash
         self.random = Random(trace.seed)
+        # Where states are cached windows do not: a newcomer may begin from a state of this one.
+        self.gives_way = not (trace.states and trace.prefix_caching)
 
     def step(self, batch: Batch) -> bool:
         """One step; False if the batch had nothing left to do."""
@@ -79,7 +84,7 @@ class Device:
             self.rows[new.req_id] = Row(spec, tokens, new.num_computed_tokens, len(tokens), blocks)
         cached = output.scheduled_cached_reqs
         for req_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
-            for held, more in zip(self.rows[req_id].blocks, new_blocks or ((), ()), strict=False):
+            for held, more in zip(self.rows[req_id].blocks, new_blocks or (), strict=False):
                 held.extend(more)
         scheduled = output.num_scheduled_tokens
         if self._is_window(batch):
@@ -105,10 +110,13 @@ class Device:
     def _window_step(self, batch: Batch) -> bool:
         """A token of each live row; is the window over after it?"""
         goes_on = stops = False
+        live = []
         for req_id, budget in batch.output.num_scheduled_tokens.items():
             row, sampled = self.rows[req_id], batch.sampled.setdefault(req_id, [])
-            if row.stopped or len(sampled) == budget:
-                continue
+            if not row.stopped and len(sampled) < budget:
+                live.append((row, sampled, budget))
+        self._load_states([row for row, _, _ in live])
+        for row, sampled, budget in live:
             sampled.append(self._decode(row))
             stops |= row.stopped
             goes_on |= not row.stopped and len(sampled) < budget
@@ -119,12 +127,14 @@ class Device:
     def _gives_way(self, seen: int) -> bool:
         """Has somebody come since the window was scheduled? Some devices miss it."""
         return (
-            END_AFTER_ONE_STEP < seen < self.arrivals()
+            self.gives_way
+            and END_AFTER_ONE_STEP < seen < self.arrivals()
             and self.random.random() < self.trace.gives_way
         )
 
     def _stock_step(self, batch: Batch) -> None:
         placeholders = batch.output.scheduled_spec_decode_tokens
+        self._load_states([self.rows[req_id] for req_id in batch.output.num_scheduled_tokens])
         for req_id, scheduled in batch.output.num_scheduled_tokens.items():
             row = self.rows[req_id]
             num_tokens = scheduled - len(placeholders.get(req_id, ()))
@@ -132,25 +142,69 @@ class Device:
                 assert num_tokens == 1
                 batch.sampled[req_id] = [] if row.stopped else [self._decode(row)]
                 continue
+            self._checkpoint(row, row.num_computed + num_tokens)
             for _ in range(num_tokens - 1):
                 self._compute(row)
             value = self._compute(row)
+            self._store_state(row)
             if row.num_computed == row.prefill_len:
                 batch.sampled[req_id] = [self._sample(row, value)]
 
     def _decode(self, row: Row) -> int:
         assert row.num_computed == len(row.tokens) - 1
-        return self._sample(row, self._compute(row))
+        value = self._compute(row)
+        self._store_state(row)
+        return self._sample(row, value)
+
+    def _load_states(self, rows: list[Row]) -> None:
+        """What each row begins the step with. None sees what another writes in the same step."""
+        if not self.trace.states:
+            return
+        for row in rows:
+            row.state = (0, 0)
+            if row.num_computed and not row.stopped:
+                row.state = self.states[self._state_block(row, row.num_computed)]
+                seen = row.tokens[: row.num_computed]
+                assert row.state == (len(seen), _state_of(seen)), "the state of other tokens"
+
+    def _store_state(self, row: Row) -> None:
+        if self.trace.states:
+            self.states[self._state_block(row, row.num_computed)] = row.state
+
+    def _checkpoint(self, row: Row, end: int) -> None:
+        """A prefill from here to ``end`` also keeps the state at the last block that it fills."""
+        if not (self.trace.checkpoints and self.trace.prefix_caching):
+            return
+        size, start = self.trace.block_size, row.num_computed
+        [offset], [column] = compute_mamba_prefill_checkpoints(
+            [end], [end - start], size, size, 1, False, size
+        )
+        if offset:
+            seen = row.tokens[: start + offset]
+            self.states[self._writable(row.blocks[-1][column])] = len(seen), _state_of(seen)
+
+    def _state_block(self, row: Row, num_tokens: int) -> int:
+        """The block of the state after so many tokens; without a cache each request has one."""
+        column = (num_tokens - 1) // self.trace.block_size if self.trace.prefix_caching else 0
+        return self._writable(row.blocks[-1][column])
+
+    def _writable(self, block: int) -> int:
+        assert block != 0, "the null block"
+        return block
 
     def _compute(self, row: Row) -> int:
         """The value of the next position, from those before it in the KV cache."""
         position = row.num_computed
+        keys = row.blocks[:-1] if self.trace.states else row.blocks
         before = self._read(row, 0, position - 1) if position else 0
-        assert position == 0 or before == self._read(row, -1, position - 1)
+        assert position == 0 or before == self._read(row, len(keys) - 1, position - 1)
+        if self.trace.states:
+            assert row.state[0] == position
+            row.state = position + 1, hash((row.state[1], row.tokens[position]))
         half = self._read(row, 0, position // 2) if position > 1 else 0
         value = next_hash(before, half, position, row.tokens[position])
         size = self.trace.block_size
-        for blocks in row.blocks:
+        for blocks in keys:
             self.values[blocks[position // size], position % size] = value
         row.num_computed += 1
         return value
@@ -166,3 +220,10 @@ class Device:
         output = row.tokens[num_prompt_tokens:]
         row.stopped = self.fused and bool(device_stop(row.spec, self.trace.max_model_len, output))
         return token
+
+
+def _state_of(tokens: list[int]) -> int:
+    value = 0
+    for token in tokens:
+        value = hash((value, token))
+    return value

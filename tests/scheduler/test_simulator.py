@@ -143,6 +143,7 @@ def test_no_preemption_where_stock_can_have_none(seed: int) -> None:
     """The KV cache holds all who run, each at its longest: exactly that much and no more."""
     trace = make_trace(Random(seed), 40)
     each = (1 + trace.sliding_window) * -(-trace.max_model_len // trace.block_size)
+    each += 4 * trace.states  # the last token's, that before it, two that windows are to fill
     found = compare(replace(trace, num_blocks=1 + trace.max_num_seqs * each))
     assert found.problems == [] and found.preemptions == found.stock_preemptions == 0
 

@@ -40,6 +40,8 @@ class Trace:
     max_num_batched_tokens: int = 64
     max_model_len: int = 96
     sliding_window: bool = False  # a second KV-cache group, of a sliding window
+    states: bool = False  # a KV-cache group of recurrent states, cached with the prefixes if any
+    checkpoints: bool = False  # a prefill writes the state at its last block's beginning, too
     prefix_caching: bool = True
     by_priority: bool = False
     asynchronous: bool = True
@@ -55,6 +57,10 @@ class Trace:
         """The request's id."""
         before = self.specs[number].reuses
         return str(number) if before is None else self.name(before)
+
+    def with_states(self, checkpoints: bool) -> Trace:
+        """A hybrid model: as many blocks more as a request's states may take."""
+        return replace(self, states=True, checkpoints=checkpoints, num_blocks=self.num_blocks + 4)
 
     def with_ids_of_their_own(self) -> Trace:
         """The same requests; none takes the id of another."""
@@ -130,7 +136,7 @@ def make_trace(random: Random, num_requests: int) -> Trace:
             times = specs[number].arrives + after
             again = _spec(random, times, max_model_len, streams, aborts=False)
             specs.append(replace(again, reuses=number))
-    return Trace(
+    trace = Trace(
         specs=tuple(specs),
         block_size=block_size,
         num_blocks=num_blocks,
@@ -149,6 +155,9 @@ def make_trace(random: Random, num_requests: int) -> Trace:
         gives_way=random.choice((0.0, 0.5, 1.0, 1.0)),
         seed=random.randint(0, 1 << 30),
     )
+    if random.random() < 0.4:
+        return trace.with_states(checkpoints=random.random() < 0.5)
+    return trace
 
 
 def _spec(random: Random, arrives: int, max_model_len: int, streams: bool, aborts: bool) -> Spec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from functools import cache
@@ -22,6 +23,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    MambaSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.request import Request
@@ -72,6 +74,7 @@ def _vllm_config(trace: Trace, decode_steps: str) -> VllmConfig:
         block_size=trace.block_size, enable_prefix_caching=trace.prefix_caching
     )
     config.cache_config.num_gpu_blocks = trace.num_blocks
+    config.cache_config.mamba_cache_mode = state_cache(trace)
     config.parallel_config = _copy(config.parallel_config)
     config.parallel_config.worker_cls = compat.WORKER_CLS
     config.additional_config = {
@@ -96,16 +99,35 @@ def make_scheduler(
     if trace.sliding_window:
         window = SlidingWindowSpec(**shape, sliding_window=2 * size + 1)
         groups.append(KVCacheGroupSpec(["sliding"], window))
+    if trace.states:
+        groups.append(KVCacheGroupSpec(["state"], _states(trace)))
     kv_cache_config = KVCacheConfig(trace.num_blocks, [], groups)
     config = _vllm_config(trace, decode_steps)
+    unit = math.lcm(*(group.kv_cache_spec.block_size for group in groups))  # as vLLM resolves it
     with patch.dict(os.environ, VLLM_USE_V2_MODEL_RUNNER="1", FUSEDSTEP=switch):
         return kind(
             vllm_config=config,
             kv_cache_config=kv_cache_config,
             structured_output_manager=StructuredOutputManager(config),
-            block_size=size,
-            hash_block_size=size,
+            block_size=unit,
+            hash_block_size=unit,
         )
+
+
+def state_cache(trace: Trace) -> str:
+    return "align" if trace.states and trace.prefix_caching else "none"
+
+
+def _states(trace: Trace) -> MambaSpec:
+    mode = state_cache(trace)
+    return MambaSpec(
+        block_size=trace.block_size if mode == "align" else trace.max_model_len,
+        shapes=((2 * trace.block_size,),),
+        dtypes=(torch.float32,),
+        mamba_cache_mode=mode,
+        num_prefill_checkpoint_blocks=int(trace.checkpoints),
+        prefill_checkpoint_alignment=1 if trace.checkpoints else None,
+    )
 
 
 def make_request(trace: Trace, number: int) -> Request:

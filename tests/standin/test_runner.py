@@ -59,6 +59,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(module.dispatch, "load", lambda _: Step)
     monkeypatch.setattr(module.reasons, "cache_reason", lambda _: None)
     monkeypatch.setattr(module, "runner_reason", lambda _: None)
+    monkeypatch.setattr(module, "metadata_reason", lambda _: None)
 
     def record(**_: Any) -> int:
         seen.inference.append(torch.is_inference_mode_enabled())

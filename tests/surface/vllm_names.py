@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from surface.vllm_attention_names import ATTENTION
 from surface.vllm_frontend_names import UNFOLDING
-from surface.vllm_runner_names import GPU, KERNELS, RUNNER, SAMPLING
+from surface.vllm_runner_names import GPU, KERNELS, RUNNER, SAMPLING, STATE_KERNELS
 
 _CONFIG = {
     "vllm.config": {
@@ -34,11 +34,13 @@ _CONFIG = {
             device_config: DeviceConfig
             aux_output_config: AuxOutputConfig
             cache_config: CacheConfig
+            mamba_config: MambaConfig
         """,
-        "CacheConfig": "kv_sharing_fast_prefill",
+        "CacheConfig": "kv_sharing_fast_prefill, mamba_cache_mode, use_replayssm",
+        "MambaConfig": "enable_stochastic_rounding",
         "ModelConfig": """
             runner_type, is_encoder_decoder, supports_multimodal_inputs
-            is_hybrid, has_inner_state, is_diffusion, rswa_window
+            is_diffusion, rswa_window
             return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
             get_vocab_size()
         """,
@@ -248,6 +250,7 @@ _ENGINE = {
     },
     "vllm.v1.core.single_type_kv_cache_manager": {
         "SingleTypeKVCacheManager": "block_size, req_to_blocks",
+        "MambaManager": "mamba_cache_mode, _checkpoints, block_size",
     },
     "vllm.v1.core.block_pool": {"BlockPool": "get_num_free_blocks()"},
     "vllm.v1.kv_cache_interface": {
@@ -280,9 +283,10 @@ _ENGINE = {
 }
 
 _KERNELS: dict[str, dict[str, str]] = {}
-for _path, _parameters in KERNELS.items():
+_WHOLE = {f"{GPU}.{_path}": _parameters for _path, _parameters in KERNELS.items()} | STATE_KERNELS
+for _path, _parameters in _WHOLE.items():
     _module, _, _name = _path.rpartition(".")
-    _KERNELS.setdefault(f"{GPU}.{_module}", {})[_name] = f"kernel {_parameters.strip()}"
+    _KERNELS.setdefault(_module, {})[_name] = f"kernel {_parameters.strip()}"
 
 SURFACE: dict[str, dict[str, str]] = {}  # module -> name -> lines
 _PARTS = (_CONFIG, _FRONTEND, _PLATFORM, _ENGINE, RUNNER, SAMPLING, _KERNELS, ATTENTION, UNFOLDING)

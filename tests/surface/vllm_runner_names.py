@@ -32,7 +32,9 @@ RUNNER = {
             build_metadata(common_attn_metadata, ubatch_idx)
             update_draft_decode_metadata(attn_metadata)
             map_to_kernel_block_table(block_table)
+            get_metadata_builder(ubatch_id)
             kv_cache_group_id, layer_names, supports_draft_decode_metadata_update
+            kv_cache_spec
             backend: AttentionBackend
         """,
     },
@@ -99,6 +101,9 @@ RUNNER = {
             rope_state: RopeState
         """,
     },
+    f"{GPU}.model_states.mamba_hybrid": {"MambaHybridModelState": ""},
+    "vllm.v1.attention.backends.utils": {"NULL_BLOCK_ID": ""},
+    "vllm.v1.kv_cache_interface": {"MambaSpec": ""},
     f"{GPU}.model_states.mm_pruning": {"MultiModalPruner": ""},
     f"{GPU}.model_states.prompt_embeds": {"PromptEmbedsState": ""},
     f"{GPU}.mm.encoder_runner": {
@@ -368,5 +373,40 @@ KERNELS = {
     "structured_outputs._apply_grammar_bitmask_kernel": """
         logits_ptr, logits_stride, logits_indices_ptr, cu_num_logits_ptr, bitmask_ptr,
         bitmask_stride, vocab_size, MASK_STRIDE=_ | BLOCK_SIZE
+    """,
+}
+# The same by their whole names.
+STATE_KERNELS = {
+    "vllm.v1.worker.utils._zero_kv_blocks_kernel": """
+        seg_addrs_ptr, seg_block_strides_ptr, seg_page_sizes_ptr, block_ids_ptr | BLOCK_SIZE
+    """,
+    "vllm.v1.worker.mamba_utils.preprocess_mamba_align_fused_kernel": """
+        idx_mapping_ptr, state_idx_ptr, num_computed_tokens_ptr, query_start_loc_ptr,
+        num_accepted_tokens_ptr, src_col_ptr, src_off_ptr, num_reqs, MAMBA_BLOCK_SIZE=_ |
+        BLOCK_SIZE
+    """,
+    "vllm.v1.worker.mamba_utils.precopy_mamba_align_fused_kernel": """
+        mamba_state_idx_ptr, src_col_ptr, token_bias_ptr, block_table_ptrs_ptr,
+        block_table_stride_req, state_base_addrs_ptr, state_block_strides_ptr,
+        state_elem_sizes_ptr, state_inner_sizes_ptr, state_conv_widths_ptr,
+        state_group_indices_ptr, state_dim_row_count_ptr, state_dim_row_stride_ptr,
+        idx_mapping_ptr, num_reqs, CONV_STATE_DIM_FIRST=_, HAS_IDX_MAPPING=_ | COPY_BLOCK_SIZE,
+        TEMPORAL_TILES
+    """,
+    "vllm.v1.worker.mamba_utils.postprocess_mamba_fused_kernel": """
+        num_accepted_tokens_ptr, mamba_state_idx_ptr, num_scheduled_tokens_ptr,
+        num_computed_tokens_ptr, num_draft_tokens_ptr, block_table_ptrs_ptr,
+        block_table_stride_req, state_base_addrs_ptr, state_block_strides_ptr,
+        state_elem_sizes_ptr, state_inner_sizes_ptr, state_conv_widths_ptr,
+        state_group_indices_ptr, state_dim_row_count_ptr, state_dim_row_stride_ptr,
+        num_accepted_tokens_out_ptr, idx_mapping_ptr, num_reqs, block_size=_,
+        CONV_STATE_DIM_FIRST=_, HAS_IDX_MAPPING=_, PRECOMPUTED_NEW_COMPUTED=_ | COPY_BLOCK_SIZE,
+        TEMPORAL_TILES
+    """,
+    "vllm.v1.worker.gpu.model_states.mamba_hybrid._scatter_num_accepted_kernel": """
+        idx_mapping_ptr, num_sampled_ptr, num_accepted_ptr |
+    """,
+    "vllm.v1.worker.gpu.model_states.mamba_hybrid._fill_num_accepted_kernel": """
+        idx_mapping_ptr, num_accepted_ptr, num_sampled |
     """,
 }

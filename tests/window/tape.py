@@ -65,6 +65,12 @@ class Tape(TorchDispatchMode):
             for i, a in enumerate(schema.arguments)
             if a.alias_info is not None and a.alias_info.is_write
         ]
+        if written and any(r.alias_info is None for r in schema.returns):
+            # One tensor of its own beside what it writes: tried on copies for its shape.
+            copies = [a.clone() if any(a is w for w in written) else a for a in args]
+            own = func(*copies, **kwargs)
+            self.entries.append(lambda: own.copy_(call()))
+            return own
         if written:
             self.entries.append(call)
             return written[0] if schema.returns else None

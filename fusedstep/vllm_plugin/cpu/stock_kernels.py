@@ -20,10 +20,11 @@ import torch
 from fusedstep.ops import native_sample
 from fusedstep.ops.native import flat_logits
 from fusedstep.vllm_plugin.cpu import native_kernels as native_stock
+from fusedstep.vllm_plugin.cpu import state_kernels
 
 StandIn = Callable[..., None]
 
-_PREFIX = "vllm.v1.worker.gpu."
+_WORKER = "vllm.v1.worker."
 _DRAFT_SALT = 1 << 30  # moves the positions of a draft's noise (``sample/gumbel.py``)
 _registered = False
 
@@ -73,7 +74,8 @@ def _stand_ins() -> dict[str, StandIn]:
         "spec_decode.ngram.speculator._ngram_scan_kernel": ngram_scan,
         "spec_decode.ngram.speculator._ngram_finalize_kernel": ngram_finalize,
     }
-    return {_PREFIX + name: stand_in for name, stand_in in names.items()}
+    names = {f"gpu.{name}": stand_in for name, stand_in in names.items()} | state_kernels.STAND_INS
+    return {_WORKER + name: stand_in for name, stand_in in names.items()}
 
 
 def _arrays(*args: Any) -> list[Any]:

@@ -14,8 +14,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
+from fusedstep.ops.types import WindowRows
 from fusedstep.vllm_plugin.runner.adapters import Adapters
 from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
+from fusedstep.vllm_plugin.runner.recurrent import RecurrentState, is_recurrent
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
 
 def attention_groups(runner: GPUModelRunner) -> list[AttentionGroup]:
-    """Layers that share a backend and a KV-cache group."""
-    return [group for groups in runner.attn_groups for group in groups]
+    """Layers that attend, and share a backend and a KV-cache group."""
+    return [g for groups in runner.attn_groups for g in groups if not is_recurrent(g)]
 
 
 def in_place(group: AttentionGroup) -> bool:
@@ -57,7 +59,12 @@ class VllmDecodeModel:
     """
 
     def __init__(
-        self, runner: GPUModelRunner, model_inputs: ModelInputs, *, use_graphs: bool
+        self,
+        runner: GPUModelRunner,
+        model_inputs: ModelInputs,
+        rows: WindowRows,
+        *,
+        use_graphs: bool,
     ) -> None:
         self.runner = runner
         self.model = runner.model
@@ -73,6 +80,8 @@ class VllmDecodeModel:
         self.adapters = Adapters(runner)
         self.groups = attention_groups(runner)
         self.updates_in_place = all(map(in_place, self.groups))
+        recurrent = [g for groups in runner.attn_groups for g in groups if is_recurrent(g)]
+        self.recurrent = RecurrentState(runner, recurrent, rows) if recurrent else None
         self.num_reqs = 0  # without padding
         self.num_rows = 0  # with it
         self.graph: Any = None  # of vLLM, for this window's padded batch
@@ -80,6 +89,15 @@ class VllmDecodeModel:
         self.attn_metadata: dict[str, Any] = {}
         self.context: AbstractContextManager[None] | None = None
         self.inputs: dict[str, Any] = {}
+
+    @property
+    def gives_way(self) -> bool:
+        """May a window end before its first step?
+
+        Not where recurrent states are cached: vLLM lets the next turn's requests begin from a block
+        that this window's first step completes. Keys are there in time, a state is not.
+        """
+        return self.recurrent is None or self.recurrent.aligned is None
 
     def stage(
         self,
@@ -109,6 +127,8 @@ class VllmDecodeModel:
 
     def begin(self, num_reqs: int) -> None:
         runner, buffers = self.runner, self.buffers
+        if self.recurrent is not None:
+            self.recurrent.begin()
         slot_mappings = runner.block_tables.slot_mappings[:, :num_reqs]
         upper_bound = torch.from_numpy(self.seq_lens_upper_bound[:num_reqs])
         self._describe_rows(num_reqs)
@@ -137,9 +157,15 @@ class VllmDecodeModel:
         self._enter(num_reqs, slots_by_layer)
 
     def plan(self) -> None:
+        if self.recurrent is not None:
+            self.recurrent.prepare_step(self.num_rows)
         if not self.attn_metadata:
-            self._build()
-        elif self.updates_in_place:
+            for groups in self.runner.attn_groups:
+                self._build(groups)
+            return
+        if self.recurrent is not None:
+            self.recurrent.move_along(self.attn_metadata, self.num_rows)
+        if self.updates_in_place:
             for group in self.groups:
                 group.update_draft_decode_metadata(self.attn_metadata)
         else:
@@ -147,7 +173,7 @@ class VllmDecodeModel:
             for common in self.common:
                 common.max_seq_len += 1
                 common._num_computed_tokens_cache = None
-            self._build()
+            self._build(self.groups)
 
     def forward(self) -> torch.Tensor:
         self.model_inputs.write(self.num_rows)
@@ -221,9 +247,8 @@ class VllmDecodeModel:
         )
         self.context.__enter__()
 
-    def _build(self) -> None:
+    def _build(self, groups: list[AttentionGroup]) -> None:
         """Attention metadata of the coming step, by layer."""
-        for groups, common in zip(self.runner.attn_groups, self.common, strict=True):
-            for group in groups:
-                metadata = group.build_metadata(common, 0)
-                self.attn_metadata.update(dict.fromkeys(group.layer_names, metadata))
+        for group in groups:
+            metadata = group.build_metadata(self.common[group.kv_cache_group_id], 0)
+            self.attn_metadata.update(dict.fromkeys(group.layer_names, metadata))

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 from vllm.v1.worker.gpu.mm.rope import RopeState
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 from vllm.v1.worker.gpu.model_states.prompt_embeds import PromptEmbedsState
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
@@ -23,6 +24,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
 
 from fusedstep.reasons import Reason
+from fusedstep.vllm_plugin.runner.recurrent import STATE_INDICES, is_recurrent
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -34,8 +36,21 @@ INPUT_PARTS = {
     "prompt_embeds_state": PromptEmbedsState,
     "rope_state": RopeState,
 }
+MODEL_STATES = (DefaultModelState, MambaHybridModelState)
 # In this order. Behind them come the user's, which a window calls in every step.
 LOGITS_PROCESSORS = [LogitBiasState, PenaltiesState, BadWordsState]
+# Builders of attention metadata that plan a decode step from the lengths and block tables alone.
+BUILDERS = {
+    "AiterFlashAttentionMetadataBuilder",
+    "CPUAttentionMetadataBuilder",
+    "FlashAttentionMetadataBuilder",
+    "FlashInferMetadataBuilder",
+    "FusedStepAttentionMetadataBuilder",
+    "RocmAiterUnifiedAttentionMetadataBuilder",
+    "RocmAttentionMetadataBuilder",
+    "TritonAttentionMetadataBuilder",
+}
+OURS_AND_VLLMS = ("fusedstep.", "vllm.")
 # Fields of a batch that a window honours, or that say nothing of its decode steps.
 BATCH = {
     "scheduled_new_reqs",
@@ -61,7 +76,7 @@ OTHER = tuple(field.name for field in fields(SchedulerOutput) if field.name not 
 def runner_reason(runner: GPUModelRunner) -> str | None:
     """The reason that windows would leave something out with this runner, or None."""
     state, sampler = runner.model_state, runner.sampler
-    if type(state) is not DefaultModelState:
+    if type(state) not in MODEL_STATES:
         return f"{Reason.MODEL_STATE} {type(state).__name__}"
     if (reason := _inputs_reason(state)) is not None:
         return reason
@@ -98,6 +113,16 @@ def _inputs_reason(state: DefaultModelState) -> str | None:
             return f"{Reason.MODEL_STATE} with {type(part).__name__}"
     if state.supports_mm_inputs and state.encoder_runner.is_realtime:
         return Reason.REALTIME  # media embeddings come while it decodes
+    return None
+
+
+def metadata_reason(runner: GPUModelRunner) -> str | None:
+    """The reason that windows cannot plan a step for these layers, or None."""
+    for group in (group for groups in runner.attn_groups for group in groups):
+        builder = type(group.get_metadata_builder(0))
+        known = STATE_INDICES if is_recurrent(group) else BUILDERS
+        if builder.__name__ not in known or not builder.__module__.startswith(OURS_AND_VLLMS):
+            return f"{Reason.METADATA} {builder.__name__}"
     return None
 
 

@@ -25,7 +25,7 @@ from fusedstep.vllm_plugin import compat, patches, reasons
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.logprobs import Logprobs
 from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
-from fusedstep.vllm_plugin.runner.parts import batch_reason, runner_reason
+from fusedstep.vllm_plugin.runner.parts import batch_reason, metadata_reason, runner_reason
 from fusedstep.vllm_plugin.runner.processing import Processing
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
@@ -142,7 +142,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """The block tables exist from here on: build what windows need."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        reason = reasons.cache_reason(kv_cache_config) or runner_reason(self)
+        reason = (
+            reasons.cache_reason(kv_cache_config) or runner_reason(self) or metadata_reason(self)
+        )
         self.engine_reason = self.engine_reason or reason
         if self.engine_reason is not None:
             return
@@ -184,8 +186,11 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def _choose_form(self, loop: str) -> None:
         form = choose(self, loop)
         self.no_windows = no_windows_reason(self, loop)
-        model_inputs = ModelInputs(self, self.tables, self.windows.rows.idx_mapping)
-        self.decode_model = VllmDecodeModel(self, model_inputs, use_graphs=form.name.is_recorded)
+        rows = self.windows.rows
+        model_inputs = ModelInputs(self, self.tables, rows.idx_mapping)
+        self.decode_model = VllmDecodeModel(
+            self, model_inputs, rows, use_graphs=form.name.is_recorded
+        )
         parts = LoopParts(
             self.decode_model,
             self.ops,
@@ -344,6 +349,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             num_rows,
             *patches.stamp_of(scheduler_output),
             num_loras=num_loras,
+            gives_way=self.decode_model.gives_way,
         )
         self.staged = StagedWindow(scheduler_output, slot, live, processing or self.ops, logprobs)
 

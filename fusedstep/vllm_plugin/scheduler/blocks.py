@@ -7,8 +7,11 @@ held ahead, for all running requests to continue until those are used.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -21,6 +24,11 @@ class Blocks:
     def __init__(self, manager: KVCacheManager, max_model_len: int) -> None:
         self.manager, self.max_model_len = manager, max_model_len
         self.groups = manager.coordinator.single_type_managers
+        states: list[MambaManager] = [g for g in self.groups if isinstance(g, MambaManager)]
+        # Groups that cache recurrent states: a request holds those of its last blocks only.
+        self.state_groups = [group for group in states if group.mamba_cache_mode == "align"]
+        # Tokens of such a block: vLLM gives a request one more of them in a turn, and asserts it.
+        self.state_block: int = min((g.block_size for g in self.state_groups), default=1 << 30)
 
     @property
     def num_free(self) -> int:
@@ -36,16 +44,36 @@ class Blocks:
         """Blocks that the request lacks until it can hold ``num_tokens`` tokens, or ends."""
         end = request.num_prompt_tokens + request.max_tokens
         num_tokens = min(num_tokens, end, self.max_model_len)
-        needed: int = self.manager.coordinator.get_num_blocks_to_allocate(
-            request_id=request.request_id,
-            num_tokens=num_tokens,
-            new_computed_blocks=self.manager.empty_kv_cache_blocks.blocks,
-            num_encoder_tokens=0,
-            total_computed_tokens=request.num_computed_tokens,
-            num_local_computed_tokens=request.num_computed_tokens,
-            num_tokens_main_model=num_tokens,
-        )
+        with self._planned_checkpoints(request.request_id):
+            needed: int = self.manager.coordinator.get_num_blocks_to_allocate(
+                request_id=request.request_id,
+                num_tokens=num_tokens,
+                new_computed_blocks=self.manager.empty_kv_cache_blocks.blocks,
+                num_encoder_tokens=0,
+                total_computed_tokens=request.num_computed_tokens,
+                num_local_computed_tokens=request.num_computed_tokens,
+                num_tokens_main_model=num_tokens,
+            )
+        # It counts one block of a state, which is all that a turn adds. Those before it get free
+        # only when the windows in flight have come back: two at most.
+        for group in self.state_groups:
+            held = len(group.req_to_blocks.get(request.request_id, ()))
+            needed += min(max(-(-num_tokens // group.block_size) - held - 1, 0), 2)
         return needed
+
+    @contextmanager
+    def _planned_checkpoints(self, request_id: str) -> Iterator[None]:
+        """To ask for a number of blocks also plans the state's checkpoint that a prefill of so many
+        tokens would write: undone here, for this only asks."""
+        plans: list[dict[str, object]] = [group._checkpoints for group in self.state_groups]
+        before = [plan.get(request_id) for plan in plans]
+        try:
+            yield
+        finally:
+            for plan, known in zip(plans, before, strict=True):
+                plan.pop(request_id, None)
+                if known is not None:
+                    plan[request_id] = known
 
     def most_tokens_ahead(self, requests: Collection[Request]) -> int:
         """The number of further tokens after which none of them holds more blocks than stock vLLM

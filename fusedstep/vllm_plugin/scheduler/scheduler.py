@@ -309,6 +309,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             logprobs=self._logprobs(params),
             free_blocks=self.blocks.num_free,
             blocks_for=self._blocks_for(batch),
+            state_block=self.blocks.state_block,
         )
 
     def _logprobs(self, params: list[SamplingParams]) -> int:

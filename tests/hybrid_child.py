@@ -1,0 +1,56 @@
+"""In a ``features_child.FeatureChild``: hybrid models, and the controls of their tests."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import engine_child
+import workload_child
+
+
+def no_checkpoints() -> None:
+    """vLLM writes no state inside a prefill: its prefills end where a block ends, as they do for
+    gated delta nets.
+
+    Its Mamba2 kernel for CPUs does not return such states, and vLLM ends with an IndexError.
+    """
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+
+    if "get_kv_cache_spec" in vars(MambaMixer2):
+        del MambaMixer2.get_kv_cache_spec
+
+
+def run_unmasked(*args: Any) -> dict[str, Any]:
+    """``workload_child.run`` where rows that are not active advance their state, too."""
+    from fusedstep.vllm_plugin.runner.recurrent import RecurrentState
+
+    with patch.object(RecurrentState, "hide_inactive", lambda *_: None):
+        return workload_child.run(*args)
+
+
+def run_unmoved(*args: Any) -> dict[str, Any]:
+    """``workload_child.run`` where a row leaves its state behind in the block that is full."""
+    from fusedstep.vllm_plugin.runner.recurrent import Alignment
+
+    def columns_alone(self: Any, num_rows: int, rows: Any, positions: Any, columns: Any) -> None:
+        columns[:num_rows, 0] = positions[:num_rows] // self.block_size
+
+    with patch.object(Alignment, "move_states", columns_alone):
+        return workload_child.run(*args)
+
+
+def cache() -> tuple[str, int, int]:
+    """How states are cached, the tokens of a block, and the number of blocks."""
+    scheduler = engine_child.scheduler()
+    config = scheduler.vllm_config.cache_config
+    return (
+        config.mamba_cache_mode,
+        config.mamba_block_size,
+        scheduler.kv_cache_config.num_blocks,
+    )
+
+
+def limits() -> dict[str, int]:
+    """What bound the length of this engine's windows so far, and how often."""
+    return {str(reason): n for reason, n in engine_child.scheduler().counts.limits.items()}

@@ -1,0 +1,113 @@
+"""What a model brings along: known parts decode in windows, all others by name in stock steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from scheduler.trace import Spec, Trace
+from scheduler.world import STOCK, make_scheduler
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+from vllm.v1.attention.backends.flex_attention import FlexAttentionMetadataBuilder
+from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
+from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadataBuilder
+from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionMetadataBuilder
+from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadataBuilder
+from vllm.v1.attention.backends.short_conv_attn import (
+    PleShortConvAttentionMetadataBuilder,
+    ShortConvAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+from fusedstep.vllm_plugin import reasons
+from fusedstep.vllm_plugin.runner.parts import metadata_reason, runner_reason
+
+KEYS = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+STATE = MambaSpec(block_size=16, shapes=((2, 3),), dtypes=(torch.float32,))
+
+
+class SomebodysBuilder:
+    """A plug-in's, of a name that vLLM has, too."""
+
+
+SomebodysBuilder.__name__ = "Mamba2AttentionMetadataBuilder"
+
+
+def reason(*layers: tuple[Any, type]) -> str | None:
+    """Of a model whose layers have these KV caches and builders."""
+    groups = [
+        SimpleNamespace(
+            kv_cache_spec=spec,
+            get_metadata_builder=lambda _, builder=builder: object.__new__(builder),
+        )
+        for spec, builder in layers
+    ]
+    return metadata_reason(SimpleNamespace(attn_groups=[groups]))
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        Mamba2AttentionMetadataBuilder,
+        GDNAttentionMetadataBuilder,
+        ShortConvAttentionMetadataBuilder,
+    ],
+)
+def test_known_builders(builder: type) -> None:
+    assert reason((KEYS, CPUAttentionMetadataBuilder), (STATE, builder)) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "builder"),
+    [
+        (KEYS, FlexAttentionMetadataBuilder),
+        (STATE, Mamba1AttentionMetadataBuilder),
+        (STATE, LinearAttentionMetadataBuilder),
+        (STATE, PleShortConvAttentionMetadataBuilder),
+        (STATE, SomebodysBuilder),
+        (STATE, CPUAttentionMetadataBuilder),  # not of states
+    ],
+)
+def test_unknown_builders(spec: Any, builder: type) -> None:
+    known = KEYS, CPUAttentionMetadataBuilder
+    assert reason(known, (spec, builder)) == f"attention metadata of {builder.__name__}"
+
+
+def test_ways_to_cache_states() -> None:
+    def reason(spec: Any) -> str | None:
+        return reasons.cache_reason(
+            SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
+        )
+
+    for mode in ("none", "align"):
+        assert reason(replace(STATE, mamba_cache_mode=mode)) is None
+    assert reason(replace(STATE, mamba_cache_mode="all")) == "recurrent state cached as all"
+
+
+def test_a_subclass_of_a_model_state_is_not_known() -> None:
+    class Another(MambaHybridModelState):  # type: ignore[misc]
+        pass
+
+    runner = SimpleNamespace(model_state=object.__new__(Another), sampler=None)
+    assert runner_reason(runner) == "model state Another"
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "words"),
+    [
+        ("cache_config", "use_replayssm", "ReplaySSM"),
+        ("mamba_config", "enable_stochastic_rounding", "randomly rounded recurrent state"),
+    ],
+)
+def test_options_of_states(part: str, option: str, words: str) -> None:
+    trace = Trace((Spec((1,), 0, 1),)).with_states(checkpoints=False)
+    config = make_scheduler(trace, STOCK[True]).vllm_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        assert reasons.engine_reason(config) is None
+        patch.setattr(getattr(config, part), option, True)
+        assert reasons.engine_reason(config) == words
