@@ -41,7 +41,9 @@ def runner(
 ) -> Any:
     attention = SimpleNamespace(get_name=lambda: name)
     groups = [
-        SimpleNamespace(supports_draft_decode_metadata_update=can, backend=attention)
+        SimpleNamespace(
+            supports_draft_decode_metadata_update=can, backend=attention, kv_cache_spec=None
+        )
         for can in in_place
     ]
     return SimpleNamespace(
@@ -57,7 +59,7 @@ def runner(
 
 def graph_store(form: Form, cases: tuple[int, ...] = (0,), **options: Any) -> GraphStore:
     adapters = SimpleNamespace(graph_cases=cases, made_up=nullcontext)
-    model: Any = SimpleNamespace(stage=None, adapters=adapters)
+    model: Any = SimpleNamespace(stage=None, adapters=adapters, forget_states=None)
     unused: Any = None
     parts = LoopParts(model, unused, unused, unused, unused, unused, None)
     return GraphStore(runner(**options), parts, form)

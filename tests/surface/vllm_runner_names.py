@@ -101,7 +101,18 @@ RUNNER = {
             rope_state: RopeState
         """,
     },
-    f"{GPU}.model_states.mamba_hybrid": {"MambaHybridModelState": ""},
+    f"{GPU}.model_states.mamba_hybrid": {
+        "MambaHybridModelState": """
+            _get_mamba_group_info(kv_cache_config)
+            _mamba_ctx: MambaSpecDecodeGPUContext
+            _mamba_state_idx_gpu
+        """,
+    },
+    "vllm.v1.worker.mamba_utils": {
+        "MambaSpecDecodeGPUContext": """
+            run_fused_precopy(num_reqs, state_idx_gpu, src_col_gpu, token_bias_gpu, idx_mapping)
+        """,
+    },
     "vllm.v1.attention.backends.utils": {"NULL_BLOCK_ID": ""},
     "vllm.v1.kv_cache_interface": {"MambaSpec": ""},
     f"{GPU}.model_states.mm_pruning": {"MultiModalPruner": ""},

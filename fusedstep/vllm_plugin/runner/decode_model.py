@@ -184,6 +184,11 @@ class VllmDecodeModel:
         logits: torch.Tensor = self.model.compute_logits(hidden_states)
         return logits
 
+    def forget_states(self, num_blocks: int) -> None:
+        """Zero the recurrent states in the first blocks, which no request may own."""
+        if self.recurrent is not None:
+            self.recurrent.forget(num_blocks)
+
     def end(self) -> None:
         assert self.context is not None
         self.context.__exit__(None, None, None)

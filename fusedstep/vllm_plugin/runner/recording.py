@@ -196,6 +196,7 @@ class GraphStore:
                 partial(self._stage_made_up, num_loras),
                 parts.copy_stream,
                 parts.pace,
+                parts.model.forget_states,
             )
             proof.check(num_rows)
 

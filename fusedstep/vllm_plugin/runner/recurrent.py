@@ -18,6 +18,7 @@ from fusedstep.ops.types import WindowRows
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
     from vllm.v1.worker.utils import AttentionGroup
 
 # Builders whose metadata of a decode batch moves along by its state indices alone, and the field
@@ -123,7 +124,7 @@ class Alignment:
     """
 
     def __init__(self, runner: GPUModelRunner) -> None:
-        state = runner.model_state
+        state: MambaHybridModelState = runner.model_state
         _, spec = state._get_mamba_group_info(runner.kv_cache_config)
         self.block_size: int = spec.block_size
         self.copies = state._mamba_ctx
