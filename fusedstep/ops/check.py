@@ -66,17 +66,6 @@ def check_num_reqs(rows: WindowRows, num_reqs: int) -> None:
         raise TensorError(f"idx_mapping: {len(rows.idx_mapping)} rows, fewer than {num_reqs}")
 
 
-def check_token_ids(token_ids: torch.Tensor, device: torch.device) -> None:
-    """Raise TensorError unless ``token_ids`` is int64 [n, m], unit stride in the second."""
-    if token_ids.dim() != 2 or token_ids.dtype != torch.int64:
-        shape = tuple(token_ids.shape)
-        raise TensorError(f"token_ids: {token_ids.dtype} of shape {shape}, expected int64 [n, m]")
-    if token_ids.shape[1] > 1 and token_ids.stride(1) != 1:
-        strides = token_ids.stride()
-        raise TensorError(f"token_ids: strides {strides}, a row must be contiguous")
-    _check_device("token_ids", token_ids, device)
-
-
 def _check_all(state: object, device: torch.device) -> list[str]:
     """Check each tensor of one of the state's classes; returns their names."""
     expected = dtypes(type(state))

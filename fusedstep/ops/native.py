@@ -20,7 +20,6 @@ from fusedstep.ops.check import (
     check_num_reqs,
     check_rows,
     check_state,
-    check_token_ids,
 )
 from fusedstep.ops.types import (
     PAD_SLOT_ID,
@@ -169,22 +168,6 @@ class NativeStep:
             self._scratch,
         )
 
-    def token_logprobs(
-        self,
-        logits: torch.Tensor,  # [n, V] bfloat16, float16 or float32, any row stride
-        token_ids: torch.Tensor,  # [n, m] int64, m >= 1
-    ) -> torch.Tensor:
-        """Log softmax of raw logits at ``token_ids``: float32 [n, m]."""
-        check_token_ids(token_ids, CPU)
-        check_logits(logits, len(token_ids), self._vocab_size, CPU)
-        flat, ids = flat_logits(logits), token_ids.numpy()
-        logprobs = np.empty(ids.shape, np.float32)
-        row, weights, _ = self._scratch
-        for i in range(len(ids)):
-            raw = flat[i * logits.stride(0) :][: self._vocab_size]
-            native_sample.row_logprobs(raw, ids[i], row, weights, logprobs[i])
-        return torch.from_numpy(logprobs)
-
     def _map_slots(self, views: Any, num_reqs: int) -> None:
         for group in self._groups:
             native_rows.map_slots(
@@ -218,7 +201,6 @@ def warm_up(vocab_size: int, dtype: torch.dtype, num_groups: int = 1) -> None:
     logits = torch.zeros(1, vocab_size, dtype=dtype)
     step.prepare(rows, 1)
     step.step(logits, rows, 1, BatchNeeds(logprobs=True))
-    step.token_logprobs(logits, torch.zeros(1, 1, dtype=torch.int64))
 
 
 def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, WindowRows]:

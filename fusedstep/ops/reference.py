@@ -103,10 +103,6 @@ class ReferenceStep:
                 self._place_input(batch_idx, req)
         self._map_slots(rows, num_reqs)
 
-    def token_logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Log softmax of raw ``logits`` [n, V] at ``token_ids`` [n, m]: float32 [n, m]."""
-        return logits.float().log_softmax(-1).gather(1, token_ids)
-
     def _place_input(self, batch_idx: int, req: int) -> None:
         position = int(self.requests.num_computed_tokens[req])
         self.inputs.input_ids[batch_idx] = self.requests.last_sampled_tokens[req, 0]

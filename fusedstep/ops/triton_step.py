@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedstep.kernels.draw import draw_kernel
-from fusedstep.kernels.logprobs import token_logprobs_kernel
 from fusedstep.kernels.rows import prepare_kernel
 from fusedstep.kernels.sample import BUCKET, sample_kernel
 from fusedstep.kernels.truncate import truncate_kernel
@@ -28,7 +27,6 @@ from fusedstep.ops.check import (
     check_num_reqs,
     check_rows,
     check_state,
-    check_token_ids,
 )
 from fusedstep.ops.launch import Launch, Truncation
 from fusedstep.ops.types import (
@@ -185,17 +183,6 @@ class TritonStep:
         for launch in self.launches(logits, rows, num_reqs, needs, advance=False):
             launch()
 
-    def token_logprobs(
-        self,
-        logits: torch.Tensor,  # [n, V] bfloat16, float16 or float32, any row stride
-        token_ids: torch.Tensor,  # [n, m] int64, m >= 1
-    ) -> torch.Tensor:
-        """Log softmax of raw logits at ``token_ids``: float32 [n, m]."""
-        logprobs = torch.empty(token_ids.shape, dtype=torch.float32, device=logits.device)
-        for launch in self.logprobs_launches(logits, token_ids, logprobs):
-            launch()
-        return logprobs
-
     def prepare_launches(self, rows: WindowRows, num_reqs: int) -> Sequence[Launch]:
         """The kernel that ``prepare`` launches."""
         arguments, strides = self._arguments_of(rows, num_reqs)
@@ -282,26 +269,6 @@ class TritonStep:
             max_registers=128,
         )
         return sample, truncate
-
-    def logprobs_launches(
-        self, logits: torch.Tensor, token_ids: torch.Tensor, logprobs: torch.Tensor
-    ) -> Sequence[Launch]:
-        """The kernel that ``token_logprobs`` launches."""
-        check_token_ids(token_ids, self._device)
-        num_rows, num_ids = token_ids.shape
-        check_logits(logits, num_rows, self._vocab_size, self._device)
-        if num_rows == 0:
-            return ()
-        args = {
-            "logits_ptr": logits,
-            "logits_stride": logits.stride(0),
-            "token_ids_ptr": token_ids,
-            "token_ids_stride": token_ids.stride(0),
-            "logprobs_ptr": logprobs,
-            "num_ids": num_ids,
-        }
-        constexprs = {"VOCAB_SIZE": self._vocab_size, "BLOCK": 8192, "IDS_BLOCK": 128}
-        return (Launch(token_logprobs_kernel, (num_rows,), args, constexprs, num_warps=16),)
 
     def _arguments_of(self, rows: WindowRows, num_reqs: int) -> tuple[Any, _Strides]:
         """Kept for each WindowRows seen.

@@ -156,6 +156,9 @@ class StepState:
     num_blocks: torch.Tensor  # [num_kv_cache_groups, R] int32
 
 
+_BY_STEP = ("out_tokens", "out_logprobs", "out_ranks")
+
+
 @dataclass(frozen=True)
 class WindowRows:
     """One window's batch, by batch_idx.
@@ -172,19 +175,31 @@ class WindowRows:
     ranks: Int64  # [B], how many raw logits are at least its own, when asked
     num_sampled: Int32  # [B], tokens emitted in this window
     out_tokens: Int64  # [max_num_steps, B], [step, batch_idx]
+    out_logprobs: Float32  # [max_num_steps, B], of them, kept by the loop when asked
+    out_ranks: Int64  # [max_num_steps, B], the same
     stop_weight: Int32  # [1], staged: 1, or WINDOW_ENDS to end at the first stop
     num_active: Int32  # [1], less the weight of each stop: the window ends at <= 0
 
     @classmethod
     def allocate(cls, max_num_reqs: int, max_steps: int, device: Any = None) -> WindowRows:
         """Static tensors, all zero but for ``stop_weight``."""
-        shapes = {"out_tokens": (max_steps, max_num_reqs), "stop_weight": (1,), "num_active": (1,)}
+        shapes: dict[str, tuple[int, ...]] = {"stop_weight": (1,), "num_active": (1,)}
+        shapes |= dict.fromkeys(_BY_STEP, (max_steps, max_num_reqs))
         tensors = {
             name: torch.zeros(shapes.get(name, (max_num_reqs,)), dtype=dtype, device=device)
             for name, dtype in dtypes(cls).items()
         }
         tensors["stop_weight"].fill_(1)
         return cls(**tensors)
+
+    def keep_logprobs(self, num_reqs: int) -> None:
+        """After a step: what it said of each row's token, in the place of its step.
+
+        A row without a token keeps what it had: neither its count nor its values have changed.
+        """
+        step = (self.num_sampled[:num_reqs] - 1).clamp_(min=0).long()[None]
+        self.out_logprobs[:, :num_reqs].scatter_(0, step, self.logprobs[None, :num_reqs])
+        self.out_ranks[:, :num_reqs].scatter_(0, step, self.ranks[None, :num_reqs])
 
 
 @dataclass(frozen=True)

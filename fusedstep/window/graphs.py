@@ -13,8 +13,9 @@ from fusedstep.ops.types import BatchNeeds, WindowRows
 from fusedstep.window.loop import DecodeModel, StepOps, Steps, decode_step
 from fusedstep.window.state import WindowSlot, WindowState
 
-# What a recorded step can do: nothing but temperature and seeds, or everything.
-VARIANTS = (BatchNeeds.none(), BatchNeeds())
+# What a recorded step can do: nothing but temperature and seeds, everything but logprobs of the
+# sampled tokens, or everything.
+VARIANTS = (BatchNeeds.none(), BatchNeeds(), BatchNeeds(logprobs=True))
 # Steps of one graph of the unrolled form. It cannot be stopped within them.
 UNROLLED_STEPS = 8
 
@@ -45,17 +46,17 @@ class Recorder(Protocol):
 
 
 def variant(needs: BatchNeeds) -> BatchNeeds:
-    """The least of the variants that does all that ``needs`` asks for, but for logprobs.
+    """The least of the variants that does all that ``needs`` asks for.
 
     More than the needs costs a little time, less gives wrong tokens.
     """
-    return VARIANTS[needs.adjustment or needs.restriction]
+    return VARIANTS[2 if needs.logprobs else needs.adjustment or needs.restriction]
 
 
 class WindowGraphs:
     """The recorded steps of one form, by padded batch size, number of LoRA adapters and variant.
 
-    A batch that wants logprobs has none: it takes eager steps.
+    A batch that wants other logprobs than those of the sampled tokens takes eager steps.
     """
 
     def __init__(
@@ -91,8 +92,6 @@ class WindowGraphs:
 
     def steps(self, slot: WindowSlot) -> Steps | None:
         """The steps that ``run_window`` enqueues for this window's batch, or None."""
-        if slot.needs.logprobs:
-            return None
         key = slot.num_rows, slot.num_loras, variant(slot.needs)
         single, many = self._single.get(key), self._many.get(key)
         if self.form is LoopForm.WHILE:

@@ -103,6 +103,8 @@ def decode_step(
     model.plan()
     logits = model.forward()
     ops.step(logits, rows, num_rows, needs)
+    if needs.logprobs:
+        rows.keep_logprobs(num_rows)
     return logits
 
 

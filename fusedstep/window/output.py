@@ -52,7 +52,8 @@ class WindowBuffers:
         steps: int,  # that were enqueued
         stream: torch.cuda.Stream | None,
         *,
-        logprobs: bool,  # asked for: they lie in these buffers already
+        logprobs: bool,  # asked for: they lie in these buffers already,
+        sampled_alone: bool,  # or, those of the sampled tokens, with the window's rows
     ) -> None:
         """The window's work is enqueued: keep its result, and bring it to the host on ``stream``.
 
@@ -61,6 +62,11 @@ class WindowBuffers:
         names = ["num_sampled", "out_tokens"]
         self.num_sampled.copy_(rows.num_sampled)
         self.out_tokens[:steps].copy_(rows.out_tokens[:steps])
+        if sampled_alone:
+            n = self.ranks.shape[1]
+            self.token_ids[:steps, :, 0] = rows.out_tokens[:steps, :n]
+            self.logprobs[:steps, :, 0] = rows.out_logprobs[:steps, :n]
+            self.ranks[:steps] = rows.out_ranks[:steps, :n]
         if logprobs:
             names += ["token_ids", "logprobs", "ranks"]
         if stream is None:

@@ -155,7 +155,13 @@ class Fetched:
 
     def __init__(self, slot: WindowSlot, stream: torch.cuda.Stream | None = None) -> None:
         """``stream``: of the copies where there is a GPU; they begin when the window has ended."""
-        slot.output.keep(slot.rows, slot.steps_run, stream, logprobs=slot.num_logprobs >= 0)
+        slot.output.keep(
+            slot.rows,
+            slot.steps_run,
+            stream,
+            logprobs=slot.num_logprobs >= 0,
+            sampled_alone=slot.needs.logprobs,
+        )
         self._output = slot.output
         self._shape = slot.num_reqs, slot.steps_run, slot.num_logprobs
 

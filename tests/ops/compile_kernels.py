@@ -72,10 +72,6 @@ def cases(world: World, targets: Collection[str]) -> Iterator[Case]:
                 sample, _, draw = stock.launches(logits, rows, num_reqs, needs, advance)
                 yield Case(f"{call} {name} {where} for stock's truncation", sample)
                 yield Case(f"{call} {name} {where} after stock's truncation", draw)
-        token_ids = torch.zeros(num_reqs, 5, dtype=torch.int64)
-        logprobs = torch.zeros(num_reqs, 5)
-        for launch in step.logprobs_launches(logits, token_ids, logprobs):
-            yield Case(f"token_logprobs {where}", launch)
     unaligned = strided(torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16), VOCAB_SIZE + 3, 1)
     for launch in step.launches(unaligned, rows, 1, EVERYTHING, True):
         yield Case("step everything bfloat16 n=1 unaligned", launch)

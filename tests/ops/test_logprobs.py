@@ -8,13 +8,10 @@ from ops.options import COMBINATIONS, penalties, set_options, top_k, top_p
 from ops.world import (
     DTYPES,
     Implementation,
-    assert_close,
     build_world,
     compare,
-    placed,
     random_logits,
     run,
-    strided,
 )
 
 from fusedstep.ops.reference import ReferenceStep
@@ -72,23 +69,3 @@ def test_not_asked_not_written(implementation: Implementation) -> None:
         device=implementation.device,
     )
     assert out.rows.logprobs.isnan().all() and (out.rows.ranks == -77).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab_size", [1, 1000, 20011])
-@pytest.mark.parametrize(("n", "m"), [(5, 4), (1, 1), (3, 200), (0, 2)], ids=str)
-def test_token_logprobs(
-    implementation: Implementation, n: int, m: int, vocab_size: int, dtype: torch.dtype
-) -> None:
-    """Any row stride; the token ids may be columns of a wider tensor."""
-    world = build_world(vocab_size, 1)
-    logits = random_logits(n, vocab_size, seed=m, scale=5.0).to(dtype)
-    logits[:, : vocab_size // 2] = logits[:, :1]
-    wide_ids = torch.randint(0, vocab_size, (n, m + 1))
-    ref = world.bind(ReferenceStep).token_logprobs(logits, wide_ids[:, 1:])
-    device = implementation.device
-    logits = placed(strided(logits, vocab_size + 3, 1), device)
-    step = world.clone(device).bind(implementation.step_class)
-    out = step.token_logprobs(logits, wide_ids.to(device)[:, 1:])
-    assert out.dtype == torch.float32
-    assert_close("logprobs", ref=ref, out=out.cpu(), rtol=1e-5, atol=1e-5)

@@ -138,15 +138,6 @@ def step_case(
     return Case(f"{'step' if advance else 'sample'}-{kind}{over}", run)
 
 
-def logprobs_case() -> Case:
-    def run() -> Tensors:
-        step = build_world(VOCAB_SIZE, 2).bind(TritonStep)
-        ids = torch.arange(8).reshape(2, 4)
-        return {"logprobs": step.token_logprobs(random_logits(2, VOCAB_SIZE), ids)}
-
-    return Case("token_logprobs", run)
-
-
 def attention_case(
     query_len: int,
     *,
@@ -195,7 +186,6 @@ def cases() -> list[Case]:
         step_case("everything", ROWS["everything"], advance=False, block_sizes=(16, 32)),
         step_case("truncation", ROWS["truncation"], advance=True, hands_over=True),
         step_case("everything", ROWS["everything"], advance=True, hands_over=True),
-        logprobs_case(),
         *(
             attention_case(query_len, **ATTENTION_OPTIONS[query_len - 1])
             for query_len in range(1, MAX_QUERY_LEN + 1)
@@ -224,7 +214,6 @@ def all_cases() -> list[Case]:
             for seed in range(3)
             for hands_over in ((False, True) if NEEDS[kind].truncation else (False,))
         ),
-        logprobs_case(),
         *(
             attention_case(query_len, dtype=dtype, programs=programs, **options)
             for query_len in range(1, MAX_QUERY_LEN + 1)

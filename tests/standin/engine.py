@@ -102,11 +102,6 @@ class LaunchedNative:
     def sample(self, logits: Any, rows: Any, num_reqs: int, needs: Any) -> None:
         enqueue(lambda: self.native.sample(logits, rows, num_reqs, needs))
 
-    def token_logprobs(self, logits: Any, token_ids: Any) -> Any:
-        made = torch.full(token_ids.shape, torch.nan, device=CUDA)
-        enqueue(lambda: made.copy_(self.native.token_logprobs(logits, token_ids)))
-        return made
-
 
 class UvaBuffer:
     """vLLM's for CUDA, which its CPU worker replaces: pinned, with a view of the device."""

@@ -1,6 +1,7 @@
 """A small torch model instead of vLLM, and requests that it decodes in windows."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -141,13 +142,14 @@ class Engine:
         arrivals_seen=NEVER_END,
         ends_at_stop=False,
         num_loras=0,
+        sampled_logprobs=False,
     ):
         """One window over ``rows`` (all), budgets by row; returns the steps that gave tokens."""
         slot = self.windows.next_slot()
         rows = np.arange(len(budget)) if rows is None else np.asarray(rows)
-        needs = BatchNeeds.none()
+        needs = replace(BatchNeeds.none(), logprobs=sampled_logprobs)
         budget = np.asarray(budget, dtype=np.int32)
-        asked = 1 if logprobs else -1
+        asked = 1 if logprobs else 0 if sampled_logprobs else -1
         slot.stage(rows, budget, asked, needs, num_rows, arrivals_seen, ends_at_stop, num_loras)
         run_window(
             self.model, self.ops, slot, cut_short, pace, graphs, top_one if logprobs else None
@@ -160,7 +162,7 @@ class Engine:
             assert result.logprob_token_ids.shape == (sum(map(len, result.token_ids)), 2)
             assert result.logprob_token_ids[:, 0].tolist() == list(chain(*result.token_ids))
             assert result.logprobs.shape == result.logprob_token_ids.shape
-        self.steps_enqueued = slot.steps_run
+        self.steps_enqueued, self.result = slot.steps_run, result
         return result.num_steps
 
 

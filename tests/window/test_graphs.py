@@ -1,10 +1,12 @@
 """Recorded windows: every form gives the tokens of the eager loop, and asks the device nothing."""
 
 from importlib.util import find_spec
+from itertools import chain
 
+import numpy as np
 import pytest
 import torch
-from window.engine import FORMS, MAX_TOKENS, ROWS, emitted, recorded
+from window.engine import FORMS, MAX_TOKENS, ROWS, VOCAB, emitted, recorded
 from window.tape import SyncTrap, TapeRecorder
 
 from fusedstep.ops.types import BatchNeeds
@@ -61,6 +63,27 @@ def test_what_is_not_recorded_runs_eagerly(engine, recorder, form):
         engine.window([2] * ROWS, graphs=graphs, logprobs=True)
     assert engine.outputs == emitted()
     assert 12 < engine.model.begun <= 24
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sampled_tokens_logprobs_are_recorded_with_the_step(engine, recorder, form):
+    """Rows of different budgets, some of which stop on the way; other windows in between."""
+    graphs = recorded(form, engine, recorder)
+    for turn in range(18):
+        budget = [1 + (turn + row) % 7 for row in range(ROWS)]
+        if turn % 3 == 2:
+            engine.window(budget, graphs=graphs, logprobs=False)
+        else:
+            engine.window(budget, graphs=graphs, logprobs=False, sampled_logprobs=True)
+            tokens = list(chain(*engine.result.token_ids))
+            assert engine.result.logprob_token_ids[:, 0].tolist() == tokens
+            # The model's logits are 1 at the token and 0 elsewhere.
+            wanted = 1 - np.log(np.e + VOCAB - 1)
+            np.testing.assert_allclose(engine.result.logprobs, wanted, rtol=1e-5)
+            assert engine.result.logprobs.shape == (len(tokens), 1)
+            assert engine.result.ranks.tolist() == [1] * len(tokens)
+    assert engine.model.begun == 0
+    assert engine.outputs == emitted()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -164,5 +187,5 @@ def test_a_variant_does_what_is_asked(asked):
     needs = BatchNeeds(**{name: name == asked for name in vars(BatchNeeds())})
     chosen = variant(needs)
     assert chosen in VARIANTS
-    assert asked in (None, "logprobs") or getattr(chosen, asked)
-    assert chosen == VARIANTS[asked not in (None, "logprobs")]
+    assert asked is None or getattr(chosen, asked)
+    assert chosen == VARIANTS[{None: 0, "logprobs": 2}.get(asked, 1)]

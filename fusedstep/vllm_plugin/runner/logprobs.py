@@ -44,6 +44,11 @@ class Logprobs:
         return Logprobs(sampler, num_logprobs, num_token_ids, processing if processed else None)
 
     @property
+    def are_in_the_step(self) -> bool:
+        """Are they those of the sampled tokens, which our step computes itself?"""
+        return self.width == 0 and self.sampler.logprobs_mode == "raw_logprobs"
+
+    @property
     def width(self) -> int:
         """Token ids of a row, without the sampled one."""
         return max(self.num_logprobs, self.num_token_ids)

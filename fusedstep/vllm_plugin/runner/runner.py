@@ -82,7 +82,7 @@ class StagedWindow(NamedTuple):
     slot: WindowSlot
     live: np.ndarray  # [num_reqs of the window] int64, place in the scheduled batch
     ops: StepOps
-    logprobs: Logprobs | None
+    logprobs: Logprobs | None  # that the step itself does not take down
 
 
 class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
@@ -338,6 +338,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if processing is not None:
             processing.stage(rows, seq_lens)
         logprobs = Logprobs.wanted(self.sampler, rows, processing)
+        in_step = logprobs is not None and logprobs.are_in_the_step
         self.decode_model.adapters.stage(rows)
         num_rows, num_loras = self.decode_model.stage(seq_lens, int(steps_allowed.max(initial=0)))
         slot = self.windows.next_slot()
@@ -345,17 +346,23 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             rows,
             steps_allowed,
             -1 if logprobs is None else logprobs.width,
-            self._needs(rows),
+            self._needs(rows, logprobs=in_step),
             num_rows,
             *patches.stamp_of(scheduler_output),
             num_loras=num_loras,
             gives_way=self.decode_model.gives_way,
         )
-        self.staged = StagedWindow(scheduler_output, slot, live, processing or self.ops, logprobs)
+        self.staged = StagedWindow(
+            scheduler_output,
+            slot,
+            live,
+            processing or self.ops,
+            None if in_step else logprobs,
+        )
 
-    def _needs(self, rows: np.ndarray) -> BatchNeeds:
+    def _needs(self, rows: np.ndarray, *, logprobs: bool = False) -> BatchNeeds:
         """Work that a batch asks of a step; compiled kernels exist of few combinations."""
-        needs = self.tables.needs(rows)
+        needs = replace(self.tables.needs(rows), logprobs=logprobs)
         return variant(needs) if self.ops_choice.name == "triton" else needs
 
     def _cut_short(self, arrivals_seen: int) -> Callable[[], bool]:
