@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal, Self
 
 from fusedstep import processes
+from fusedstep.bench.images import ImagePrompt
 from fusedstep.bench.wanted import Wanted
 from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options
@@ -159,6 +160,7 @@ class EngineServer:
         from vllm import SamplingParams
 
         sampling = [SamplingParams(**p) for p in params]
+        prompts = [p.for_model(self.llm) if isinstance(p, ImagePrompt) else p for p in prompts]
         began = time.perf_counter()
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         if timing:

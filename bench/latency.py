@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from fusedstep.bench.engine import Engine, Kind
 from fusedstep.bench.environment import describe
+from fusedstep.bench.images import ImagePrompt
 from fusedstep.bench.progress import NO_PROGRESS, Progress
 from fusedstep.bench.spread import Spread
 from fusedstep.bench.wanted import Wanted
@@ -33,6 +36,7 @@ class Plan:
     repeats: int
     sampling: dict[str, Any]  # vLLM's SamplingParams names, beside temperature
     detokenize: bool
+    images: tuple[Path, ...] = ()  # one in each prompt, in turn, beside its tokens
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -108,7 +112,7 @@ def measure(
     plan.check(model, vllm_args)
     with ExitStack() as stack:
         engines: dict[Kind, Engine] = {}
-        wanted = Wanted(plan.lengths, max(plan.batch_sizes))
+        wanted = Wanted(plan.lengths, max(plan.batch_sizes), images=bool(plan.images))
         for kind in KINDS:
             progress.say(f"{kind}: starting the engine")
             engines[kind] = stack.enter_context(Engine(kind, model, options, vllm_args, wanted))
@@ -193,10 +197,13 @@ def _generate(
     """One timed call of ``generate`` with random prompts (the same for both engines)."""
     rng = random.Random(f"{batch_size}/{repeat}/{output_len}")
     vocab_size = engine.call("vocab_size")
-    prompts = [
-        {"prompt_token_ids": [rng.randrange(vocab_size) for _ in range(plan.input_len)]}
-        for _ in range(batch_size)
+    random_ids = [
+        [rng.randrange(vocab_size) for _ in range(plan.input_len)] for _ in range(batch_size)
     ]
+    prompts: list[Any] = [{"prompt_token_ids": token_ids} for token_ids in random_ids]
+    if plan.images:
+        in_turn = itertools.cycle(plan.images)
+        prompts = [ImagePrompt(ids, image) for ids, image in zip(random_ids, in_turn, strict=False)]
     params = {
         "temperature": temperature,
         "max_tokens": output_len,

@@ -23,6 +23,12 @@ class Request:
     prompt: str
     sampling: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)  # "FILE line N", for errors
+    image: Path | None = None  # before the prompt
+
+    @property
+    def name(self) -> str:
+        """The prompt as a report shows it."""
+        return self.prompt if self.image is None else f"[{self.image.name}] {self.prompt}"
 
 
 def read_requests(path: Path | None, sampling: dict[str, Any]) -> list[Request]:

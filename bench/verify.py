@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fusedstep.bench.engine import Engine, Kind
+from fusedstep.bench.images import ImagePrompt
 from fusedstep.bench.progress import NO_PROGRESS, Progress
 from fusedstep.bench.prompts import Request
 from fusedstep.bench.wanted import Wanted
@@ -87,15 +88,18 @@ def verify(
         if request_params["temperature"] > 0:
             request_params.setdefault("seed", 0)
     oracle: Kind = "oracle" if any(p["temperature"] > 0 for p in params) else "stock"
-    prompts = [r.prompt for r in requests]
+    prompts = [r.prompt if r.image is None else ImagePrompt(r.prompt, r.image) for r in requests]
+    has_images = any(r.image is not None for r in requests)
     vllm_args = (*vllm_args, "--dtype", dtype)
 
     def run(kind: Kind) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         progress.say(f"{kind}: starting the engine")
-        wanted = Wanted(requests=list(zip(requests, params, strict=True)))
+        wanted = Wanted(requests=list(zip(requests, params, strict=True)), images=has_images)
         with Engine(kind, model, options, vllm_args, wanted) as engine:
             progress.say(f"{kind}: {len(prompts)} requests")
             outputs = engine.call("generate", prompts=prompts, params=params)
+            for request, output in zip(requests, outputs, strict=True):
+                output["prompt"] = request.name
             stats = engine.call("rpc", method="window_stats") if kind == "fusedstep" else {}
             return outputs, stats
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fusedstep.bench import images
 from fusedstep.bench.prompts import Request
 from fusedstep.errors import ConfigError
 from fusedstep.vllm_plugin import startup
@@ -23,6 +24,7 @@ class Wanted:
     lengths: dict[str, int] = field(default_factory=dict)  # by option; they share a context
     batch_size: int = 0  # of requests that must run at the same time
     requests: list[tuple[Request, dict[str, Any]]] = field(default_factory=list)  # and sampling
+    images: bool = False  # in prompts
 
     def check(self, config: VllmConfig) -> None:
         """Raises ConfigError for the first thing that vLLM would refuse, or that would wait."""
@@ -33,6 +35,8 @@ class Wanted:
             raise ConfigError(
                 early.batch_too_large(self.batch_size, config.scheduler_config.max_num_seqs)
             )
+        if self.images:
+            images.check_model(config.model_config)
         if self.requests:
             self._check_requests(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from fusedstep.cli.options import (
     Group,
     Numbers,
     VllmCommand,
+    images_option,
     sampling_fields,
     split_model,
     window_options,
@@ -45,6 +47,7 @@ def bench() -> None:
     help="Further sampling fields where the temperature is above 0.",
 )
 @click.option("--detokenize/--no-detokenize", default=True, help="Turn tokens into text.")
+@images_option
 @window_options
 @console.json_option
 def latency(
@@ -55,6 +58,7 @@ def latency(
     repeats: int,
     sampling: dict[str, Any],
     detokenize: bool,
+    images: tuple[Path, ...],
     options: Options,
     json_path: str | None,
     vllm_args: tuple[str, ...],
@@ -65,6 +69,7 @@ def latency(
     option (--load-format, --hf-overrides, --enforce-eager, ...) goes to both vLLM engines.
     """
     from fusedstep.bench import latency as library
+    from fusedstep.bench.images import find
 
     model, vllm_args = split_model(vllm_args)
     plan = library.Plan(
@@ -75,6 +80,7 @@ def latency(
         repeats=repeats,
         sampling=sampling,
         detokenize=detokenize and "--skip-tokenizer-init" not in vllm_args,
+        images=find(images),
     )
     with console.progress(json_path) as progress:
         result = library.measure(model, plan, options, vllm_args, progress)

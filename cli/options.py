@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -94,6 +95,15 @@ class Real(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value!r} is no number", param, ctx)
         return number
+
+
+images_option = click.option(
+    "--images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="An image file, or a folder of them, for prompts; can be given more than once.",
+)
 
 
 def window_options(command: Command) -> Command:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fusedstep.cli import console
-from fusedstep.cli.options import VllmCommand, sampling_fields, split_model, window_options
+from fusedstep.cli.options import (
+    VllmCommand,
+    images_option,
+    sampling_fields,
+    split_model,
+    window_options,
+)
 
 if TYPE_CHECKING:
     from fusedstep.bench.verify import Report
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
     metavar="JSON",
     help="Sampling fields for prompts that do not set them (vLLM's SamplingParams names).",
 )
+@images_option
 @window_options
 @click.option("--dtype", default="float32", show_default=True, help="The model's dtype.")
 @console.json_option
@@ -35,6 +42,7 @@ def verify(
     limit: int | None,
     max_tokens: int,
     sampling: dict[str, Any],
+    images: tuple[Path, ...],
     options: Options,
     dtype: str,
     json_path: str | None,
@@ -45,9 +53,10 @@ def verify(
     Exits with 0 only if no request is DIFFERENT. Every other option goes to both vLLM engines.
     """
     from fusedstep.bench import verify as library
+    from fusedstep.bench.images import beside, find
     from fusedstep.bench.prompts import read_requests
 
-    requests = read_requests(prompts, sampling)[:limit]
+    requests = beside(read_requests(prompts, sampling)[:limit], find(images))
     model, vllm_args = split_model(vllm_args)
     with console.progress(json_path) as progress:
         report = library.verify(model, requests, max_tokens, options, dtype, vllm_args, progress)

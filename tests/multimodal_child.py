@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -15,12 +15,12 @@ import workload_child
 from workload_child import Workload
 
 
-def run_without(
-    what: str, model: str, options: dict[str, Any], workload: Workload
+def run_workload(
+    model: str, options: dict[str, Any], workload: Workload, without: str | None
 ) -> dict[str, Any]:
-    """The workload with a fault in the windows: ``what`` is not done in their steps."""
+    """The workload; with a fault in the windows if ``without`` names what their steps leave out."""
     features_child.use(model, options)
-    with FAULTS[what](engine_child.runner().decode_model.model_inputs):
+    with _fault(without):
         return workload_child.run(model, options, workload)
 
 
@@ -55,11 +55,35 @@ def _embedder(inputs: Any, embed: Any) -> Any:
     return patch.object(inputs, "encoder_runner", SimpleNamespace(get_inputs_embeds=embed))
 
 
+@contextmanager
+def _without_writes(inputs: Any) -> Iterator[None]:
+    with patch.object(inputs, "write", lambda num_rows: None):
+        yield
+
+
 FAULTS = {
+    "writes": _without_writes,
     "delta": _without_delta,
     "embeds": _without_embeds,
     "side effects": _without_side_effects,
 }
+
+
+def _fault(without: str | None) -> Any:
+    if without is None:
+        return nullcontext()
+    return FAULTS[without](engine_child.runner().decode_model.model_inputs)
+
+
+def ask(
+    model: str, options: dict[str, Any], requests: Any, arrive: Any, without: str | None = None
+) -> dict[str, Any]:
+    """``engine_child.run``, and the counts of windows."""
+    features_child.use(model, options)
+    before = features_child.counts()
+    with _fault(without):
+        result = engine_child.run(requests, arrive)
+    return result | {"counts": features_child.since(before)}
 
 
 def answers(model: str, options: dict[str, Any], workload: Workload) -> list[list[int]]:
@@ -90,3 +114,11 @@ def keep_old_deltas() -> None:
     static = tables.static
     index = next(i for i, (copy, _) in enumerate(static._copies) if copy is tables.prefill_delta)
     del static._copies[index], static._seen[index]
+
+
+def prompt_token_ids(model: str, options: dict[str, Any], prompts: list[Any]) -> list[list[int]]:
+    """vLLM's tokens of ``bench.images.ImagePrompt``s."""
+    llm = features_child.use(model, options)
+    params = features_child.sampling_params({"max_tokens": 1})
+    outputs = llm.generate([p.for_model(llm) for p in prompts], params, use_tqdm=False)
+    return [list(output.prompt_token_ids) for output in outputs]

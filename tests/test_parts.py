@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 from vllm.v1.worker.gpu.model_states.prompt_embeds import PromptEmbedsState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
 
 from fusedstep.vllm_plugin.runner import parts
 
@@ -42,7 +43,9 @@ def runner(**inputs: Any) -> Any:
     inputs["encoder_runner"].is_realtime = getattr(inputs["encoder_runner"], "is_realtime", False)
     state = bare(DefaultModelState, supports_mm_inputs=True, **inputs)
     sampler = bare(
-        Sampler, logits_processors=[bare(processor) for processor in parts.LOGITS_PROCESSORS]
+        Sampler,
+        logits_processors=[bare(processor) for processor in parts.LOGITS_PROCESSORS],
+        thinking_budget_state=bare(ThinkingBudgetState),
     )
     others = dict.fromkeys(OTHERS)
     return SimpleNamespace(
@@ -62,6 +65,22 @@ def test_an_unknown_kind_of_input_takes_stock_steps(name: str) -> None:
     unknown = type("Unknown", (INPUTS[name],), {})
     reason = parts.runner_reason(runner(**{name: bare(unknown)}))
     assert reason == "model state with Unknown"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_unknown_part_of_the_runner_takes_stock_steps(name: str) -> None:
+    us = runner()
+    setattr(us, name, object())
+    assert parts.runner_reason(us) is not None
+
+
+def test_a_state_or_sampler_of_another_class_takes_stock_steps() -> None:
+    us = runner()
+    us.model_state = bare(type("OwnState", (DefaultModelState,), {}))
+    assert parts.runner_reason(us) == "model state OwnState"
+    us = runner()
+    us.sampler = bare(type("OwnSampler", (Sampler,), {}))
+    assert parts.runner_reason(us) == "sampler OwnSampler"
 
 
 def test_a_realtime_model_takes_stock_steps() -> None:

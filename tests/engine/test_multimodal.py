@@ -7,6 +7,7 @@ images and without, that come late, end at different times, are preempted and hi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import engine_child
@@ -14,12 +15,16 @@ import features_child
 import multimodal_child
 import pytest
 import standin_child
+import tiny_models
 import tiny_vlms
 import workload_child
 from engine_child import EngineChild
 from features_child import FeatureChild
+from PIL import Image
 from standin_child import StandInChild
 from workload_child import Workload
+
+from fusedstep.bench.images import ImagePrompt
 
 OPTIONS: dict[str, Any] = {
     "max_model_len": 512,
@@ -48,6 +53,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         return str(made) if made.exists() else tiny_vlms.make(name, made)
 
     return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_models.make("llama", tmp_path_factory.mktemp("llama"))
 
 
 def _child(switch: str) -> EngineChild:
@@ -105,26 +115,38 @@ def _tokens(result: dict[str, Any]) -> list[Any]:
     return [phase["tokens"] for phase in result["phases"]]
 
 
-def _assert_equal(have: dict[str, Any], want: dict[str, Any]) -> None:
-    assert _tokens(have) == _tokens(want)
-    counts = have["counts"]
-    assert counts["steps"] > counts["windows"] > 0, counts
-    assert set(counts["stock_steps"]) == {"prefill"}, counts
+def test_prompts_of_the_commands(
+    fused: EngineChild, models: Callable[[str], str], tmp_path: Path
+) -> None:
+    """``--images``: of text and of token ids, the image in front."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (56, 84), (9, 99, 199)).save(path)
+    prompts = [ImagePrompt("w33 w700", path), ImagePrompt([33, 700], path)]
+    text, ids = fused.call(
+        multimodal_child.prompt_token_ids, models("qwen25_vl"), options("qwen25_vl"), prompts
+    )
+    tokens_of_image = text[1:-3]
+    assert text == ids == [tiny_vlms.START, *tokens_of_image, tiny_vlms.END, 33, 700]
+    assert len(tokens_of_image) > 1 and set(tokens_of_image) == {tiny_vlms.IMAGE}
 
 
+# Model, K, seed of cuts, temperature, and what is left out: a control, in which tokens must differ.
 # Each model once; all K with the one that has both M-RoPE and images.
 RUNS = [
-    ("qwen25_vl", "auto", None, 0.0),
-    ("qwen25_vl", 7, 1, 0.0),
-    ("qwen25_vl", 2, None, 0.8),
-    ("qwen25_vl", "auto", 3, 0.8),
-    ("qwen3_vl", "auto", 2, 0.8),
-    ("gemma3", "auto", 4, 0.0),
-    ("gemma4", "auto", 5, 0.0),
+    ("qwen25_vl", "auto", None, 0.0, None),
+    ("qwen25_vl", 7, 1, 0.0, None),
+    ("qwen25_vl", 2, None, 0.8, None),
+    ("qwen25_vl", "auto", 3, 0.8, None),
+    ("qwen25_vl", "auto", None, 0.0, "delta"),
+    ("qwen25_vl", "auto", None, 0.0, "embeds"),
+    ("qwen3_vl", "auto", 2, 0.8, None),
+    ("gemma3", "auto", 4, 0.0, None),
+    ("gemma4", "auto", 5, 0.0, None),
+    ("gemma4", "auto", None, 0.0, "side effects"),
 ]
 
 
-@pytest.mark.parametrize(("name", "decode_steps", "cut_seed", "temperature"), RUNS)
+@pytest.mark.parametrize(("name", "decode_steps", "cut_seed", "temperature", "without"), RUNS)
 def test_images_and_text(
     fused: EngineChild,
     models: Callable[[str], str],
@@ -133,34 +155,23 @@ def test_images_and_text(
     decode_steps: Any,
     cut_seed: int | None,
     temperature: float,
+    without: str | None,
 ) -> None:
-    plain = _workload(name, temperature=temperature)
-    want = expected(name, plain)
+    want = expected(name, _workload(name, temperature=temperature))
     workload = _workload(
         name, temperature=temperature, decode_steps=decode_steps, cut_seed=cut_seed
     )
-    have = fused.call(workload_child.run, models(name), options(name), workload)
-    _assert_equal(have, want)
+    have = fused.call(multimodal_child.run_workload, models(name), options(name), workload, without)
+    counts = have["counts"]
+    assert counts["steps"] > counts["windows"] > 0, counts
+    assert set(counts["stock_steps"]) == {"prefill"}, counts
+    if without is not None:
+        assert _tokens(have)[0] != _tokens(want)[0]
+        return
+    assert _tokens(have) == _tokens(want)
     assert sum(phase["preemptions"] for phase in have["phases"]) > 0
     if name != "gemma3":  # whose blocks are gone when its prompts come again
         assert sum(have["phases"][1]["cached"]) > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "what"), [("qwen25_vl", "delta"), ("qwen25_vl", "embeds"), ("gemma4", "side effects")]
-)
-def test_nothing_can_be_left_out(
-    fused: EngineChild,
-    models: Callable[[str], str],
-    expected: Callable[..., Any],
-    name: str,
-    what: str,
-) -> None:
-    """The control: without it tokens differ, so the workload would show it."""
-    workload = _workload(name)
-    have = fused.call(multimodal_child.run_without, what, models(name), options(name), workload)
-    assert have["counts"]["windows"] > 0
-    assert _tokens(have)[0] != _tokens(expected(name, workload))[0]
 
 
 SHORT = Workload(
@@ -215,3 +226,55 @@ def test_recorded_windows_need_the_delta_of_now(
     standin.call(multimodal_child.keep_old_deltas)
     have = standin.call(engine_child.run, *multimodal_child.requests_of(SHORT))
     assert multimodal_child.tokens(have) != want
+
+
+def _embedded(temperature: float) -> tuple[list[Any], dict[int, int]]:
+    """Requests of embeddings and of token ids that come late, for ``engine_child.run``."""
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    requests = []
+    for number in range(8):
+        length = 5 + 9 * number
+        prompt: dict[str, Any] = {
+            "prompt_embeds": torch.randn(length, 64, generator=generator) * 0.2
+        }
+        if number % 3 == 1:
+            prompt = {"prompt_token_ids": [10 + 7 * (number + i) % 1900 for i in range(length)]}
+        fields = {
+            "max_tokens": 150 - 10 * number,
+            "ignore_eos": True,
+            "temperature": temperature,
+            "seed": number if temperature else None,
+            "repetition_penalty": 1.3 if number == 6 else 1.0,
+        }
+        requests.append((prompt, fields))
+    return requests, {number: number for number in range(8)}
+
+
+EMBEDDED = {name: value for name, value in OPTIONS.items() if name != "limit_mm_per_prompt"} | {
+    "enable_prompt_embeds": True,
+    "num_gpu_blocks_override": 17,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_prompt_embeddings(
+    oracle: EngineChild, fused: EngineChild, llama: str, temperature: float
+) -> None:
+    """Beside token prompts; blocks are so few that some are preempted and computed again."""
+    ask = multimodal_child.ask, llama, EMBEDDED, *_embedded(temperature)
+    have, want = fused.call(*ask), oracle.call(*ask)
+    assert multimodal_child.tokens(have) == multimodal_child.tokens(want)
+    assert have["preemptions"] > 0
+    assert have["counts"]["steps"] > 2 * have["counts"]["windows"] > 0, have["counts"]
+    assert set(have["counts"]["stock_steps"]) == {"prefill"}
+
+
+def test_prompt_embeddings_need_those_of_each_step(
+    oracle: EngineChild, fused: EngineChild, llama: str
+) -> None:
+    """The control: a window leaves in the buffer what the prefill has put there."""
+    ask = multimodal_child.ask, llama, EMBEDDED, *_embedded(0.0)
+    have, want = fused.call(*ask, without="writes"), oracle.call(*ask)
+    assert multimodal_child.tokens(have) != multimodal_child.tokens(want)

@@ -42,6 +42,7 @@ _CONFIG = {
             runner_type, is_encoder_decoder, supports_multimodal_inputs
             is_diffusion, rswa_window
             return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
+            model
             get_vocab_size()
         """,
         "ParallelConfig": """
@@ -88,10 +89,14 @@ _FRONTEND = {
             collective_rpc(method)
             collective_rpc(method, args=_)
             generate(prompts, sampling_params, use_tqdm=_) -> RequestOutput
+            get_tokenizer()
             llm_engine: LLMEngine
         """,
         "SamplingParams": "(**params)",
     },
+    "vllm.multimodal": {"MULTIMODAL_REGISTRY": ": MultiModalRegistry"},
+    "vllm.multimodal.registry": {"MultiModalRegistry": "get_processing_info(model_config)"},
+    "vllm.model_executor.model_loader": {"get_model_cls": "(model_config)"},
     "vllm.v1.engine.llm_engine": {"LLMEngine": "model_config: ModelConfig"},
     "vllm.outputs": {
         "RequestOutput": "prompt, prompt_token_ids\noutputs: CompletionOutput",
