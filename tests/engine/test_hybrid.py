@@ -32,7 +32,7 @@ FORGETS: dict[str, Any] = OPTIONS | {"enable_prefix_caching": False}
 # Every block's state is kept, not only the last of a prompt: tokens of windows are found again.
 CACHES: dict[str, Any] = OPTIONS | {"enable_prefix_caching": True}
 EVERY_32, EVERY_96 = ({"prefix_cache_retention_interval": n} for n in (32, 96))
-SHORT = Workload(num_requests=8, prompt_len=(3, 40), max_tokens=(2, 60), arrives_by=20, phases=1)
+SHORT = Workload(num_requests=7, prompt_len=(3, 40), max_tokens=(2, 50), arrives_by=15, phases=1)
 CUT = replace(SHORT, decode_steps=7, cut_seed=1)
 SAMPLED = replace(SHORT, seed=1, temperature=0.9, cut_seed=2)
 # The second phase finds the states of the first.
@@ -121,18 +121,18 @@ def test_mamba2_with_a_prefix_cache(
     for child in (stock, fused):
         child.call(hybrid_child.no_checkpoints)
     few = CACHES | EVERY_32 | {"kv_cache_memory_bytes": 3 << 18}
-    many = Workload(seed=6, num_requests=10, max_tokens=(30, 120), arrives_by=10, phases=1)
+    many = Workload(seed=6, num_requests=6, max_tokens=(30, 80), arrives_by=10, phases=1)
     results = compare(
         "granite",
         few,
         replace(CUT, **AGAIN),
-        replace(SAMPLED, **AGAIN),
+        replace(SAMPLED, **AGAIN | {"num_requests": 4}),
         replace(many, decode_steps=64, cut_seed=3),
     )
     mode, block_size, num_blocks = fused.call(hybrid_child.cache)
     assert (mode, block_size) == ("align", 32) and num_blocks < 32
     for result in results[:2]:  # which ones, depends on what was thrown out meanwhile
-        assert sum(cached(result)[1]) >= 3 * 32
+        assert sum(cached(result)[1]) >= 2 * 32
     assert results[2]["phases"][0]["preemptions"] > 0
     assert fused.call(hybrid_child.limits)["one block of recurrent state per window"] > 0
 
@@ -142,7 +142,7 @@ def test_mamba2_with_a_prefix_cache(
 
 
 def test_nemotron(compare: Any) -> None:
-    compare("nemotron", FORGETS, CUT)
+    compare("nemotron", FORGETS, replace(CUT, decode_steps=2))
 
 
 def test_gated_delta_net(compare: Any, fused: EngineChild, models: Callable[[str], str]) -> None:
