@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from fusedstep.loop_forms import LoopForm
 from fusedstep.vllm_plugin.runner import recording as forms
@@ -32,20 +33,31 @@ class Manager:
         )
 
 
+STATE = MambaSpec(block_size=16, shapes=((2, 3),), dtypes=(torch.float32,))
+
+
 def runner(
     device: str = "cuda",
     mode: CUDAGraphMode | None = CUDAGraphMode.FULL_AND_PIECEWISE,
     tensor_parallel_size: int = 1,
     in_place: tuple[bool, ...] = (True, True),  # the attention's groups
     name: str = "SOME_ATTN",
+    states: bool = False,  # a hybrid model
 ) -> Any:
     attention = SimpleNamespace(get_name=lambda: name)
+    mamba = SimpleNamespace(get_name=lambda: "MAMBA2_ATTN")
     groups = [
         SimpleNamespace(
             supports_draft_decode_metadata_update=can, backend=attention, kv_cache_spec=None
         )
         for can in in_place
     ]
+    if states:
+        groups.append(
+            SimpleNamespace(
+                supports_draft_decode_metadata_update=False, backend=mamba, kv_cache_spec=STATE
+            )
+        )
     return SimpleNamespace(
         device=torch.device(device),
         compilation_config=SimpleNamespace(cudagraph_mode=mode),
@@ -119,6 +131,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ({"mode": CUDAGraphMode.NONE}, "auto", "eager", "replay: no full CUDA graphs"),
         ({"mode": CUDAGraphMode.PIECEWISE}, "unrolled", "eager", "unrolled: no full CUDA graphs"),
         ({"in_place": (True, False)}, "auto", "replay", "while: SOME_ATTN plans every step"),
+        ({"states": True}, "auto", "replay", "while: MAMBA2_ATTN plans every step on the host"),
+        ({"states": True}, "unrolled", "replay", "unrolled: MAMBA2_ATTN plans every step"),
         ({"mode": CUDAGraphMode.FULL_DECODE_ONLY}, "replay", "replay", "works here"),
     ],
 )

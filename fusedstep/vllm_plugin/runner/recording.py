@@ -25,11 +25,11 @@ from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import reasons
 from fusedstep.vllm_plugin.runner.decode_model import (
     VllmDecodeModel,
-    attention_groups,
     decode_graph,
     in_place,
     padded_rows,
 )
+from fusedstep.vllm_plugin.runner.recurrent import is_recurrent
 from fusedstep.window.arrivals import ArrivalCounter
 from fusedstep.window.graphs import WindowGraphs
 from fusedstep.window.loop import StepOps
@@ -88,12 +88,19 @@ def _obstacle(runner: GPUModelRunner, form: LoopForm) -> str | None:
         return "no full CUDA graphs for decode"
     if form is LoopForm.REPLAY:
         return None
-    planners = {g.backend.get_name() for g in attention_groups(runner) if not in_place(g)}
+    planners = _planners(runner)
     if planners:
         return f"{', '.join(sorted(planners))} plans every step on the host"
     if form is LoopForm.WHILE and runner.parallel_config.tensor_parallel_size > 1:
         return "tensor parallelism communicates, which a WHILE node does not allow"
     return missing(form)
+
+
+def _planners(runner: GPUModelRunner) -> set[str]:
+    """Backends whose metadata the host moves along before every step: those that cannot do it in
+    place, and those of recurrent states, whose recorded steps have not been proved to be right."""
+    groups = [group for groups in runner.attn_groups for group in groups]
+    return {g.backend.get_name() for g in groups if is_recurrent(g) or not in_place(g)}
 
 
 def no_windows_reason(runner: GPUModelRunner, loop: str) -> str | None:
@@ -104,7 +111,7 @@ def no_windows_reason(runner: GPUModelRunner, loop: str) -> str | None:
     piecewise = mode is not None and mode.decode_mode() == CUDAGraphMode.PIECEWISE
     if loop != LoopForm.EAGER and piecewise:
         return Reason.PIECEWISE  # its steps have graphs, those of a window would have none
-    planners = {g.backend.get_name() for g in attention_groups(runner) if not in_place(g)}
+    planners = _planners(runner)
     if planners & reasons.PLAN_FROM_BOUND:
         return f"{Reason.HOST_PLAN} {', '.join(sorted(planners))}"
     return None
@@ -165,7 +172,7 @@ class GraphStore:
         """The graphs of the largest ``num_sizes`` batches, and the bytes that all would take."""
         runner, parts = self.runner, self.parts
         batches = self._batches()
-        if not all(map(in_place, attention_groups(runner))):
+        if _planners(runner):
             return None, 0  # planned before every step: vLLM's own graph is the forward then
         graphs = WindowGraphs(self.form.name, parts.model, parts.ops, parts.windows)
         recorded = batches[:num_sizes]
