@@ -119,7 +119,7 @@ def test_mamba2_with_a_prefix_cache(
     for child in (stock, fused):
         child.call(hybrid_child.no_checkpoints)
     few = CACHES | EVERY_32 | {"kv_cache_memory_bytes": 3 << 18}
-    many = Workload(seed=6, num_requests=6, max_tokens=(30, 80), arrives_by=10, phases=1)
+    many = Workload(seed=6, num_requests=10, max_tokens=(30, 120), arrives_by=10, phases=1)
     results = compare(
         "granite",
         few,
