@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal, Self
 
 from fusedstep import processes
+from fusedstep.bench import adapters
 from fusedstep.bench.images import ImagePrompt
 from fusedstep.bench.wanted import Wanted
 from fusedstep.errors import ConfigError, FusedStepError
@@ -137,11 +138,13 @@ class EngineServer:
         compat.check_vllm_version()
         if kind == "fusedstep":
             wiring.switch_on(options)
+        self.adapters = wanted.adapters
         with startup.one_line_errors(), wanted.checked():
             self._start(kind, model, options, vllm_args)
 
     def _start(self, kind: Kind, model: str, options: Options, vllm_args: tuple[str, ...]) -> None:
         parser = arguments.engine_parser()
+        vllm_args = (*vllm_args, *adapters.options(self.adapters, vllm_args))
         args = arguments.parse(parser, [*vllm_args, "--model", model])
         arguments.check_model(args)
         given = {"worker_extension_cls": PROBE_CLS, **arguments.given(parser, args)}
@@ -161,8 +164,9 @@ class EngineServer:
 
         sampling = [SamplingParams(**p) for p in params]
         prompts = [p.for_model(self.llm) if isinstance(p, ImagePrompt) else p for p in prompts]
+        loras = adapters.in_turn(self.adapters, len(prompts)) if self.adapters else None
         began = time.perf_counter()
-        outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
+        outputs = self.llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras)
         if timing:
             seconds = time.perf_counter() - began
             return seconds, [o.outputs[0].token_ids for o in outputs]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fusedstep.bench.adapters import Adapter
 from fusedstep.bench.engine import Engine, Kind
 from fusedstep.bench.environment import describe
 from fusedstep.bench.images import ImagePrompt
@@ -37,6 +38,7 @@ class Plan:
     sampling: dict[str, Any]  # vLLM's SamplingParams names, beside temperature
     detokenize: bool
     images: tuple[Path, ...] = ()  # one in each prompt, in turn, beside its tokens
+    adapters: tuple[Adapter, ...] = ()  # that requests take in turn, and none
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -112,7 +114,12 @@ def measure(
     plan.check(model, vllm_args)
     with ExitStack() as stack:
         engines: dict[Kind, Engine] = {}
-        wanted = Wanted(plan.lengths, max(plan.batch_sizes), images=bool(plan.images))
+        wanted = Wanted(
+            plan.lengths,
+            max(plan.batch_sizes),
+            images=bool(plan.images),
+            adapters=plan.adapters,
+        )
         for kind in KINDS:
             progress.say(f"{kind}: starting the engine")
             engines[kind] = stack.enter_context(Engine(kind, model, options, vllm_args, wanted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from fusedstep.bench.adapters import Adapter
 from fusedstep.bench.engine import Engine, Kind
 from fusedstep.bench.images import ImagePrompt
 from fusedstep.bench.progress import NO_PROGRESS, Progress
@@ -75,11 +76,13 @@ def verify(
     dtype: str,
     vllm_args: tuple[str, ...],
     progress: Progress = NO_PROGRESS,
+    adapters: tuple[Adapter, ...] = (),
 ) -> Report:
     """Run both engines, one after the other, and compare.
 
     Greedy requests are held against stock vLLM as it comes. Where a request samples, the oracle
-    is stock vLLM's Model Runner V2: its random numbers are the ones that a seed promises.
+    is stock vLLM's Model Runner V2: its random numbers are the ones that a seed promises. Requests
+    take ``adapters`` in turn, and none.
     """
     wiring.check(options)
     params = [{"max_tokens": max_tokens, "temperature": 0.0} | r.sampling for r in requests]
@@ -94,7 +97,11 @@ def verify(
 
     def run(kind: Kind) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         progress.say(f"{kind}: starting the engine")
-        wanted = Wanted(requests=list(zip(requests, params, strict=True)), images=has_images)
+        wanted = Wanted(
+            requests=list(zip(requests, params, strict=True)),
+            images=has_images,
+            adapters=adapters,
+        )
         with Engine(kind, model, options, vllm_args, wanted) as engine:
             progress.say(f"{kind}: {len(prompts)} requests")
             outputs = engine.call("generate", prompts=prompts, params=params)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fusedstep.bench import images
+from fusedstep.bench.adapters import Adapter
 from fusedstep.bench.prompts import Request
 from fusedstep.errors import ConfigError
 from fusedstep.vllm_plugin import startup
@@ -25,6 +26,7 @@ class Wanted:
     batch_size: int = 0  # of requests that must run at the same time
     requests: list[tuple[Request, dict[str, Any]]] = field(default_factory=list)  # and sampling
     images: bool = False  # in prompts
+    adapters: tuple[Adapter, ...] = ()  # that requests take in turn
 
     def check(self, config: VllmConfig) -> None:
         """Raises ConfigError for the first thing that vLLM would refuse, or that would wait."""

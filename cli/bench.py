@@ -14,6 +14,7 @@ from fusedstep.cli.options import (
     Numbers,
     VllmCommand,
     images_option,
+    lora_option,
     sampling_fields,
     split_model,
     window_options,
@@ -48,6 +49,7 @@ def bench() -> None:
 )
 @click.option("--detokenize/--no-detokenize", default=True, help="Turn tokens into text.")
 @images_option
+@lora_option
 @window_options
 @console.json_option
 def latency(
@@ -59,6 +61,7 @@ def latency(
     sampling: dict[str, Any],
     detokenize: bool,
     images: tuple[Path, ...],
+    lora_modules: tuple[str, ...],
     options: Options,
     json_path: str | None,
     vllm_args: tuple[str, ...],
@@ -68,6 +71,7 @@ def latency(
     Prefill and constant costs cancel: each point is measured at two output lengths. Every other
     option (--load-format, --hf-overrides, --enforce-eager, ...) goes to both vLLM engines.
     """
+    from fusedstep.bench import adapters
     from fusedstep.bench import latency as library
     from fusedstep.bench.images import find
 
@@ -81,6 +85,7 @@ def latency(
         sampling=sampling,
         detokenize=detokenize and "--skip-tokenizer-init" not in vllm_args,
         images=find(images),
+        adapters=adapters.find(lora_modules),
     )
     with console.progress(json_path) as progress:
         result = library.measure(model, plan, options, vllm_args, progress)

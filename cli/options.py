@@ -106,6 +106,14 @@ images_option = click.option(
 )
 
 
+lora_option = click.option(
+    "--lora-modules",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="A LoRA adapter; can be given more than once. Requests take them in turn, and none.",
+)
+
+
 def window_options(command: Command) -> Command:
     """Add the options of ``Options`` to a command, as its parameter ``options: Options``."""
 

@@ -11,6 +11,7 @@ from fusedstep.cli import console
 from fusedstep.cli.options import (
     VllmCommand,
     images_option,
+    lora_option,
     sampling_fields,
     split_model,
     window_options,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     help="Sampling fields for prompts that do not set them (vLLM's SamplingParams names).",
 )
 @images_option
+@lora_option
 @window_options
 @click.option("--dtype", default="float32", show_default=True, help="The model's dtype.")
 @console.json_option
@@ -43,6 +45,7 @@ def verify(
     max_tokens: int,
     sampling: dict[str, Any],
     images: tuple[Path, ...],
+    lora_modules: tuple[str, ...],
     options: Options,
     dtype: str,
     json_path: str | None,
@@ -52,14 +55,18 @@ def verify(
 
     Exits with 0 only if no request is DIFFERENT. Every other option goes to both vLLM engines.
     """
+    from fusedstep.bench import adapters
     from fusedstep.bench import verify as library
     from fusedstep.bench.images import beside, find
     from fusedstep.bench.prompts import read_requests
 
     requests = beside(read_requests(prompts, sampling)[:limit], find(images))
+    loras = adapters.find(lora_modules)
     model, vllm_args = split_model(vllm_args)
     with console.progress(json_path) as progress:
-        report = library.verify(model, requests, max_tokens, options, dtype, vllm_args, progress)
+        report = library.verify(
+            model, requests, max_tokens, options, dtype, vllm_args, progress, loras
+        )
     if json_path is not None:
         console.write_json(json_path, {"complete": True} | report.as_dict())
     if json_path != "-":

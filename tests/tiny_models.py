@@ -6,6 +6,7 @@ and so wide an initialisation that a wrong state shows in the tokens.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,32 @@ def make(name: str, folder: Path) -> str:
     initialise(model)
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    return str(folder)
+
+
+def make_adapter(seed: int, folder: Path) -> str:
+    """A LoRA adapter of random weights, for models of two layers as wide as ``TEXT``."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    torch.manual_seed(seed)
+    size, rank = TEXT["hidden_size"], 8
+    tensors = {}
+    for layer in range(2):
+        for name, width in (("q_proj", size), ("v_proj", size // 2)):
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{at}.lora_A.weight"] = torch.randn(rank, size)
+            tensors[f"{at}.lora_B.weight"] = torch.randn(width, rank)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return str(folder)
 
 
@@ -82,6 +109,17 @@ def llama() -> Any:
 
     config = transformers.LlamaConfig(num_hidden_layers=2, **TEXT)
     return transformers.LlamaForCausalLM(config)
+
+
+@maker
+def mixtral() -> Any:
+    """Mixtral: a mixture of experts."""
+    import transformers
+
+    config = transformers.MixtralConfig(
+        num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, **TEXT
+    )
+    return transformers.MixtralForCausalLM(config)
 
 
 @maker

@@ -15,6 +15,7 @@ from typing import Any
 
 import features_child
 import pytest
+import tiny_models
 from engine_child import EngineChild
 from features_child import Ask, FeatureChild
 
@@ -334,31 +335,10 @@ def test_kv_events(compare: Any) -> None:
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two LoRA adapters of random weights, as wide as the model."""
-    import torch
-    from safetensors.torch import save_file
-
-    folders = []
-    for number in (1, 2):
-        torch.manual_seed(number)
-        folder = tmp_path_factory.mktemp(f"lora-{number}") / f"adapter-{number}"
-        folder.mkdir()
-        tensors = {}
-        for layer in range(2):
-            for name, width in (("q_proj", 64), ("v_proj", 32)):
-                place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-                tensors[f"{place}.lora_A.weight"] = torch.randn(8, 64)
-                tensors[f"{place}.lora_B.weight"] = torch.randn(width, 8)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        config = {
-            "peft_type": "LORA",
-            "r": 8,
-            "lora_alpha": 8,
-            "target_modules": ["q_proj", "v_proj"],
-            "bias": "none",
-        }
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        folders.append(str(folder))
-    return folders
+    return [
+        tiny_models.make_adapter(n, tmp_path_factory.mktemp(f"lora-{n}") / f"adapter-{n}")
+        for n in (1, 2)
+    ]
 
 
 @pytest.fixture

@@ -139,6 +139,11 @@ def test_mamba2_with_a_prefix_cache(
         assert differing(have, results[0]["stock"])
 
 
+def test_mixture_of_experts(compare: Any) -> None:
+    """No recurrent layers here, but experts, beside those of Qwen3-Next below."""
+    compare("mixtral", OPTIONS, CUT, SAMPLED)
+
+
 def test_nemotron(compare: Any) -> None:
     compare("nemotron", FORGETS, replace(CUT, num_requests=5, decode_steps=2))
 
