@@ -88,7 +88,7 @@ _FRONTEND = {
                          window_latency_ms=None, **vllm_kwargs)
             collective_rpc(method)
             collective_rpc(method, args=_)
-            generate(prompts, sampling_params, use_tqdm=_) -> RequestOutput
+            generate(prompts, sampling_params, use_tqdm=_, lora_request=_) -> RequestOutput
             get_tokenizer()
             llm_engine: LLMEngine
         """,
@@ -155,6 +155,8 @@ _PLATFORM = {
     "vllm.triton_utils": {"HAS_TRITON": ""},
     "vllm.triton_utils.dispatcher": {"register_kernels": "(overrides)", "vars": ""},
     "vllm.config.model": {"PROCESSED_LOGPROBS_MODES": ""},
+    "vllm.config.lora": {"MaxLoRARanks": ""},
+    "vllm.lora.request": {"LoRARequest": "(lora_name, lora_int_id, lora_path)"},
     "vllm.v1.sample.ops.topk_topp_sampler": {
         "HAS_TRITON": "",
         "apply_top_k_top_p": "(logits, k, p)",
