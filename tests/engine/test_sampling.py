@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {
 }
 MODES = ("raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits")
 DRAWN = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
+STOPS = {"stop_token_ids": list(range(0, tiny_models.VOCAB_SIZE, 30))}  # after some 30 tokens
 THINKS, ENDS = 7, (8, 9)  # token ids that begin and end a thought
 
 
@@ -117,6 +118,11 @@ def compare(oracle: EngineChild, fused: EngineChild, llama: str) -> Any:
 @pytest.mark.parametrize("mode", MODES)
 def test_logprobs(compare: Any, mode: str) -> None:
     answers = compare(LOGPROBS, logprobs_mode=mode)
+    # All have stopped before the host knows: the next window has no rows.
+    compare(
+        asks(*[DRAWN | {"logprobs": n, "max_tokens": 90} | STOPS for n in (0, 3)]),
+        logprobs_mode=mode,
+    )
     steps = [answer["logprobs"] for answer in answers]
     assert steps[2] is None
     assert set(steps[3][9]) >= {5, 1000, 17}  # and the sampled token

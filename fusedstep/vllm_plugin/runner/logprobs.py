@@ -36,7 +36,7 @@ class Logprobs:
         sampler: Sampler, rows: np.ndarray, processing: Processing | None = None
     ) -> Logprobs | None:
         """As many as these requests (by req_state_idx) ask for, or None."""
-        asked = sampler.get_logprobs_dims(rows)
+        asked = sampler.get_logprobs_dims(rows) if len(rows) else None
         if asked is None:
             return None
         processed = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES

@@ -51,8 +51,9 @@ class Processing:
         sampler, thinking = self.sampler, self.sampler.thinking_budget_state
         if self.custom or (thinking.enabled and thinking.use_thinking_budget[rows].any()):
             return True
-        is_processed = sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
-        return is_processed and sampler.get_logprobs_dims(rows) is not None
+        if sampler.logprobs_mode not in PROCESSED_LOGPROBS_MODES or not len(rows):
+            return False
+        return sampler.get_logprobs_dims(rows) is not None
 
     def stage(
         self,
