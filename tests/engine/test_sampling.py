@@ -74,10 +74,10 @@ BUDGETS = asks(
     {"thinking_token_budget": 0} | DRAWN,
     {},
     {"thinking_token_budget": 11, "min_tokens": 4, "bad_words": ["w8 w9"]},
-    DRAWN | {"logprobs": 1},
+    DRAWN | {"logprobs": 0},
     prompt=(THINKS,),
 )
-ODD = asks({"extra_args": {"odd": True}}, {}, DRAWN | {"extra_args": {"odd": True}, "logprobs": 2})
+ODD = asks({"extra_args": {"odd": True}}, {}, DRAWN | {"extra_args": {"odd": True}, "logprobs": 0})
 
 
 def assert_equal(have: Any, want: Any, number: int) -> None:

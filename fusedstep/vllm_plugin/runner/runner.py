@@ -338,7 +338,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if processing is not None:
             processing.stage(rows, seq_lens)
         logprobs = Logprobs.wanted(self.sampler, rows, processing)
-        in_step = logprobs is not None and logprobs.are_in_the_step
+        in_step = logprobs is not None and processing is None and logprobs.are_in_the_step
         self.decode_model.adapters.stage(rows)
         num_rows, num_loras = self.decode_model.stage(seq_lens, int(steps_allowed.max(initial=0)))
         slot = self.windows.next_slot()
