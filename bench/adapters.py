@@ -48,7 +48,7 @@ def find(named: Sequence[str]) -> tuple[Adapter, ...]:
 
 
 def options(adapters: Sequence[Adapter], vllm_args: Sequence[str]) -> tuple[str, ...]:
-    """What vLLM needs to be told; what ``vllm_args`` say already is left to them.
+    """Options for vLLM's engine; what ``vllm_args`` say already is left to them.
 
     One place more than there are adapters: vLLM's CPU kernels give a request without an adapter
     the one in the last place.

@@ -46,15 +46,17 @@ MANY_PROGRAMS = 512
 CANDIDATES = 1024
 
 
-def _arguments(state_class: type) -> Any:
-    return namedtuple(state_class.__name__, [field.name for field in fields(state_class)])
+def _arguments(state_class: type, *left_out: str) -> Any:
+    names = [field.name for field in fields(state_class) if field.name not in left_out]
+    return namedtuple(state_class.__name__, names)
 
 
-# What a kernel takes for each class of tensors: named tuples with the fields of the class.
+# What a kernel takes for each class of tensors: named tuples with the fields of the class. Those
+# left out are the loop's own.
 _Requests = _arguments(RequestState)
 _Sampling = _arguments(SamplingState)
 _Stop = _arguments(StopState)
-_Rows = _arguments(WindowRows)
+_Rows = _arguments(WindowRows, "out_logprobs", "out_ranks")
 
 
 class _Inputs(NamedTuple):

@@ -78,7 +78,10 @@ class Proof:
         steps_allowed[2::3] -= 1
         num_rows, num_loras = self.stage(np.full(num_reqs, CONTEXT + 1, dtype=np.int32), STEPS)
         slot = self.graphs.state.next_slot()
-        slot.stage(np.arange(num_reqs), steps_allowed, -1, needs, num_rows, num_loras=num_loras)
+        num_logprobs = 0 if needs.logprobs else -1
+        slot.stage(
+            np.arange(num_reqs), steps_allowed, num_logprobs, needs, num_rows, num_loras=num_loras
+        )
         run_window(self.graphs.model, self.graphs.ops, slot, lambda: False, self.pace, graphs)
         return Fetched(slot, self.stream).tokens().token_ids
 

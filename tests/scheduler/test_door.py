@@ -147,7 +147,7 @@ def test_a_grammar_that_is_compiled_does_not_stop_the_others() -> None:
 def test_stock_steps_for_what_the_device_cannot_do() -> None:
     engine = running(Trace((LONG, Spec((1,), 1000, 3)), max_model_len=400))
     request = make_request(engine.trace, 1)
-    request.sampling_params.logprobs = -1
+    request.sampling_params.stop_token_ids = list(range(-129, 0))  # no token of the trace
     engine.numbers["1"] = 1
     engine.scheduler.add_request(request)
     decisions = set()
@@ -157,7 +157,7 @@ def test_stock_steps_for_what_the_device_cannot_do() -> None:
             decisions.add(engine.scheduler.last_decision.reason)
             if "1" not in engine.scheduler.requests:
                 break
-    assert "logprobs of all tokens" in decisions and not engine.scheduler.stock_reasons
+    assert "more than 128 stop token ids" in decisions and not engine.scheduler.stock_reasons
 
 
 @pytest.mark.parametrize("ids", ["0", ["0"], iter(["0"])], ids=["str", "list", "iterator"])

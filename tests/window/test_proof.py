@@ -74,7 +74,7 @@ def test_wrong_steps_are_found(engine, break_it, variant):
 def test_an_eager_loop_that_varies(monkeypatch, runs, words):
     """Kernels that add in any order give other tokens from run to run."""
     tokens = {"E": [[1, 2]], "R": [[1, 3]], "V": [[4, 2]], "S": [[1]]}
-    left = iter((runs + " E E").split())
+    left = iter((runs + " E E" * (len(VARIANTS) - 1)).split())
     monkeypatch.setattr(Proof, "_tokens", lambda *_: tokens[next(left)])
     one = object.__new__(Proof)
     one.state, one.graphs, one.max_num_reqs = SimpleNamespace(requests=SimpleNamespace()), None, 5

@@ -119,8 +119,8 @@ class RecurrentState:
 
 
 class Alignment:
-    """Where states are cached, each block keeps the state at its end. A row whose next token is the
-    first of a block takes its state along from the block before, with vLLM's own kernel.
+    """Moves states where they are cached: each block keeps the state at its end, so a row whose
+    next token is the first of a block takes its state along, with vLLM's own kernel.
     """
 
     def __init__(self, runner: GPUModelRunner) -> None:
