@@ -140,7 +140,10 @@ def test_abort_in_flight_frees_the_blocks(engine, expected):
 @pytest.mark.parametrize(
     ("reason", "fields"),
     [
-        ("logprobs of all tokens", {"max_tokens": 5, "logprobs": -1}),
+        (
+            "more than 128 stop token ids",
+            {"max_tokens": 5, "ignore_eos": True, "stop_token_ids": list(range(40000, 40129))},
+        ),
         (
             "structured output",
             {"max_tokens": 8, "structured_outputs": {"choice": ["Rome", "Oslo"]}},
@@ -158,8 +161,6 @@ def test_what_the_device_cannot_do_takes_stock_steps(engine, expected, reason, f
     assert counted >= len(answer["token_ids"]) - 1 > 0
     if reason == "structured output":
         assert answer["text"] in ("Rome", "Oslo")
-    else:
-        assert len(answer["logprobs"][0]) > 49000
 
 
 def test_preemption(model):
