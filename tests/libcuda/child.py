@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,6 +233,7 @@ def form_after(call: str | None, code: int, after: int) -> dict[str, Any]:
         pace = AheadPace()
         unused: Any = None
         model: Any = engine.model
+        model.adapters = SimpleNamespace(graph_cases=[0], made_up=nullcontext)
         parts = recording.LoopParts(
             model, engine.ops, engine.windows, engine.state, arrivals, pace, unused
         )
