@@ -31,11 +31,6 @@ class StepOps(Protocol):
     ) -> None:
         """One token per active row, emitted; the stop rule; the next step's inputs."""
 
-    def sample(
-        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
-    ) -> None:
-        """The tokens alone, for steps outside a window."""
-
 
 class DecodeModel(Protocol):
     """A model that decodes one token per row from the static step inputs."""

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models
-from serving import FUSEDSTEP
+from tiny_commands import SMALL, run
 
 from fusedstep.bench import adapters
 from fusedstep.bench.engine import EngineServer
 from fusedstep.errors import ConfigError
-
-# So small a model waits for threads, and for processes that import vLLM once more.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-SMALL = ("--max-model-len", "256", "--kv-cache-memory-bytes", "20000000", "--enforce-eager")
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +22,6 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         tiny_models.make_adapter(number, tmp_path_factory.mktemp("lora") / f"adapter-{number}")
         for number in (1, 2)
     ]
-
-
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [FUSEDSTEP, *args],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | ENVIRONMENT,
-        start_new_session=True,
-    )
 
 
 def test_adapters_are_read_and_taken_in_turn(loras: list[str]) -> None:

@@ -7,27 +7,17 @@ The marker ``exhaustive`` takes a minute:
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_vlms
 from PIL import Image
-from serving import FUSEDSTEP
+from tiny_commands import SMALL, run
 
 from fusedstep.bench import images
 from fusedstep.bench.prompts import Request
 from fusedstep.errors import ConfigError
-
-# So small a model waits for threads, and for processes that import vLLM once more.
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-SMALL = ("--max-model-len", "256", "--kv-cache-memory-bytes", "20000000", "--enforce-eager")
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +34,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_vlms.make("qwen25_vl", tmp_path_factory.mktemp("vlm") / "qwen25_vl")
-
-
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [FUSEDSTEP, *args],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | ENVIRONMENT,
-        start_new_session=True,
-    )
 
 
 def test_files_and_folders(pictures: Path) -> None:

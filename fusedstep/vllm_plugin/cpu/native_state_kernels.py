@@ -8,20 +8,9 @@ as far as they are needed, as numpy arrays; states and tables come as addresses,
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray
 
-_kernel = njit(cache=True, nogil=True, error_model="numpy")
-
-
-@intrinsic
-def _pointer(typing_context, address):
-    """The void pointer of an integer address."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(address), generate
+from fusedstep.vllm_plugin.cpu.native_kernels import _kernel, _pointer
 
 
 @_kernel

@@ -75,11 +75,6 @@ class Processing:
         self.logits = self._processed(logits)
         self.ops.step(self.logits, rows, num_reqs, BatchNeeds.none())
 
-    def sample(
-        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
-    ) -> None:
-        raise NotImplementedError("a stock step samples such a batch")
-
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [num_rows, vocab_size] that stock would draw from."""
         n, inputs = len(self.rows), self.inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from fusedstep.ops.types import (
     WindowRows,
 )
 from fusedstep.vllm_plugin import reasons
-from fusedstep.window.loop import StepOps
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
@@ -221,10 +220,19 @@ class DeviceTables:
         )
 
 
+class SampleOps(Protocol):
+    """The part of the step operations that a stock step can use."""
+
+    def sample(
+        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
+    ) -> None:
+        """The tokens alone."""
+
+
 class PrefillSampler:
     """The window's sampler for a stock step, whose rows are those that it samples for."""
 
-    def __init__(self, tables: DeviceTables, ops: StepOps) -> None:
+    def __init__(self, tables: DeviceTables, ops: SampleOps) -> None:
         max_num_reqs = len(tables.needs_stock)
         self.rows = WindowRows.allocate(max_num_reqs, 1, tables.prefill_len.device)
         self.rows.active.fill_(True)
