@@ -39,6 +39,7 @@ DEVICES = "pinned buffers on the default device; a device without index"
 SCRATCH = "the sampler's scratch outside vLLM's memory profile, made twice"
 SPINS = "waits that keep a core busy"
 FIRST_ERROR = "the first error hides behind the next one"
+BELOW = "blocks below a sliding window, which others may write, with a NaN"
 MODULES = "the driver's module kept when its kernel is not found"
 
 RECORDER = "fusedstep/window/recorder.py"
@@ -181,6 +182,30 @@ MUTATIONS = (
         "if False:",
         FORMS,
         "keep_stock_steps",
+    ),
+    Mutation(
+        BELOW,
+        "fusedstep/ops/native_rows.py",
+        "NULL_BLOCK_ID if i < num_below else block_table[req, i]",
+        "block_table[req, i]",
+        "ops/test_rows.py",
+        "sliding_window",
+    ),
+    Mutation(
+        BELOW,
+        "fusedstep/ops/triton_step.py",
+        '"SLIDING_REACH": self._sliding_reach',
+        '"SLIDING_REACH": (0,) * len(self._block_sizes)',
+        "ops/test_rows.py",
+        "sliding_window",
+    ),
+    Mutation(
+        BELOW,
+        "fusedstep/vllm_plugin/runner/tables.py",
+        "return int(window.sliding_window - 1 + window.extra_retained_tokens)",
+        "return 0",
+        "test_compat.py",
+        "below_a_sliding_window",
     ),
     Mutation(
         "tensor-parallel ranks fall back each alone",

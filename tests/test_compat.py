@@ -83,6 +83,26 @@ def test_kv_caches_that_windows_know():
     assert reason(mixed) == "KV cache of MLAAttentionSpec"
 
 
+def test_tokens_below_a_sliding_window():
+    """As many as vLLM's manager counts when it gives blocks back."""
+    from vllm.v1 import kv_cache_interface as kinds
+    from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+
+    from fusedstep.vllm_plugin.runner.tables import sliding_reach
+
+    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    full = kinds.FullAttentionSpec(**shape, sliding_window=64)  # all of whose blocks are kept
+    sliding = kinds.SlidingWindowSpec(**shape, sliding_window=64, extra_retained_tokens=2)
+    layers = kinds.UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": sliding})
+    reaches = [
+        sliding_reach(SimpleNamespace(kv_cache_spec=spec)) for spec in (full, sliding, layers)
+    ]
+    assert reaches == [0, 65, 65]
+    for position in (0, 64, 65, 66, 1000):
+        skipped = SlidingWindowManager.get_num_skipped_tokens(sliding, position)
+        assert max(skipped, 0) == max(position - 65, 0)
+
+
 @pytest.mark.parametrize(
     ("worker_cls", "refused"),
     [

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 PAD_SLOT_ID = tl.constexpr(-1)
+NULL_BLOCK_ID = tl.constexpr(0)
 STOP_BLOCK = tl.constexpr(128)
 
 
@@ -105,6 +106,7 @@ def prepare_kernel(
     max_num_tokens,
     strides,
     BLOCK_SIZES: tl.constexpr,
+    SLIDING_REACH: tl.constexpr,  # per group, see ``StepInputs``
     BLOCK: tl.constexpr,
 ):
     """Grid (num_reqs + 1): one program per row; the last one counts them and clears the tail."""
@@ -131,10 +133,14 @@ def prepare_kernel(
     for group in tl.static_range(len(BLOCK_SIZES)):
         stride = strides.block_tables[group]
         num_valid = tl.load(num_blocks + group * max_num_reqs + req)
+        num_below = 0
+        if SLIDING_REACH[group] > 0:
+            num_below = tl.maximum(position - SLIDING_REACH[group], 0) // BLOCK_SIZES[group]
         for start in range(0, num_valid, BLOCK):
             column = start + tl.arange(0, BLOCK)
             valid = column < num_valid
-            ids = tl.load(block_tables[group] + req * stride + column, mask=valid)
+            ids_ptr = block_tables[group] + req * stride + column
+            ids = tl.load(ids_ptr, mask=valid & (column >= num_below), other=NULL_BLOCK_ID)
             row_ptr = inputs.input_block_tables[group] + batch_idx * stride
             tl.store(row_ptr + column, ids, mask=valid)
     _map_slots(batch_idx, position, active, block_tables, req, inputs, strides, BLOCK_SIZES)

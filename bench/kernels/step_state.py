@@ -90,6 +90,7 @@ def build_state(
             slot_mappings=full(0, 1, MAX_NUM_TOKENS, dtype=torch.int64),
             input_block_tables=(full(0, num_reqs, width),),
             block_sizes=(BLOCK_SIZE,),
+            sliding_reach=(0,),
         ),
         block_tables=(random(1 << 20, num_reqs, width).int().to(device),),
         num_blocks=full(width, 1, num_reqs),

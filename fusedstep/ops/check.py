@@ -21,6 +21,9 @@ def check_state(state: StepState, device: torch.device) -> None:
     _expect("last_sampled_tokens", requests.last_sampled_tokens, 1, 1)
     _check_all(inputs, device)
     num_groups = len(inputs.block_sizes)
+    if len(inputs.sliding_reach) != num_groups:
+        got = len(inputs.sliding_reach)
+        raise TensorError(f"sliding_reach: of {got} groups, expected {num_groups}")
     _expect("slot_mappings", inputs.slot_mappings, 0, num_groups)
     _check("num_blocks", state.num_blocks, device, torch.int32)
     _expect("num_blocks", state.num_blocks, 0, num_groups)

@@ -66,6 +66,7 @@ class _Group(NamedTuple):
     input_block_table: npt.NDArray[np.int32]  # [R, max_num_blocks], row = batch_idx
     slots: npt.NDArray[np.int64]  # [max_num_tokens]
     block_size: int
+    sliding_reach: int
 
 
 def _views(view_class: Any, state: object) -> Any:
@@ -101,6 +102,7 @@ class NativeStep:
                 input_block_table=inputs.input_block_tables[group].numpy(),
                 slots=inputs.slot_mappings[group].numpy(),
                 block_size=inputs.block_sizes[group],
+                sliding_reach=inputs.sliding_reach[group],
             )
             for group, block_table in enumerate(state.block_tables)
         ]
@@ -124,6 +126,9 @@ class NativeStep:
                 views.idx_mapping,
                 group.block_table,
                 group.num_blocks,
+                self._inputs.positions,
+                group.block_size,
+                group.sliding_reach,
                 group.input_block_table,
             )
             group.slots[num_reqs:] = PAD_SLOT_ID
@@ -229,6 +234,7 @@ def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, Window
         slot_mappings=int64(num_groups, 1),
         input_block_tables=tuple(int32(1, 1) for _ in range(num_groups)),
         block_sizes=(1,) * num_groups,
+        sliding_reach=(0,) * num_groups,
     )
     rows = WindowRows.allocate(1, 1)
     rows.steps_allowed.fill_(1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from fusedstep.ops.types import PAD_SLOT_ID
+from fusedstep.ops.types import NULL_BLOCK_ID, PAD_SLOT_ID
 
 _kernel = njit(cache=True, nogil=True, error_model="numpy")
 
@@ -46,12 +46,18 @@ def prepare_rows(num_reqs, rows, requests, inputs):
 
 
 @_kernel
-def gather_blocks(num_reqs, idx_mapping, block_table, num_blocks, out):
-    """Copies each request's block ids into its row of ``out``; the rest of the row is stale."""
+def gather_blocks(
+    num_reqs, idx_mapping, block_table, num_blocks, positions, block_size, sliding_reach, out
+):
+    """Copies each request's block ids into its row of ``out``, but for those below its sliding
+    window; the rest of the row is stale."""
     for batch_idx in range(num_reqs):
         req = idx_mapping[batch_idx]
+        num_below = max(positions[batch_idx] - sliding_reach, 0) // block_size
+        if sliding_reach == 0:
+            num_below = 0
         for i in range(num_blocks[req] if req >= 0 else 0):
-            out[batch_idx, i] = block_table[req, i]
+            out[batch_idx, i] = NULL_BLOCK_ID if i < num_below else block_table[req, i]
 
 
 @_kernel

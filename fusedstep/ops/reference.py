@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from fusedstep.ops.types import (
+    NULL_BLOCK_ID,
     PAD_SLOT_ID,
     BatchNeeds,
     RequestState,
@@ -48,9 +49,10 @@ class ReferenceStep:
             )
             for group, block_table in enumerate(self.block_tables):
                 num_blocks = int(self.num_blocks[group, req])
-                inputs.input_block_tables[group][batch_idx, :num_blocks] = block_table[
-                    req, :num_blocks
-                ]
+                table = inputs.input_block_tables[group][batch_idx]
+                table[:num_blocks] = block_table[req, :num_blocks]
+                position = int(self.requests.num_computed_tokens[req])
+                table[: min(inputs.num_below(group, position), num_blocks)] = NULL_BLOCK_ID
             self._place_input(batch_idx, req)
         inputs.seq_lens[num_reqs:] = 0
         inputs.slot_mappings[:, num_reqs:] = PAD_SLOT_ID

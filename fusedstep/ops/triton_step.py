@@ -60,7 +60,7 @@ _Rows = _arguments(WindowRows, "out_logprobs", "out_ranks")
 
 
 class _Inputs(NamedTuple):
-    """StepInputs without the block sizes, which are constants of the kernels."""
+    """StepInputs without sizes, which are constants of the kernels."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
@@ -136,6 +136,7 @@ class TritonStep:
         self._stop = _of(_Stop, stop)
         self._inputs = _of(_Inputs, inputs)
         self._block_sizes = inputs.block_sizes
+        self._sliding_reach = inputs.sliding_reach
         self._block_tables = state.block_tables
         self._num_blocks = state.num_blocks
         self._strides = _Strides(
@@ -199,7 +200,11 @@ class TritonStep:
             "max_num_tokens": self._inputs.slot_mappings.shape[1],
             "strides": strides,
         }
-        constexprs = {"BLOCK_SIZES": self._block_sizes, "BLOCK": 1024}
+        constexprs = {
+            "BLOCK_SIZES": self._block_sizes,
+            "SLIDING_REACH": self._sliding_reach,
+            "BLOCK": 1024,
+        }
         return (Launch(prepare_kernel, (num_reqs + 1,), args, constexprs, num_warps=4),)
 
     def launches(

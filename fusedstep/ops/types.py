@@ -20,6 +20,8 @@ Float32 = Annotated[torch.Tensor, torch.float32]
 
 # A row that stopped writes its key and value nowhere.
 PAD_SLOT_ID = -1
+# In the place of blocks below a sliding window: they may be somebody else's by now, with a NaN.
+NULL_BLOCK_ID = 0
 # Larger than any batch: subtracting it from num_active once makes it <= 0 and ends the window.
 WINDOW_ENDS = 1 << 16
 # Off-value of top-k: the size of the vocabulary.
@@ -142,6 +144,13 @@ class StepInputs:
     slot_mappings: Int64  # [num_kv_cache_groups, max_num_tokens]
     input_block_tables: tuple[torch.Tensor, ...]  # per group [R, max_num_blocks] int32
     block_sizes: tuple[int, ...]  # per group, tokens
+    # Per group with a sliding window: the tokens before a row's next one that it may attend; else 0
+    sliding_reach: tuple[int, ...]
+
+    def num_below(self, group: int, position: int) -> int:
+        """Blocks of a row at ``position`` that lie wholly below its sliding window."""
+        reach = self.sliding_reach[group]
+        return max(position - reach, 0) // self.block_sizes[group] if reach else 0
 
 
 @dataclass(frozen=True)

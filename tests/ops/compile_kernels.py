@@ -171,7 +171,9 @@ def main(targets: list[str], only: Collection[tuple[str, ...]] | None = None) ->
     assert "vllm" not in sys.modules
     start = time.perf_counter()
     driver = absent_gpu.install()
-    world = build_world(VOCAB_SIZE, 64, max_num_reqs=64, block_sizes=(16, 16))
+    world = build_world(
+        VOCAB_SIZE, 64, max_num_reqs=64, block_sizes=(16, 16), sliding_reach=(1023, 0)
+    )
     seen, is_bad = set(), False
     print(*COLUMNS, sep="\t")
     for case in cases(world, targets):

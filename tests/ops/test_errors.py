@@ -107,6 +107,10 @@ def test_one_table_and_one_number_of_blocks_per_group(implementation: Implementa
         ("num_blocks", replace(world, num_blocks=world.num_blocks.long())),
         ("slot_mappings", changed(world, "inputs", "slot_mappings", fewer_rows)),
         (
+            "sliding_reach",
+            replace(world, inputs=replace(world.inputs, sliding_reach=(0,))),
+        ),
+        (
             "input_block_tables",
             changed(world, "inputs", "input_block_tables", lambda tables: tables[:1]),
         ),

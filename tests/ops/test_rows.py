@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +185,53 @@ def test_prepare(implementation: Implementation, num_reqs: int) -> None:
         lengths = torch.randint(fewest, most + 1, (size,), generator=generator)
         world.num_blocks[group] = lengths.int()
     Pair(world, implementation).prepare()
+
+
+def attended(table: torch.Tensor, position: int, reach: int, values: torch.Tensor) -> float:
+    """The sum of ``values`` [num_blocks, block_size] in a row's sliding window, by a kernel that
+    also loads those below it, and multiplies them by 0."""
+    at = torch.arange(position + 1)
+    size = values.shape[1]
+    weights = (at >= position - reach).to(values.dtype)
+    return float(weights @ values[table.cpu().long()[at // size], at % size])
+
+
+@pytest.mark.parametrize("nulls", [True, False], ids=["nulls", "leaves"])
+def test_blocks_below_a_sliding_window(implementation: Implementation, nulls: bool) -> None:
+    """They may be somebody else's by now, with a NaN in them: without the null block in their place
+    a row's attention has it."""
+    reach, size = 21, 4
+    world = build_world(
+        63,
+        32,
+        max_num_reqs=32,
+        max_model_len=6000,
+        block_sizes=(size, 8),
+        sliding_reach=(reach if nulls else 0, 0),
+    )
+    positions = world.requests.num_computed_tokens
+    positions[:] = torch.cat([torch.arange(29), torch.tensor([4095, 4142, 5999])]).int()
+    table, whole = world.block_tables
+    for each in (table, whole):
+        each[:] = 1 + torch.randperm(each.numel()).view(each.shape).int()
+    values = torch.rand(1 + table.numel(), size, dtype=torch.float64)
+    values[0] = 0
+    expected, num_below = [], []
+    for row, position in zip(table, positions.tolist(), strict=True):
+        expected.append(attended(row, position, reach, values))
+        last_tokens = torch.arange(len(row)) * size + size - 1
+        below = last_tokens < position - reach
+        values[row[below].long()] = torch.nan
+        num_below.append(int(below.sum()))
+    assert {0, 1} < set(num_below)
+    pair = Pair(world, implementation)
+    pair.prepare()
+    for inputs in (pair.ref.inputs, pair.out.inputs):
+        for batch_idx, req in enumerate(world.rows.idx_mapping.tolist()):
+            row = inputs.input_block_tables[0][batch_idx]
+            found = attended(row, int(positions[req]), reach, values)
+            assert math.isnan(found) if num_below[req] and not nulls else found == expected[req]
+            assert torch.equal(inputs.input_block_tables[1][batch_idx].cpu(), whole[req])
 
 
 def test_slots_beyond_32_bits(implementation: Implementation) -> None:

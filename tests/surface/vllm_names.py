@@ -263,6 +263,8 @@ _ENGINE = {
     "vllm.v1.kv_cache_interface": {
         "KVCacheConfig": "num_blocks\nkv_cache_groups: KVCacheGroupSpec",
         "KVCacheGroupSpec": "kv_cache_spec",
+        "SlidingWindowSpec": "sliding_window, extra_retained_tokens",
+        "UniformTypeKVCacheSpecs": "first_spec",
     },
     "vllm.v1.metrics.loggers": {
         "StatLoggerBase": """

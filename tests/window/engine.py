@@ -107,6 +107,7 @@ class Engine:
             slot_mappings=torch.zeros(1, ROWS, dtype=torch.int64),
             input_block_tables=(torch.zeros_like(blocks),),
             block_sizes=(BLOCK,),
+            sliding_reach=(0,),
         )
         self.state = StepState(
             requests=self.requests,

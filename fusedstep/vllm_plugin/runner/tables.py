@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from vllm.v1.kv_cache_interface import SlidingWindowSpec, UniformTypeKVCacheSpecs
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from fusedstep.ops.types import (
@@ -23,6 +24,7 @@ from fusedstep.vllm_plugin import reasons
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 
@@ -66,6 +68,22 @@ class StaticTensors:
     def overwritten(self) -> None:
         """Something else was written to the copies: the next ``refresh`` copies all."""
         self._seen = [None] * len(self._copies)
+
+
+def sliding_reach(group: KVCacheGroupSpec) -> int:
+    """Tokens before a row's next one that must stay readable; 0: all, there is no sliding window.
+
+    vLLM 0.33's ``SlidingWindowSpec.num_retained_tokens``, for whose blocks it gathers the null
+    block in every stock step. 0.32 leaves there what may be somebody else's by now.
+    """
+    spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        layers: UniformTypeKVCacheSpecs = spec
+        spec = layers.first_spec
+    if not isinstance(spec, SlidingWindowSpec):
+        return 0
+    window: SlidingWindowSpec = spec
+    return int(window.sliding_window - 1 + window.extra_retained_tokens)
 
 
 def untouched_zeros(like: torch.Tensor) -> torch.Tensor:
@@ -153,6 +171,7 @@ class DeviceTables:
             slot_mappings=tables.slot_mappings,
             input_block_tables=tuple(tables.input_block_tables),
             block_sizes=tuple(tables.block_sizes),
+            sliding_reach=tuple(map(sliding_reach, runner.kv_cache_config.kv_cache_groups)),
         )
         self.state = StepState(
             self.requests,
