@@ -65,7 +65,9 @@ def sample_kernel(
     raw = tl.load(logits_row + token_ids, mask=in_vocab, other=float("-inf"))
     req = tl.load(rows.idx_mapping + batch_idx)
     position = tl.load(inputs.positions + batch_idx)
-    if tl.load(rows.active + batch_idx) == 0:
+    active = tl.load(rows.active + batch_idx)
+    tl.debug_barrier()  # compiler: it moved the loads above behind the exit, one wait more
+    if active == 0:
         if HANDS_OVER:
             _store_limits(VOCAB_SIZE, 1.0, split, batch_idx, scratch)
         return

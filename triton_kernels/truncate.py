@@ -23,7 +23,7 @@ import triton.language as tl
 
 from fusedstep.kernels.adjust import must_adjust
 from fusedstep.kernels.noise import gumbel_noise, hash_prefix
-from fusedstep.kernels.sample import finish, is_truncated
+from fusedstep.kernels.sample import BUCKET, finish, is_truncated
 from fusedstep.kernels.winner import arrive, first_best, scaled_logits, winner_from
 
 PASS_BLOCK = tl.constexpr(4096)
@@ -74,7 +74,8 @@ def truncate_kernel(
     token = tl.load(scratch.winners + batch_idx)
     value = tl.load(scratch.winner_values + batch_idx)
 
-    first = part * part_size
+    # A whole number of buckets: the compiler must know that a part's loads can be wide.
+    first = part * (part_size // BUCKET) * BUCKET
     last = tl.minimum(first + part_size, VOCAB_SIZE)
     if top_k < VOCAB_SIZE:
         _list_candidates(bound, first, last, batch_idx, row, scratch, VOCAB_SIZE, CANDIDATES)

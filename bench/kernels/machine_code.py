@@ -80,7 +80,7 @@ def code_of(compiled: Any) -> Code:
     """Counted in the disassembly."""
     if "cubin" in compiled.asm:
         return count(_tool(compiled, "nvdisasm", "-c", "-ndf"))
-    return count(compiled.asm["amdgcn"].partition("s_endpgm")[0])
+    return count(compiled.asm["amdgcn"].partition(".Lfunc_end")[0])
 
 
 def occupancy(chip: Chip, compiled: Any, usage: Usage) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -129,3 +130,10 @@ AMDGCN = """
 )
 def test_instructions_are_counted(text: str, expected: tuple[object, ...]) -> None:
     assert tuple(vars(machine_code.count(text)).values()) == expected
+
+
+def test_code_goes_on_after_an_early_exit() -> None:
+    early = "\ts_cbranch_scc1 .LBB0_1\n\ts_endpgm\n"
+    amdgcn = f"{early}{AMDGCN}\ts_endpgm\n.Lfunc_end0:\n\ts_nop 0\n"
+    found = machine_code.code_of(SimpleNamespace(asm={"amdgcn": amdgcn}))
+    assert (found.size, found.load_bytes, found.main_loop) == (9, 16, 3)
