@@ -32,6 +32,7 @@ RANKS = {
     "fusedstep.demo": 1,
     "fusedstep.policy": 1,
     "fusedstep.options": 1,
+    "fusedstep.grammar": 1,
     "fusedstep.kernels": 1,
     "fusedstep.ops": 2,
     "fusedstep.window": 3,

@@ -1,0 +1,238 @@
+"""A grammar's automaton: built from xgrammar's rules, its masks xgrammar's, every state compared.
+
+Why equal states have equal masks: xgrammar's matcher (an Earley parser) keeps, for the bytes so
+far, all ways to go on in the rules, and a token is in its mask if its bytes keep one of them alive.
+A state of ours is exactly that set of ways, whatever bytes led to it. ``build`` holds each state to
+it: xgrammar's mask there must be the tokens whose bytes the table leads on.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fusedstep.grammar.entries import OUTSIDE
+from fusedstep.grammar.rules import NoAutomaton, Rules, parse, read_rules
+from fusedstep.grammar.subsets import determinise
+from fusedstep.grammar.vocabulary import Vocabulary
+from fusedstep.grammar.walks import compare, padded, walk
+
+if TYPE_CHECKING:
+    import xgrammar
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large an automaton may become. What is beyond is OUTSIDE: a stock step's."""
+
+    states: int = 4096
+    mask_bytes: int = 64 << 20
+    work: int = 4_000_000  # configurations looked at: bounds the time, and does not vary with it
+    seconds: float = 2.0
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """The tables of a grammar. State 0 is the start."""
+
+    next_states: Ints  # [num_states, 256], by byte; NOWHERE, OUTSIDE
+    mask_ids: Ints  # [num_states], rows of masks
+    masks: Ints  # [num_masks, words]: xgrammar's, bit t % 32 of word t // 32 is token t
+
+    @property
+    def num_states(self) -> int:
+        """The number of states."""
+        return len(self.next_states)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tables."""
+        return self.next_states.nbytes + self.mask_ids.nbytes + self.masks.nbytes
+
+    @property
+    def cut(self) -> bool:
+        """True if a limit was met: some bytes lead OUTSIDE."""
+        return bool((self.next_states == OUTSIDE).any())
+
+    def after(self, vocabulary: Vocabulary, token_ids: Iterable[int], state: int = 0) -> int:
+        """The state after these tokens: >= 0, ENDED (a stop token has come) or OUTSIDE."""
+        for token in token_ids:
+            if state < 0:
+                break
+            state = walk(self.next_states, state, vocabulary.offsets, vocabulary.data, token)
+        return int(state)
+
+
+def build(
+    compiled: xgrammar.CompiledGrammar,
+    stop_token_ids: Iterable[int],
+    vocabulary: Vocabulary,
+    limits: Limits | None = None,
+) -> Automaton:
+    """The automaton of a compiled grammar, proved against xgrammar.
+
+    ``stop_token_ids``: those of the request; none means the tokenizer's. Raises NoAutomaton.
+    """
+    limits = limits or Limits()
+    warm()
+    deadline = time.monotonic() + limits.seconds
+    table, accepts, parents, via = _determinise(read_rules(compiled), limits)
+    if not len(table):
+        raise NoAutomaton("the grammar's start calls itself before any byte (left recursion)")
+    masks = _Masks(compiled, sorted(set(stop_token_ids)), vocabulary, limits.mask_bytes)
+    mask_ids = masks.of_states(table, accepts, parents, via, deadline)
+    if len(mask_ids) < len(table):  # cut where the masks end
+        table = table[: len(mask_ids)].copy()
+        table[table >= len(table)] = OUTSIDE
+    return Automaton(table, np.array(mask_ids, np.int32), np.stack(masks.rows))
+
+
+@functools.cache
+def warm() -> None:
+    """Compiles the kernels, or loads them from numba's cache, so that no build's time goes there.
+
+    ``build`` does it too; an engine may want it at its start.
+    """
+    rules = parse(
+        "Rule 0: root, FSM: CompactFSM(num_states=2, start=0, end=[1], edges=[\n"
+        "0: ['a'->1]\n1: []\n])\n"
+    )
+    vocabulary = Vocabulary.from_bytes([b"a", b""])
+    table, accepts, _, _ = _determinise(rules, Limits(states=2))
+    mask, stops = np.array([1], np.int32), np.array([1], np.int32)
+    token, _ = _Walks(vocabulary, stops).compare(padded(table), 0, bool(accepts[0]), mask)
+    after = Automaton(table, np.zeros(2, np.int32), mask[None]).after(vocabulary, [0])
+    if token >= 0 or after != 1:
+        raise NoAutomaton("the kernels of fusedstep.grammar do not work on this machine")
+
+
+def _determinise(
+    rules: Rules, limits: Limits
+) -> tuple[Ints, npt.NDArray[np.bool_], Ints, npt.NDArray[np.uint8]]:
+    tables: tuple[Ints, npt.NDArray[np.bool_], Ints, npt.NDArray[np.uint8]] = determinise(
+        rules.first_edges,
+        rules.edges,
+        rules.starts,
+        rules.accepting,
+        rules.repeats,
+        rules.root,
+        limits.states,
+        limits.work,
+    )
+    return tables
+
+
+class _Walks:
+    """All tokens of a vocabulary walked through a table, and the memory for it."""
+
+    def __init__(self, vocabulary: Vocabulary, stops: Ints) -> None:
+        tree = vocabulary.tree
+        words = len(tree.level_node) // 32
+        self._tree = (tree.depth, tree.byte, tree.after, tree.tokens, tree.ends, tree.order)
+        self._levels = (tree.level_parent, tree.level_byte, tree.level_node)
+        self._vocabulary = vocabulary
+        self._stops = stops
+        self._space = (
+            np.empty(1 + tree.depth.max(initial=0), np.int32),
+            np.empty(len(tree.level_parent), np.int32),
+            np.empty(words, np.uint32),
+            np.empty(words, np.uint32),
+        )
+
+    def compare(self, table: Ints, state: int, accept: bool, mask: Ints) -> tuple[int, int]:
+        """See walks.compare; ``table`` is a padded one."""
+        token, wrong = compare(
+            table,
+            state,
+            accept,
+            self._tree,
+            self._levels,
+            self._vocabulary.offsets,
+            self._vocabulary.data,
+            self._stops,
+            mask,
+            self._space,
+        )
+        return int(token), int(wrong)
+
+
+class _Masks:
+    """xgrammar's masks of an automaton's states: taken, compared, each kept once."""
+
+    def __init__(
+        self,
+        compiled: xgrammar.CompiledGrammar,
+        stop_token_ids: list[int],
+        vocabulary: Vocabulary,
+        max_bytes: int,
+    ) -> None:
+        import xgrammar
+
+        if compiled.tokenizer_info.vocab_size != vocabulary.size:
+            raise ValueError("the grammar was compiled for another vocabulary")
+        self._matcher = xgrammar.GrammarMatcher(
+            compiled, override_stop_tokens=stop_token_ids or None
+        )
+        self._walks = _Walks(vocabulary, np.array(self._matcher.stop_token_ids, np.int32))
+        self._bitmask = xgrammar.allocate_token_bitmask(1, vocabulary.size)
+        self._row: Ints = self._bitmask.numpy()[0]
+        self._ids: dict[bytes, int] = {}
+        self._max_masks = max(1, max_bytes // self._row.nbytes)
+        self.rows: list[Ints] = []
+
+    def of_states(
+        self,
+        table: Ints,
+        accepts: npt.NDArray[np.bool_],
+        parents: Ints,
+        via: npt.NDArray[np.uint8],
+        deadline: float,
+    ) -> list[int]:
+        """Each state's mask id, for as many states from the start on as the limits allow.
+
+        A state's matcher is its parent's after one more byte; parents are numbered in order.
+        """
+        mask_ids: list[int] = []
+        children = np.searchsorted(parents, np.arange(len(parents) + 1)).tolist()
+        matchers: dict[int, xgrammar.GrammarMatcher] = {0: self._matcher}
+        walked = padded(table)
+        for state in range(len(table)):
+            matcher = matchers.pop(state)
+            matcher.fill_next_token_bitmask(self._bitmask)
+            self._check(walked, state, bool(accepts[state]))
+            mask_id = self._keep()
+            if mask_id < 0 or (mask_ids and time.monotonic() > deadline):
+                break
+            mask_ids.append(mask_id)
+            for child in range(children[state], children[state + 1]):
+                matchers[child] = matcher.fork()
+                if not matchers[child].accept_string(bytes([via[child]])):
+                    raise NoAutomaton(f"xgrammar refuses the byte {via[child]} in state {state}")
+        return mask_ids
+
+    def _check(self, table: Ints, state: int, accept: bool) -> None:
+        token, ambiguous = self._walks.compare(table, state, accept, self._row)
+        if token < 0:
+            return
+        if ambiguous:
+            raise NoAutomaton(f"token {token} may end the grammar or go on in state {state}")
+        raise NoAutomaton(f"xgrammar's mask of state {state} differs at token {token}")
+
+    def _keep(self) -> int:
+        """The id of the mask in the row; -1 if it is new and there is no room for it."""
+        key = self._row.tobytes()
+        mask_id = self._ids.get(key)
+        if mask_id is None:
+            if len(self.rows) == self._max_masks:
+                return -1
+            mask_id = self._ids[key] = len(self.rows)
+            self.rows.append(self._row.copy())
+        return mask_id

@@ -1,0 +1,182 @@
+"""Kernels (numba): walks of a whole vocabulary's tokens through a table of next states.
+
+They release the GIL. They stand in one file because numba's on-disk cache sees changes of a
+kernel's own file only.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, assignment"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from fusedstep.grammar.entries import NOWHERE, OUTSIDE
+
+_ROOT_NODE, _FIRST_NODE = 1, 2  # of a tree in levels; node 0 is that of tokens without bytes
+_FEW = 4096  # nodes of a tree, beyond which a walk over all of them is faster
+
+
+@njit(cache=True, nogil=True)
+def plant(offsets, data, order):
+    """The arrays of vocabulary.Tree, for the tokens ``order`` sorted by their bytes."""
+    num_tokens = len(offsets) - 1
+    num_nodes = 0
+    longest = 0
+    previous_first, previous_length = 0, 0
+    shared = np.empty(len(order), np.int32)
+    for i in range(len(order)):
+        first, length = offsets[order[i]], offsets[order[i] + 1] - offsets[order[i]]
+        common = 0
+        while (
+            common < min(length, previous_length)
+            and data[first + common] == data[previous_first + common]
+        ):
+            common += 1
+        shared[i] = common
+        num_nodes += length - common
+        longest = max(longest, length)
+        previous_first, previous_length = first, length
+    depth = np.empty(num_nodes, np.int32)
+    byte = np.empty(num_nodes, np.uint8)
+    after = np.full(num_nodes, num_nodes, np.int32)
+    tokens = np.empty(num_nodes + 1, np.int32)
+    ends = np.zeros(num_nodes, np.int32)
+    tokens[num_nodes] = len(order)
+    path = np.empty(1 + longest, np.int32)
+    height = 0
+    node = 0
+    for i in range(len(order)):
+        first, length = offsets[order[i]], offsets[order[i] + 1] - offsets[order[i]]
+        while height > shared[i]:
+            height -= 1
+            after[path[height]] = node
+        while height < length:
+            path[height] = node
+            byte[node] = data[first + height]
+            height += 1
+            depth[node] = height
+            tokens[node] = i
+            ends[node] = i
+            node += 1
+        ends[path[height - 1]] = i + 1
+
+    levels = np.zeros(longest + 2, np.int32)  # each level's next free place
+    for node in range(num_nodes):
+        levels[depth[node] + 1] += 1
+    levels[1] = _FIRST_NODE
+    for level in range(1, longest + 1):
+        levels[level + 1] += levels[level]
+    level_parent = np.zeros(_FIRST_NODE + num_nodes, np.int32)
+    level_byte = np.zeros(_FIRST_NODE + num_nodes, np.uint8)
+    level_node = np.zeros((num_tokens + 31) // 32 * 32, np.int32)
+    path[0] = _ROOT_NODE
+    for node in range(num_nodes):
+        place = levels[depth[node]]
+        levels[depth[node]] += 1
+        level_parent[place] = path[depth[node] - 1]
+        level_byte[place] = byte[node]
+        path[depth[node]] = place
+        for i in range(tokens[node], ends[node]):
+            level_node[order[i]] = place
+    return depth, byte, after, tokens, ends, level_parent, level_byte, level_node
+
+
+@njit(cache=True, nogil=True)
+def walk(table, state, offsets, data, token):
+    """Where the bytes of a token lead: a state, NOWHERE or OUTSIDE; NOWHERE if it has none."""
+    first, end = offsets[token], offsets[token + 1]
+    if first == end:
+        return NOWHERE
+    for i in range(first, end):
+        state = table[state, data[i]]
+        if state < 0:
+            break
+    return state
+
+
+@njit(cache=True, nogil=True)
+def _walk_few(table, state, tree, path, ours, outside):
+    """The tokens that ``state`` lets through, by descent into the tree; False if there are many."""
+    depth, byte, after, tokens, ends, order = tree
+    ours[:] = 0
+    outside[:] = 0
+    path[0] = state
+    node = 0
+    visited = 0
+    while node < len(depth):
+        visited += 1
+        if visited > _FEW:
+            return False
+        below = depth[node]
+        target = table[path[below - 1] + 2, byte[node]]
+        if target >= 0:
+            path[below] = target
+            for i in range(tokens[node], ends[node]):
+                ours[order[i] >> 5] |= np.uint32(1) << np.uint32(order[i] & 31)
+            node += 1
+        else:
+            if target == OUTSIDE:
+                for i in range(tokens[node], tokens[after[node]]):
+                    outside[order[i] >> 5] |= np.uint32(1) << np.uint32(order[i] & 31)
+            node = after[node]
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _walk_all(table, state, levels, states, ours, outside):
+    """The same level by level, without a branch: faster where much is let through."""
+    level_parent, level_byte, level_node = levels
+    states[0] = NOWHERE
+    states[_ROOT_NODE] = state
+    for node in range(_FIRST_NODE, len(level_parent)):
+        states[node] = table[states[level_parent[node]] + 2, level_byte[node]]
+    for word in range(len(ours)):
+        through, beyond = np.uint32(0), np.uint32(0)
+        for bit in range(32):
+            target = states[level_node[word * 32 + bit]]
+            through |= np.uint32(target >= 0) << np.uint32(bit)
+            beyond |= np.uint32(target == OUTSIDE) << np.uint32(bit)
+        ours[word] = through
+        outside[word] = beyond
+
+
+@njit(cache=True, nogil=True)
+def padded(table):
+    """The table with two rows before state 0: OUTSIDE leads OUTSIDE, NOWHERE leads NOWHERE."""
+    result = np.empty((len(table) + 2, 256), np.int32)
+    result[0] = OUTSIDE
+    result[1] = NOWHERE
+    result[2:] = table
+    return result
+
+
+@njit(cache=True, nogil=True)
+def compare(table, state, accept, tree, levels, offsets, data, stops, theirs, space):
+    """Compares a mask of xgrammar's with what the (padded) table lets through in ``state``.
+
+    Gives (-1, _) if both are equal, else a token and what is wrong with it: 0 the masks differ,
+    1 it is a stop token, but its bytes may go on here. Tokens that lead OUTSIDE are not compared.
+    ``space`` is for the walks: (path, states of the nodes, two masks).
+    """
+    path, states, ours, outside = space
+    if not _walk_few(table, state, tree, path, ours, outside):
+        _walk_all(table, state, levels, states, ours, outside)
+    for token in stops:
+        word, bit = token >> 5, np.uint32(1) << np.uint32(token & 31)
+        outside[word] &= ~bit
+        if accept:
+            ours[word] |= bit
+            if walk(table[2:], state, offsets, data, token) != NOWHERE:
+                return token, 1
+        else:
+            ours[word] &= ~bit
+    num_tokens = len(offsets) - 1
+    for word in range(len(ours)):
+        differ = (ours[word] ^ np.uint32(theirs[word])) & ~outside[word]
+        if differ != 0:
+            for bit in range(32):
+                token = word * 32 + bit
+                if token < num_tokens and (differ >> np.uint32(bit)) & np.uint32(1):
+                    return token, 0
+    return -1, 0
