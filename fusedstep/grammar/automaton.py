@@ -64,11 +64,8 @@ class Automaton:
 
     def after(self, vocabulary: Vocabulary, token_ids: Iterable[int], state: int = 0) -> int:
         """The state after these tokens: >= 0, ENDED (a stop token has come) or OUTSIDE."""
-        for token in token_ids:
-            if state < 0:
-                break
-            state = walk(self.next_states, state, vocabulary.offsets, vocabulary.data, token)
-        return int(state)
+        tokens = np.fromiter(token_ids, np.int32)
+        return int(walk(self.next_states, state, vocabulary.offsets, vocabulary.data, tokens))
 
 
 def build(
@@ -84,11 +81,12 @@ def build(
     limits = limits or Limits()
     warm()
     deadline = time.monotonic() + limits.seconds
-    table, accepts, parents, via = _determinise(read_rules(compiled), limits)
+    states = _determinise(read_rules(compiled), limits)
+    table = states.table
     if not len(table):
         raise NoAutomaton("the grammar's start calls itself before any byte (left recursion)")
     masks = _Masks(compiled, sorted(set(stop_token_ids)), vocabulary, limits.mask_bytes)
-    mask_ids = masks.of_states(table, accepts, parents, via, deadline)
+    mask_ids = masks.of_states(states, deadline)
     if len(mask_ids) < len(table):  # cut where the masks end
         table = table[: len(mask_ids)].copy()
         table[table >= len(table)] = OUTSIDE
@@ -106,18 +104,34 @@ def warm() -> None:
         "0: ['a'->1]\n1: []\n])\n"
     )
     vocabulary = Vocabulary.from_bytes([b"a", b""])
-    table, accepts, _, _ = _determinise(rules, Limits(states=2))
+    states = _determinise(rules, Limits(states=2))
     mask, stops = np.array([1], np.int32), np.array([1], np.int32)
-    token, _ = _Walks(vocabulary, stops).compare(padded(table), 0, bool(accepts[0]), mask)
-    after = Automaton(table, np.zeros(2, np.int32), mask[None]).after(vocabulary, [0])
+    token, _ = _Walks(vocabulary, stops).compare(padded(states.table), 0, False, mask)
+    after = Automaton(states.table, np.zeros(2, np.int32), mask[None]).after(vocabulary, [0])
     if token >= 0 or after != 1:
         raise NoAutomaton("the kernels of fusedstep.grammar do not work on this machine")
 
 
-def _determinise(
-    rules: Rules, limits: Limits
-) -> tuple[Ints, npt.NDArray[np.bool_], Ints, npt.NDArray[np.uint8]]:
-    tables: tuple[Ints, npt.NDArray[np.bool_], Ints, npt.NDArray[np.uint8]] = determinise(
+@dataclass(frozen=True)
+class _States:
+    """States without masks; each with the state and the byte that it was first found by."""
+
+    table: Ints
+    accepts: npt.NDArray[np.bool_]
+    parents: Ints
+    via: npt.NDArray[np.uint8]
+
+    def text_before(self, state: int) -> bytes:
+        """The fewest bytes that lead to a state."""
+        text = b""
+        while state > 0:
+            text = bytes([self.via[state]]) + text
+            state = int(self.parents[state])
+        return text
+
+
+def _determinise(rules: Rules, limits: Limits) -> _States:
+    tables = determinise(
         rules.first_edges,
         rules.edges,
         rules.starts,
@@ -127,7 +141,7 @@ def _determinise(
         limits.states,
         limits.work,
     )
-    return tables
+    return _States(*tables)
 
 
 class _Walks:
@@ -188,43 +202,36 @@ class _Masks:
         self._max_masks = max(1, max_bytes // self._row.nbytes)
         self.rows: list[Ints] = []
 
-    def of_states(
-        self,
-        table: Ints,
-        accepts: npt.NDArray[np.bool_],
-        parents: Ints,
-        via: npt.NDArray[np.uint8],
-        deadline: float,
-    ) -> list[int]:
+    def of_states(self, states: _States, deadline: float) -> list[int]:
         """Each state's mask id, for as many states from the start on as the limits allow.
 
         A state's matcher is its parent's after one more byte; parents are numbered in order.
         """
         mask_ids: list[int] = []
-        children = np.searchsorted(parents, np.arange(len(parents) + 1)).tolist()
+        numbers = np.arange(len(states.table) + 1)
+        children = np.searchsorted(states.parents, numbers).tolist()
         matchers: dict[int, xgrammar.GrammarMatcher] = {0: self._matcher}
-        walked = padded(table)
-        for state in range(len(table)):
+        walked = padded(states.table)
+        for state in range(len(states.table)):
             matcher = matchers.pop(state)
             matcher.fill_next_token_bitmask(self._bitmask)
-            self._check(walked, state, bool(accepts[state]))
+            token, ambiguous = self._walks.compare(
+                walked, state, bool(states.accepts[state]), self._row
+            )
+            if token >= 0:
+                text = states.text_before(state)
+                if ambiguous:
+                    raise NoAutomaton(f"token {token} may end the grammar or go on after {text!r}")
+                raise NoAutomaton(f"xgrammar's mask after {text!r} is not exact at token {token}")
             mask_id = self._keep()
             if mask_id < 0 or (mask_ids and time.monotonic() > deadline):
                 break
             mask_ids.append(mask_id)
             for child in range(children[state], children[state + 1]):
                 matchers[child] = matcher.fork()
-                if not matchers[child].accept_string(bytes([via[child]])):
-                    raise NoAutomaton(f"xgrammar refuses the byte {via[child]} in state {state}")
+                if not matchers[child].accept_string(bytes([states.via[child]])):
+                    raise NoAutomaton(f"xgrammar refuses {states.text_before(child)!r}")
         return mask_ids
-
-    def _check(self, table: Ints, state: int, accept: bool) -> None:
-        token, ambiguous = self._walks.compare(table, state, accept, self._row)
-        if token < 0:
-            return
-        if ambiguous:
-            raise NoAutomaton(f"token {token} may end the grammar or go on in state {state}")
-        raise NoAutomaton(f"xgrammar's mask of state {state} differs at token {token}")
 
     def _keep(self) -> int:
         """The id of the mask in the row; -1 if it is new and there is no room for it."""

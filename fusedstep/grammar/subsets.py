@@ -30,8 +30,10 @@ _SETS = 1 << 17
 _MEMBERS = 1 << 21
 _CLOSURE = 1 << 14  # configurations of one set
 
-_PLAIN = -1  # a frame's count if no repetition waits there
-_EMPTY = 0  # the number of the empty stack
+# int32 as all that is numbered: numba compiles a kernel once for each type it is called with.
+_ZERO = np.int32(0)
+_PLAIN = np.int32(-1)  # a frame's count if no repetition waits there
+_EMPTY = np.int32(0)  # the number of the empty stack
 _REFUSING, _ACCEPTING, _SEEDS = 0, 1, 2  # tags of sets
 _CLOSED, _ENDLESS, _FULL = 0, 1, 2  # how a closure ends
 
@@ -94,9 +96,9 @@ def _number_of(numbers, a, b, c):
         if key[0] == a and key[1] == b and key[2] == c:
             return slots[at]
         at = (at + np.uint64(1)) & last
-    number = size[0]
+    number = np.int32(size[0])
     if number == len(keys):
-        return -1
+        return np.int32(-1)
     keys[number, 0] = a
     keys[number, 1] = b
     keys[number, 2] = c
@@ -179,11 +181,11 @@ def _end_rule(rules, stacks, configurations, closures, stamp, num_todo, stack):
     """Notes where a rule that has matched returns to."""
     back, count, below = stacks.keys[stack]
     if count == _PLAIN:
-        return _add(configurations, closures, stamp, num_todo, back, 0, below)
+        return _add(configurations, closures, stamp, num_todo, back, _ZERO, below)
     _, row, target = rules.edges[rules.first_edges[back]]
-    count += 1
+    count = np.int32(count + 1)
     if count >= rules.repeats[row, 1]:
-        num_todo = _add(configurations, closures, stamp, num_todo, target, 0, below)
+        num_todo = _add(configurations, closures, stamp, num_todo, target, _ZERO, below)
     if num_todo >= 0 and count < rules.repeats[row, 2]:
         num_todo = _add(configurations, closures, stamp, num_todo, back, count, below)
     return num_todo
@@ -216,7 +218,7 @@ def _close(rules, stacks, configurations, closures, stamp, seeds):
             if kind >= 0:
                 takes_byte = True
             elif kind == EPSILON:
-                num_todo = _add(configurations, closures, stamp, num_todo, target, 0, stack)
+                num_todo = _add(configurations, closures, stamp, num_todo, target, _ZERO, stack)
             else:
                 rule, inner = row, stack
                 if kind == CALL:
@@ -225,14 +227,16 @@ def _close(rules, stacks, configurations, closures, stamp, seeds):
                 else:
                     rule, least, most = rules.repeats[row]
                     if done >= least:
-                        num_todo = _add(configurations, closures, stamp, num_todo, target, 0, stack)
+                        num_todo = _add(
+                            configurations, closures, stamp, num_todo, target, _ZERO, stack
+                        )
                     if num_todo < 0:
                         break
                     if done >= most:
                         continue
                     inner = _push(stacks, heights, state, done, stack)
                 start = rules.starts[rule]
-                num_todo = _add(configurations, closures, stamp, num_todo, start, 0, inner)
+                num_todo = _add(configurations, closures, stamp, num_todo, start, _ZERO, inner)
                 if num_todo >= 0 and heights[inner] > highest:
                     return _ENDLESS, 0, False, visited
             if num_todo < 0:
@@ -255,14 +259,14 @@ def _close(rules, stacks, configurations, closures, stamp, seeds):
 
 @njit(cache=True, nogil=True)
 def _seeds_by(rules, configurations, members, byte, seeds):
-    """Where this byte leads to, before it is closed; gives the number, -1 if there is no room."""
+    """Finds what this byte leads to, not yet closed; gives how many, -1 if there is no room."""
     count = 0
     for member in members:
         state, _, stack = configurations.keys[member]
         for e in range(rules.first_edges[state], rules.first_edges[state + 1]):
             low, high, target = rules.edges[e]
             if low >= 0 and low <= byte and byte <= high:
-                seed = _number_of(configurations, target, 0, stack)
+                seed = _number_of(configurations, target, _ZERO, stack)
                 if seed < 0 or count == len(seeds):
                     return -1
                 seeds[count] = seed
@@ -339,7 +343,7 @@ def determinise(first_edges, edges, starts, accepting, repeats, root, max_states
                 if parent >= 0:
                     count = _seeds_by(rules, configurations, members, byte, seeds)
                 else:
-                    seeds[0] = _number_of(configurations, starts[root], 0, _EMPTY)
+                    seeds[0] = _number_of(configurations, starts[root], _ZERO, _EMPTY)
                 target = NOWHERE
                 if count != 0:
                     before = sets.size[0]

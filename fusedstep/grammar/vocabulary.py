@@ -63,7 +63,7 @@ class Vocabulary:
         """A vocabulary of these tokens."""
         offsets = np.zeros(len(tokens) + 1, np.int32)
         np.cumsum([len(token) for token in tokens], out=offsets[1:])
-        data = np.frombuffer(b"".join(tokens), np.uint8)
+        data = np.frombuffer(b"".join(tokens), np.uint8).copy()
         order = sorted((i for i, token in enumerate(tokens) if token), key=tokens.__getitem__)
         sorted_ids = np.array(order, np.int32)
         return Vocabulary(offsets, data, Tree(sorted_ids, *plant(offsets, data, sorted_ids)))

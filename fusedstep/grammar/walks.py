@@ -61,7 +61,7 @@ def plant(offsets, data, order):
             node += 1
         ends[path[height - 1]] = i + 1
 
-    levels = np.zeros(longest + 2, np.int32)  # each level's next free place
+    levels = np.zeros(longest + 2, np.int32)  # the number of each level's next node
     for node in range(num_nodes):
         levels[depth[node] + 1] += 1
     levels[1] = _FIRST_NODE
@@ -72,26 +72,29 @@ def plant(offsets, data, order):
     level_node = np.zeros((num_tokens + 31) // 32 * 32, np.int32)
     path[0] = _ROOT_NODE
     for node in range(num_nodes):
-        place = levels[depth[node]]
+        numbered = levels[depth[node]]
         levels[depth[node]] += 1
-        level_parent[place] = path[depth[node] - 1]
-        level_byte[place] = byte[node]
-        path[depth[node]] = place
+        level_parent[numbered] = path[depth[node] - 1]
+        level_byte[numbered] = byte[node]
+        path[depth[node]] = numbered
         for i in range(tokens[node], ends[node]):
-            level_node[order[i]] = place
+            level_node[order[i]] = numbered
     return depth, byte, after, tokens, ends, level_parent, level_byte, level_node
 
 
 @njit(cache=True, nogil=True)
-def walk(table, state, offsets, data, token):
-    """Where the bytes of a token lead: a state, NOWHERE or OUTSIDE; NOWHERE if it has none."""
-    first, end = offsets[token], offsets[token + 1]
-    if first == end:
-        return NOWHERE
-    for i in range(first, end):
-        state = table[state, data[i]]
+def walk(table, state, offsets, data, token_ids):
+    """The state after these tokens, NOWHERE or OUTSIDE; NOWHERE after one without bytes."""
+    for token in token_ids:
         if state < 0:
             break
+        first, end = offsets[token], offsets[token + 1]
+        if first == end:
+            return NOWHERE
+        for i in range(first, end):
+            state = table[state, data[i]]
+            if state < 0:
+                break
     return state
 
 
@@ -162,12 +165,13 @@ def compare(table, state, accept, tree, levels, offsets, data, stops, theirs, sp
     path, states, ours, outside = space
     if not _walk_few(table, state, tree, path, ours, outside):
         _walk_all(table, state, levels, states, ours, outside)
-    for token in stops:
+    for i in range(len(stops)):
+        token = stops[i]
         word, bit = token >> 5, np.uint32(1) << np.uint32(token & 31)
         outside[word] &= ~bit
         if accept:
             ours[word] |= bit
-            if walk(table[2:], state, offsets, data, token) != NOWHERE:
+            if walk(table[2:], state, offsets, data, stops[i : i + 1]) != NOWHERE:
                 return token, 1
         else:
             ours[word] &= ~bit
