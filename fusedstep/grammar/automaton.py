@@ -4,6 +4,10 @@ Why equal states have equal masks: xgrammar's matcher (an Earley parser) keeps, 
 far, all ways to go on in the rules, and a token is in its mask if its bytes keep one of them alive.
 A state of ours is exactly that set of ways, whatever bytes led to it. ``build`` holds each state to
 it: xgrammar's mask there must be the tokens whose bytes the table leads on.
+
+Some masks of xgrammar's leave out a token that its matcher would take: for each place in a rule it
+notes beforehand which tokens cannot come, and judges what may follow the rule by an estimate. Such
+a mask too depends on the places in the rules, the state, and on nothing else.
 """
 
 from __future__ import annotations
@@ -21,12 +25,28 @@ from fusedstep.grammar.entries import OUTSIDE
 from fusedstep.grammar.rules import NoAutomaton, Rules, parse, read_rules
 from fusedstep.grammar.subsets import determinise
 from fusedstep.grammar.vocabulary import Vocabulary
-from fusedstep.grammar.walks import compare, padded, walk
+from fusedstep.grammar.walks import (
+    AMBIGUOUS,
+    LESS,
+    MORE,
+    SAME,
+    STOP,
+    compare,
+    padded,
+    walk,
+)
 
 if TYPE_CHECKING:
     import xgrammar
 
 Ints = npt.NDArray[np.int32]
+
+_WAYS = 4  # to a state, on which a mask that is not exact is tried again
+_WRONG = {
+    MORE: "xgrammar lets token {} through after {!r}, the table does not",
+    STOP: "xgrammar and the table do not agree on the stop token {} after {!r}",
+    AMBIGUOUS: "token {} may end the grammar or go on after {!r}",
+}
 
 
 @dataclass(frozen=True)
@@ -106,9 +126,9 @@ def warm() -> None:
     vocabulary = Vocabulary.from_bytes([b"a", b""])
     states = _determinise(rules, Limits(states=2))
     mask, stops = np.array([1], np.int32), np.array([1], np.int32)
-    token, _ = _Walks(vocabulary, stops).compare(padded(states.table), 0, False, mask)
+    found, _ = _Walks(vocabulary, stops).compare(padded(states.table), 0, False, mask)
     after = Automaton(states.table, np.zeros(2, np.int32), mask[None]).after(vocabulary, [0])
-    if token >= 0 or after != 1:
+    if found != SAME or after != 1:
         raise NoAutomaton("the kernels of fusedstep.grammar do not work on this machine")
 
 
@@ -163,7 +183,7 @@ class _Walks:
 
     def compare(self, table: Ints, state: int, accept: bool, mask: Ints) -> tuple[int, int]:
         """See walks.compare; ``table`` is a padded one."""
-        token, wrong = compare(
+        found, token = compare(
             table,
             state,
             accept,
@@ -175,7 +195,13 @@ class _Walks:
             mask,
             self._space,
         )
-        return int(token), int(wrong)
+        return int(found), int(token)
+
+    def less(self) -> list[int]:
+        """The tokens that the last mask leaves out, though the table lets them through."""
+        words = self._space[2]
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+        return [int(token) for token in np.flatnonzero(bits)]
 
 
 class _Masks:
@@ -192,9 +218,10 @@ class _Masks:
 
         if compiled.tokenizer_info.vocab_size != vocabulary.size:
             raise ValueError("the grammar was compiled for another vocabulary")
-        self._matcher = xgrammar.GrammarMatcher(
-            compiled, override_stop_tokens=stop_token_ids or None
+        self._new_matcher = functools.partial(
+            xgrammar.GrammarMatcher, compiled, override_stop_tokens=stop_token_ids or None
         )
+        self._matcher = self._new_matcher()
         self._walks = _Walks(vocabulary, np.array(self._matcher.stop_token_ids, np.int32))
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocabulary.size)
         self._row: Ints = self._bitmask.numpy()[0]
@@ -215,15 +242,13 @@ class _Masks:
         for state in range(len(states.table)):
             matcher = matchers.pop(state)
             matcher.fill_next_token_bitmask(self._bitmask)
-            token, ambiguous = self._walks.compare(
-                walked, state, bool(states.accepts[state]), self._row
-            )
-            if token >= 0:
-                text = states.text_before(state)
-                if ambiguous:
-                    raise NoAutomaton(f"token {token} may end the grammar or go on after {text!r}")
-                raise NoAutomaton(f"xgrammar's mask after {text!r} is not exact at token {token}")
+            accept = bool(states.accepts[state])
+            found, token = self._walks.compare(walked, state, accept, self._row)
             mask_id = self._keep()
+            if found == LESS:
+                self._check_less(states, state, matcher)
+            elif found != SAME:
+                raise NoAutomaton(_WRONG[found].format(token, states.text_before(state)))
             if mask_id < 0 or (mask_ids and time.monotonic() > deadline):
                 break
             mask_ids.append(mask_id)
@@ -232,6 +257,31 @@ class _Masks:
                 if not matchers[child].accept_string(bytes([states.via[child]])):
                     raise NoAutomaton(f"xgrammar refuses {states.text_before(child)!r}")
         return mask_ids
+
+    def _check_less(self, states: _States, state: int, matcher: xgrammar.GrammarMatcher) -> None:
+        """Checks a mask that leaves tokens out which the table lets through.
+
+        xgrammar's masks are not exact where a rule's lookahead is an estimate. So the table is
+        right if xgrammar's own matcher takes these tokens. The mask still is the state's: it comes
+        of its configurations alone. That is tried on other ways to the state.
+        """
+        for token in self._walks.less():
+            if not matcher.accept_token(token):
+                text = states.text_before(state)
+                raise NoAutomaton(f"xgrammar refuses token {token} after {text!r}")
+            matcher.rollback()
+        mask = self._row.tobytes()
+        ways = np.argwhere(states.table == state)
+        first = (int(states.parents[state]), int(states.via[state]))
+        others = [way for way in map(tuple, ways.tolist()) if way != first]
+        for parent, byte in others[:: len(others) // _WAYS + 1]:
+            text = states.text_before(parent) + bytes([byte])
+            other = self._new_matcher()
+            if not other.accept_string(text):
+                raise NoAutomaton(f"xgrammar refuses {text!r}")
+            other.fill_next_token_bitmask(self._bitmask)
+            if self._row.tobytes() != mask:
+                raise NoAutomaton(f"xgrammar's mask after {text!r} is another than on other ways")
 
     def _keep(self) -> int:
         """The id of the mask in the row; -1 if it is new and there is no room for it."""

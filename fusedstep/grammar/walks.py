@@ -14,6 +14,7 @@ from numba import njit
 from fusedstep.grammar.entries import NOWHERE, OUTSIDE
 
 _ROOT_NODE, _FIRST_NODE = 1, 2  # of a tree in levels; node 0 is that of tokens without bytes
+SAME, MORE, LESS, STOP, AMBIGUOUS = 0, 1, 2, 3, 4  # what compare finds
 _FEW = 4096  # nodes of a tree, beyond which a walk over all of them is faster
 
 
@@ -158,8 +159,8 @@ def padded(table):
 def compare(table, state, accept, tree, levels, offsets, data, stops, theirs, space):
     """Compares a mask of xgrammar's with what the (padded) table lets through in ``state``.
 
-    Gives (-1, _) if both are equal, else a token and what is wrong with it: 0 the masks differ,
-    1 it is a stop token, but its bytes may go on here. Tokens that lead OUTSIDE are not compared.
+    Gives (SAME, _) or what is wrong and the first token with it. LESS: xgrammar lets less tokens
+    through; ``space`` holds them. Tokens that lead OUTSIDE are not compared.
     ``space`` is for the walks: (path, states of the nodes, two masks).
     """
     path, states, ours, outside = space
@@ -168,19 +169,28 @@ def compare(table, state, accept, tree, levels, offsets, data, stops, theirs, sp
     for i in range(len(stops)):
         token = stops[i]
         word, bit = token >> 5, np.uint32(1) << np.uint32(token & 31)
-        outside[word] &= ~bit
-        if accept:
-            ours[word] |= bit
-            if walk(table[2:], state, offsets, data, stops[i : i + 1]) != NOWHERE:
-                return token, 1
-        else:
-            ours[word] &= ~bit
+        allowed = (np.uint32(theirs[word]) & bit) != 0
+        if allowed != accept:
+            return STOP, token
+        if accept and walk(table[2:], state, offsets, data, stops[i : i + 1]) != NOWHERE:
+            return AMBIGUOUS, token
+        outside[word] |= bit
     num_tokens = len(offsets) - 1
+    ours[-1] &= np.uint32(0xFFFFFFFF) >> np.uint32(-num_tokens % 32)
+    found, first = SAME, -1
     for word in range(len(ours)):
-        differ = (ours[word] ^ np.uint32(theirs[word])) & ~outside[word]
-        if differ != 0:
-            for bit in range(32):
-                token = word * 32 + bit
-                if token < num_tokens and (differ >> np.uint32(bit)) & np.uint32(1):
-                    return token, 0
-    return -1, 0
+        mask = np.uint32(theirs[word])
+        more = mask & ~(ours[word] | outside[word])
+        ours[word] &= ~(mask | outside[word])
+        if more == 0 and ours[word] == 0:
+            continue
+        differ = more if more != 0 else ours[word]
+        bit = 0
+        while (differ >> np.uint32(bit)) & np.uint32(1) == 0:
+            bit += 1
+        if word * 32 + bit < num_tokens:
+            if more != 0:
+                return MORE, word * 32 + bit
+            if found == SAME:
+                found, first = LESS, word * 32 + bit
+    return found, first

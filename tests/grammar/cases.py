@@ -81,7 +81,7 @@ SCHEMAS: dict[str, Any] = {
     "weather": WEATHER,
     "nested": _object(a=_object(b=_object(c=STRING), d=INTEGER), e=_object(f=BOOLEAN)),
     "length": _object(s={"type": "string", "minLength": 2, "maxLength": 6}),
-    "long": _object(s={"type": "string", "maxLength": 200}),
+    "long": _object(s={"type": "string", "maxLength": 120}),
     "least length": _object(s={"type": "string", "minLength": 3}),
     "pattern": _object(s={"type": "string", "pattern": r"^[A-Z]{2}-\d{3,}( \w+)?$"}),
     "range": _object(i={"type": "integer", "minimum": -17, "maximum": 204}),
@@ -213,6 +213,7 @@ TAGS = {
             "stop_after_first": True,
         }
     ),
+    "any arguments": _tags(_tag("<call>f<arguments>", True, "<end>")),
     "any text": _tags({"type": "any_text"}),
     "thinking": _tags(
         {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": "</think>"},
