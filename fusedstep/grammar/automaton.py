@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusedstep.grammar.entries import OUTSIDE
+from fusedstep.grammar.left_recursion import without_left_recursion
 from fusedstep.grammar.rules import NoAutomaton, Rules, parse, read_rules
 from fusedstep.grammar.subsets import determinise
 from fusedstep.grammar.vocabulary import Vocabulary
@@ -101,10 +102,10 @@ def build(
     limits = limits or Limits()
     warm()
     deadline = time.monotonic() + limits.seconds
-    states = _determinise(read_rules(compiled), limits)
+    states = _determinise(without_left_recursion(read_rules(compiled)), limits)
     table = states.table
     if not len(table):
-        raise NoAutomaton("the grammar's start calls itself before any byte (left recursion)")
+        raise NoAutomaton("the grammar begins with rules that call each other (left recursion)")
     masks = _Masks(compiled, sorted(set(stop_token_ids)), vocabulary, limits.mask_bytes)
     mask_ids = masks.of_states(states, deadline)
     if len(mask_ids) < len(table):  # cut where the masks end

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fusedstep.grammar.walks import plant
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import xgrammar
 
@@ -42,7 +42,7 @@ class Tree:
 class Vocabulary:
     """The bytes of all tokens, as xgrammar sees them: a special token may be text.
 
-    Tokens without text, ids without a token and the tokenizer's own stop tokens have none.
+    Tokens without text, ids without a token and stop tokens of every request have none.
     """
 
     offsets: Ints  # [num_tokens + 1]
@@ -50,11 +50,19 @@ class Vocabulary:
     tree: Tree
 
     @staticmethod
-    def of(tokenizer: xgrammar.TokenizerInfo) -> Vocabulary:
-        """The vocabulary that xgrammar's masks are about."""
+    def of(tokenizer: xgrammar.TokenizerInfo, stop_token_ids: Iterable[int] = ()) -> Vocabulary:
+        """The vocabulary that xgrammar's masks are about.
+
+        ``stop_token_ids``: those of every request, as a model's generation config has them. Their
+        text could be taken for text of the grammar where any text may come.
+        """
         tokens: list[bytes] = list(tokenizer.decoded_vocab)
         tokens += [b""] * (tokenizer.vocab_size - len(tokens))
-        for token in (*tokenizer.special_token_ids, *tokenizer.stop_token_ids):
+        for token in (
+            *tokenizer.special_token_ids,
+            *tokenizer.stop_token_ids,
+            *stop_token_ids,
+        ):
             tokens[token] = b""
         return Vocabulary.from_bytes(tokens)
 

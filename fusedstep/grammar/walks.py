@@ -176,7 +176,7 @@ def compare(table, state, accept, tree, levels, offsets, data, stops, theirs, sp
             return AMBIGUOUS, token
         outside[word] |= bit
     num_tokens = len(offsets) - 1
-    ours[-1] &= np.uint32(0xFFFFFFFF) >> np.uint32(-num_tokens % 32)
+    outside[-1] |= ~(np.uint32(0xFFFFFFFF) >> np.uint32(-num_tokens % 32))  # these are no tokens
     found, first = SAME, -1
     for word in range(len(ours)):
         mask = np.uint32(theirs[word])
@@ -188,9 +188,8 @@ def compare(table, state, accept, tree, levels, offsets, data, stops, theirs, sp
         bit = 0
         while (differ >> np.uint32(bit)) & np.uint32(1) == 0:
             bit += 1
-        if word * 32 + bit < num_tokens:
-            if more != 0:
-                return MORE, word * 32 + bit
-            if found == SAME:
-                found, first = LESS, word * 32 + bit
+        if more != 0:
+            return MORE, word * 32 + bit
+        if found == SAME:
+            found, first = LESS, word * 32 + bit
     return found, first

@@ -168,6 +168,12 @@ factor ::= [0-9]+ | "(" root ")"
 LARK = {
     "greeting": 'start: "Hello, " NAME ("!" | "?")\nNAME: /[A-Z][a-z]{1,8}/\n',
     "list": 'start: "[" [item ("," item)*] "]"\nitem: NUMBER | start\nNUMBER: /[0-9]+/\n',
+    "left recursion": """start: sum
+sum: sum "+" product | sum "-" product | product
+product: product "*" NUMBER | NUMBER
+NUMBER: /[0-9]+/
+""",
+    "optional left": 'start: "<" a ">"\na: a "x" a "y" | "z" |\n',
     "capture": 'start: "x=" value\nvalue[capture="v"]: /[a-z]+/\n',
 }
 

@@ -93,6 +93,24 @@ def test_a_stop_token_whose_text_may_go_on_is_refused(bundled: World) -> None:
         build(compiled, [_id(bundled, b"7")], bundled.vocabulary)
 
 
+def test_stop_tokens_of_every_request_are_never_text(bundled: World) -> None:
+    """A generation config has more stop tokens than the tokenizer; to xgrammar they are text."""
+    more = _id(bundled, b"<|endoftext|>")
+    stops = [more, *bundled.info.stop_token_ids]
+    compiled = BY_NAME["tag auto"].compile(bundled.compiler)
+    with pytest.raises(NoAutomaton, match=f"token {more} may end the grammar or go on after b''"):
+        build(compiled, stops, bundled.vocabulary)
+    vocabulary = Vocabulary.of(bundled.info, stops)
+    automaton = build(compiled, stops, vocabulary)
+    walker = Walker(compiled, vocabulary, stops)
+    for seed in range(6):
+        walker.compare(automaton, seed, 40)
+    assert automaton.after(vocabulary, [_id(bundled, b"the"), more]) == ENDED
+    string = BY_NAME["string"].compile(bundled.compiler)
+    with pytest.raises(NoAutomaton, match=f"lets token {more} through"):  # not this request's
+        build(string, bundled.info.stop_token_ids, vocabulary)
+
+
 def test_a_stop_token_is_no_text_before_the_end(bundled: World) -> None:
     """Its bytes fit in the middle, but xgrammar lets a stop token come at the end only."""
     compiled = bundled.compiler.compile_grammar('root ::= "x" "7" "x"')
@@ -139,7 +157,7 @@ def test_the_limit_of_masks_and_of_work(bundled: World) -> None:
 
 
 def test_left_recursion_past_the_start_is_outside(fallback: World) -> None:
-    lark = 'start: "<" sum ">"\nsum: sum "+" NUMBER | NUMBER\nNUMBER: /[0-9]/\n'
+    lark = 'start: "<" a ">"\na: b "+" | "x"\nb: a "-" | "y"\n'
     automaton = build(fallback.compiler.compile_lark(lark), [], fallback.vocabulary)
     assert automaton.num_states == 1 and automaton.next_states[0, ord("<")] == OUTSIDE
 
@@ -155,7 +173,7 @@ def test_left_recursion_past_the_start_is_outside(fallback: World) -> None:
         ('start: "x" word\nword[max_chars=5, capture="w"]: /[a-z]+/\n', r"max_chars=5"),
         ('start: "x" word\nword[stop="abc"]: /[a-z]+/\n', "lazy"),
         ('start: "x" <|im_end|> "y"\n', "an edge of the kind 'Token'"),
-        ('start: start "x" | "y"\n', "left recursion"),
+        ('start: a\na: b "x" | "y"\nb: a "z" | "w"\n', "left recursion"),
     ],
 )
 def test_refused(bundled: World, lark: str, reason: str) -> None:
