@@ -29,7 +29,8 @@ class Mutation:
     @property
     def id(self) -> str:
         module = self.path.rpartition("/")[2].removesuffix(".py")
-        return f"{module}-{self.name}-{self.old.split()[0].strip('@(')}"
+        test = self.test.rpartition("/")[2].removesuffix(".py")
+        return f"{module}-{self.old.split()[0].strip('@(')}-{test}-{self.name}"
 
 
 STALE = "stock steps sampled from parameters of the row's last user"
@@ -42,6 +43,10 @@ FIRST_ERROR = "the first error hides behind the next one"
 BELOW = "blocks below a sliding window, which others may write, with a NaN"
 MODULES = "the driver's module kept when its kernel is not found"
 
+SLOTS = "a slot's output or staging used for the window after it"
+READS = "a result that is read before its copy is waited for"
+COPIES = "a result that is copied before the steps have run"
+OUTPUT = "fusedstep/window/output.py"
 RECORDER = "fusedstep/window/recorder.py"
 RECORDING = "fusedstep/vllm_plugin/runner/recording.py"
 RUNNER_PY = "fusedstep/vllm_plugin/runner/runner.py"
@@ -118,6 +123,21 @@ MUTATIONS = (
         RUNNER,
         "one_page",
     ),
+    *(
+        Mutation(fault, path, old, new, test, "test_tokens")
+        for fault, path, old, new in (
+            (SLOTS, "fusedstep/window/state.py", "self.slots[self._count % 2]", "self.slots[0]"),
+            (
+                SLOTS,
+                "fusedstep/window/state.py",
+                "(slot(), slot())",
+                "(first := slot(), WindowSlot(rows, seen, slot().output, first.staging))",
+            ),
+            (READS, OUTPUT, "self._ready.synchronize()", "pass"),
+            (COPIES, OUTPUT, "stream.wait_stream(torch.cuda.current_stream())", "pass"),
+        )
+        for test in (WINDOW,)
+    ),
     Mutation(
         SPINS,
         "fusedstep/window/output.py",
@@ -134,13 +154,16 @@ MUTATIONS = (
         WINDOW,
         "host_buffers",
     ),
-    Mutation(
-        "windows without graphs where stock's steps have piecewise ones",
-        RECORDING,
-        "if loop != LoopForm.EAGER and piecewise:",
-        "if False:",
-        FORMS,
-        "keep_stock_steps",
+    *(
+        Mutation(
+            "windows without graphs where stock's steps have piecewise ones",
+            RECORDING,
+            "if loop != LoopForm.EAGER and piecewise:",
+            "if False:",
+            test,
+            "keep_stock_steps",
+        )
+        for test in (FORMS,)
     ),
     Mutation(
         "`cudagraph_mode=FULL` with sizes above `max_num_seqs`",

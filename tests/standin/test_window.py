@@ -52,6 +52,7 @@ def recorded(
 def test_tokens(gpu: None, arrivals: ArrivalCounter, form: str | None) -> None:
     """Batches of changing rows and budgets; every buffer is used again and again."""
     engine = made()
+    engine.reads_late = True
     graphs = form and recorded(form, engine, arrivals, (ROWS, 2))
     pace = AheadPace()
     batches = [[3], [0, 4], [1, 2, 0], [4, 3, 2, 1], [0, 1, 2, 3, 4]]
@@ -64,6 +65,7 @@ def test_tokens(gpu: None, arrivals: ArrivalCounter, form: str | None) -> None:
             engine.window(
                 budget, pace=pace, graphs=graphs, rows=rows, num_rows=num_rows, logprobs=logprobs
             )
+    engine.read()
     assert engine.outputs == emitted()
     assert GPU.waits["spinning"] == 0 < GPU.waits["blocking"]
 

@@ -121,6 +121,8 @@ class Engine:
         self.model = PagedModel(self.inputs)
         self.windows = WindowState.allocate(ROWS, 16, device)
         self.outputs = [[] for _ in prompts]
+        self.reads_late = False  # a window only when the next one is under way, as vLLM does
+        self.unread = None
         for row, prompt in enumerate(prompts):
             positions = torch.arange(len(prompt) - 1)
             slots = blocks[row, positions // BLOCK] * BLOCK + positions % BLOCK
@@ -156,15 +158,31 @@ class Engine:
             self.model, self.ops, slot, cut_short, pace, graphs, top_one if logprobs else None
         )
         stream = torch.cuda.Stream() if slot.rows.active.is_cuda else None
-        result = Fetched(slot, stream).tokens()
+        fetched = Fetched(slot, stream)
+        if self.reads_late:
+            self.read()
+            self.unread = fetched, rows, logprobs
+            return None
+        result = self.take(fetched, rows, logprobs)
+        self.steps_enqueued, self.result = slot.steps_run, result
+        return result.num_steps
+
+    def take(self, fetched, rows, logprobs):
+        """A window's tokens to the outputs of its requests."""
+        result = fetched.tokens()
         for row, new in zip(rows, result.token_ids, strict=True):
             self.outputs[row] += new
         if logprobs:
             assert result.logprob_token_ids.shape == (sum(map(len, result.token_ids)), 2)
             assert result.logprob_token_ids[:, 0].tolist() == list(chain(*result.token_ids))
             assert result.logprobs.shape == result.logprob_token_ids.shape
-        self.steps_enqueued, self.result = slot.steps_run, result
-        return result.num_steps
+        return result
+
+    def read(self):
+        """The window that is still unread, if there is one."""
+        if self.unread is not None:
+            self.take(*self.unread)
+        self.unread = None
 
 
 def top_one(logits, slot):
