@@ -24,7 +24,7 @@ import numpy.typing as npt
 from fusedstep.grammar.entries import OUTSIDE
 from fusedstep.grammar.left_recursion import without_left_recursion
 from fusedstep.grammar.rules import NoAutomaton, Rules, parse, read_rules
-from fusedstep.grammar.subsets import determinise
+from fusedstep.grammar.subsets import FEW, MANY, determinise
 from fusedstep.grammar.vocabulary import Vocabulary
 from fusedstep.grammar.walks import (
     AMBIGUOUS,
@@ -33,7 +33,7 @@ from fusedstep.grammar.walks import (
     SAME,
     STOP,
     compare,
-    padded,
+    row_starts,
     walk,
 )
 
@@ -106,8 +106,8 @@ def build(
     table = states.table
     if not len(table):
         raise NoAutomaton("the grammar begins with rules that call each other (left recursion)")
-    masks = _Masks(compiled, sorted(set(stop_token_ids)), vocabulary, limits.mask_bytes)
-    mask_ids = masks.of_states(states, deadline)
+    masks = _Masks(compiled, sorted(set(stop_token_ids)), vocabulary, states, limits.mask_bytes)
+    mask_ids = masks.of_states(deadline)
     if len(mask_ids) < len(table):  # cut where the masks end
         table = table[: len(mask_ids)].copy()
         table[table >= len(table)] = OUTSIDE
@@ -127,7 +127,7 @@ def warm() -> None:
     vocabulary = Vocabulary.from_bytes([b"a", b""])
     states = _determinise(rules, Limits(states=2))
     mask, stops = np.array([1], np.int32), np.array([1], np.int32)
-    found, _ = _Walks(vocabulary, stops).compare(padded(states.table), 0, False, mask)
+    found, _ = _Walks(states.table, vocabulary, stops).compare(0, False, mask)
     after = Automaton(states.table, np.zeros(2, np.int32), mask[None]).after(vocabulary, [0])
     if found != SAME or after != 1:
         raise NoAutomaton("the kernels of fusedstep.grammar do not work on this machine")
@@ -152,23 +152,29 @@ class _States:
 
 
 def _determinise(rules: Rules, limits: Limits) -> _States:
-    tables = determinise(
-        rules.first_edges,
-        rules.edges,
-        rules.starts,
-        rules.accepting,
-        rules.repeats,
-        rules.root,
-        limits.states,
-        limits.work,
-    )
+    for room in (FEW, MANY):
+        *tables, full = determinise(
+            rules.first_edges,
+            rules.edges,
+            rules.starts,
+            rules.accepting,
+            rules.repeats,
+            rules.root,
+            limits.states,
+            limits.work,
+            room,
+        )
+        if not full:
+            break
     return _States(*tables)
 
 
 class _Walks:
     """All tokens of a vocabulary walked through a table, and the memory for it."""
 
-    def __init__(self, vocabulary: Vocabulary, stops: Ints) -> None:
+    def __init__(self, table: Ints, vocabulary: Vocabulary, stops: Ints) -> None:
+        self._table = table
+        self._rows = row_starts(table)
         tree = vocabulary.tree
         words = len(tree.level_node) // 32
         self._tree = (tree.depth, tree.byte, tree.after, tree.tokens, tree.ends, tree.order)
@@ -176,16 +182,17 @@ class _Walks:
         self._vocabulary = vocabulary
         self._stops = stops
         self._space = (
-            np.empty(1 + tree.depth.max(initial=0), np.int32),
-            np.empty(len(tree.level_parent), np.int32),
+            np.empty(1 + tree.depth.max(initial=0), np.uint32),
+            np.empty(len(tree.level_parent), np.uint32),
             np.empty(words, np.uint32),
             np.empty(words, np.uint32),
         )
 
-    def compare(self, table: Ints, state: int, accept: bool, mask: Ints) -> tuple[int, int]:
-        """See walks.compare; ``table`` is a padded one."""
+    def compare(self, state: int, accept: bool, mask: Ints) -> tuple[int, int]:
+        """See walks.compare."""
         found, token = compare(
-            table,
+            self._table,
+            self._rows,
             state,
             accept,
             self._tree,
@@ -213,6 +220,7 @@ class _Masks:
         compiled: xgrammar.CompiledGrammar,
         stop_token_ids: list[int],
         vocabulary: Vocabulary,
+        states: _States,
         max_bytes: int,
     ) -> None:
         import xgrammar
@@ -223,31 +231,33 @@ class _Masks:
             xgrammar.GrammarMatcher, compiled, override_stop_tokens=stop_token_ids or None
         )
         self._matcher = self._new_matcher()
-        self._walks = _Walks(vocabulary, np.array(self._matcher.stop_token_ids, np.int32))
+        stops = np.array(self._matcher.stop_token_ids, np.int32)
+        self._walks = _Walks(states.table, vocabulary, stops)
+        self._states = states
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocabulary.size)
         self._row: Ints = self._bitmask.numpy()[0]
         self._ids: dict[bytes, int] = {}
         self._max_masks = max(1, max_bytes // self._row.nbytes)
         self.rows: list[Ints] = []
 
-    def of_states(self, states: _States, deadline: float) -> list[int]:
+    def of_states(self, deadline: float) -> list[int]:
         """Each state's mask id, for as many states from the start on as the limits allow.
 
         A state's matcher is its parent's after one more byte; parents are numbered in order.
         """
+        states = self._states
         mask_ids: list[int] = []
         numbers = np.arange(len(states.table) + 1)
         children = np.searchsorted(states.parents, numbers).tolist()
         matchers: dict[int, xgrammar.GrammarMatcher] = {0: self._matcher}
-        walked = padded(states.table)
         for state in range(len(states.table)):
             matcher = matchers.pop(state)
             matcher.fill_next_token_bitmask(self._bitmask)
             accept = bool(states.accepts[state])
-            found, token = self._walks.compare(walked, state, accept, self._row)
+            found, token = self._walks.compare(state, accept, self._row)
             mask_id = self._keep()
             if found == LESS:
-                self._check_less(states, state, matcher)
+                self._check_less(state, matcher)
             elif found != SAME:
                 raise NoAutomaton(_WRONG[found].format(token, states.text_before(state)))
             if mask_id < 0 or (mask_ids and time.monotonic() > deadline):
@@ -259,13 +269,14 @@ class _Masks:
                     raise NoAutomaton(f"xgrammar refuses {states.text_before(child)!r}")
         return mask_ids
 
-    def _check_less(self, states: _States, state: int, matcher: xgrammar.GrammarMatcher) -> None:
+    def _check_less(self, state: int, matcher: xgrammar.GrammarMatcher) -> None:
         """Checks a mask that leaves tokens out which the table lets through.
 
         xgrammar's masks are not exact where a rule's lookahead is an estimate. So the table is
         right if xgrammar's own matcher takes these tokens. The mask still is the state's: it comes
         of its configurations alone. That is tried on other ways to the state.
         """
+        states = self._states
         for token in self._walks.less():
             if not matcher.accept_token(token):
                 text = states.text_before(state)

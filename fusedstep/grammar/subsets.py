@@ -21,13 +21,11 @@ from fusedstep.grammar.entries import NOWHERE, OUTSIDE
 
 EPSILON, CALL, REPEAT = -1, -2, -3  # kinds of edges that take no byte: see rules.Rules
 
-# How many different stacks, configurations and sets are kept, and members of all sets. A grammar
-# that needs more is cut there, as at the limit of states. Sets are those of the states, and those
-# that a byte leads to before they are closed.
-_STACKS = 1 << 16
-_CONFIGURATIONS = 1 << 17
-_SETS = 1 << 17
-_MEMBERS = 1 << 21
+# How many different stacks, configurations and sets are kept: first few, for most grammars need no
+# more and memory costs time. A grammar that needs more than many is cut there, as at the limit of
+# states. Sets are those of the states, and those that a byte leads to before they are closed.
+FEW, MANY = 1 << 13, 1 << 17
+_MEMBERS = 16  # of all sets, for each of that number
 _CLOSURE = 1 << 14  # configurations of one set
 
 # int32 as all that is numbered: numba compiles a kernel once for each type it is called with.
@@ -289,34 +287,35 @@ def _mark_cuts(rules, configurations, members, cuts):
 
 
 @njit(cache=True, nogil=True)
-def determinise(first_edges, edges, starts, accepting, repeats, root, max_states, max_work):
+def determinise(first_edges, edges, starts, accepting, repeats, root, max_states, max_work, room):
     """The table of next states, breadth first from the start.
 
     What is beyond a limit, or would need an endless closure (left recursion), is OUTSIDE.
-    Gives the table, who accepts, and the state and the byte that each state was first found by.
-    The table is empty if not even the start can be made.
+    Gives the table, who accepts, the state and the byte that each state was first found by, and
+    True if there was too little ``room`` (FEW, MANY). The table is empty if not even the start can
+    be made.
     """
     only_ends = accepting & (first_edges[1:] == first_edges[:-1])
     rules = _Rules(first_edges, edges, starts, accepting, repeats, only_ends)
     stacks = _Numbers(
-        np.empty((_STACKS, 3), np.int32), np.ones(1, np.int64), np.full(2 * _STACKS, -1, np.int32)
+        np.empty((room, 3), np.int32), np.ones(1, np.int64), np.full(2 * room, -1, np.int32)
     )
     configurations = _Numbers(
-        np.empty((_CONFIGURATIONS, 3), np.int32),
+        np.empty((room, 3), np.int32),
         np.zeros(1, np.int64),
-        np.full(2 * _CONFIGURATIONS, -1, np.int32),
+        np.full(2 * room, -1, np.int32),
     )
     sets = _Sets(
-        np.zeros(_SETS + 1, np.int64),
-        np.empty(_MEMBERS, np.int32),
-        np.empty(_SETS, np.int8),
-        np.full(_SETS, OUTSIDE, np.int32),
+        np.zeros(room + 1, np.int64),
+        np.empty(room * _MEMBERS, np.int32),
+        np.empty(room, np.int8),
+        np.full(room, OUTSIDE, np.int32),
         np.zeros(1, np.int64),
-        np.full(2 * _SETS, -1, np.int32),
+        np.full(2 * room, -1, np.int32),
     )
     closures = _Closures(
-        np.zeros(_STACKS, np.int32),
-        np.zeros(_CONFIGURATIONS, np.int32),
+        np.zeros(room, np.int32),
+        np.zeros(room, np.int32),
         np.empty(_CLOSURE, np.int32),
         np.empty(_CLOSURE, np.int32),
     )
@@ -328,6 +327,7 @@ def determinise(first_edges, edges, starts, accepting, repeats, root, max_states
     seeds = np.empty(_CLOSURE, np.int32)
     cuts = np.empty(257, np.bool_)
     num_states, work, stamp = 0, 0, 0
+    full = False
     parent = -1  # of what is being found; -1: the start is
     while parent < num_states and work <= max_work:
         members = sets.members[0:0]
@@ -336,7 +336,6 @@ def determinise(first_edges, edges, starts, accepting, repeats, root, max_states
             members = sets.members[sets.firsts[number] : sets.firsts[number + 1]]
         _mark_cuts(rules, configurations, members, cuts)
         target = NOWHERE
-        full = False
         for byte in range(256 if parent >= 0 else 1):
             if cuts[byte]:
                 count = 1
@@ -390,4 +389,5 @@ def determinise(first_edges, edges, starts, accepting, repeats, root, max_states
         accepts[:num_states].copy(),
         parents[:num_states].copy(),
         via[:num_states].copy(),
+        full,
     )

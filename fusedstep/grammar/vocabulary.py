@@ -33,9 +33,9 @@ class Tree:
     after: Ints  # [num_nodes]: the next node that is not below this one
     tokens: Ints  # [num_nodes + 1]
     ends: Ints  # [num_nodes]
-    level_parent: Ints  # [2 + num_nodes]
+    level_parent: npt.NDArray[np.uint32]  # [2 + num_nodes]
     level_byte: npt.NDArray[np.uint8]  # [2 + num_nodes]
-    level_node: Ints  # [number of token ids, rounded up to 32]
+    level_node: npt.NDArray[np.uint32]  # [number of token ids, rounded up to 32]
 
 
 @dataclass(frozen=True)

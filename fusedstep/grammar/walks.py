@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from fusedstep.grammar.entries import NOWHERE, OUTSIDE
+from fusedstep.grammar.entries import NOWHERE
 
 _ROOT_NODE, _FIRST_NODE = 1, 2  # of a tree in levels; node 0 is that of tokens without bytes
+_OUTSIDE_ROW, _NOWHERE_ROW, _STATE_ROW = np.uint32(0), np.uint32(256), np.uint32(512)
 SAME, MORE, LESS, STOP, AMBIGUOUS = 0, 1, 2, 3, 4  # what compare finds
 _FEW = 4096  # nodes of a tree, beyond which a walk over all of them is faster
 
@@ -68,9 +69,9 @@ def plant(offsets, data, order):
     levels[1] = _FIRST_NODE
     for level in range(1, longest + 1):
         levels[level + 1] += levels[level]
-    level_parent = np.zeros(_FIRST_NODE + num_nodes, np.int32)
+    level_parent = np.zeros(_FIRST_NODE + num_nodes, np.uint32)
     level_byte = np.zeros(_FIRST_NODE + num_nodes, np.uint8)
-    level_node = np.zeros((num_tokens + 31) // 32 * 32, np.int32)
+    level_node = np.zeros((num_tokens + 31) // 32 * 32, np.uint32)
     path[0] = _ROOT_NODE
     for node in range(num_nodes):
         numbered = levels[depth[node]]
@@ -100,79 +101,86 @@ def walk(table, state, offsets, data, token_ids):
 
 
 @njit(cache=True, nogil=True)
-def _walk_few(table, state, tree, path, ours, outside):
+def row_starts(table):
+    """The table for walks of many tokens: each entry is the index where the next state's row is.
+
+    There are two rows before those of the states: OUTSIDE leads OUTSIDE, NOWHERE leads NOWHERE.
+    Unsigned, so that no index is looked at for being negative.
+    """
+    result = np.empty((len(table) + 2) * 256, np.uint32)
+    result[:256] = _OUTSIDE_ROW
+    result[256:512] = _NOWHERE_ROW
+    for state in range(len(table)):
+        for byte in range(256):
+            result[(state + 2) * 256 + byte] = np.uint32((table[state, byte] + 2) * 256)
+    return result
+
+
+@njit(cache=True, nogil=True)
+def _walk_few(rows, state, tree, path, ours, outside):
     """The tokens that ``state`` lets through, by descent into the tree; False if there are many."""
     depth, byte, after, tokens, ends, order = tree
     ours[:] = 0
     outside[:] = 0
-    path[0] = state
-    node = 0
+    path[0] = (state + 2) * 256
+    node = np.uint32(0)
     visited = 0
-    while node < len(depth):
+    while node < np.uint32(len(depth)):
         visited += 1
         if visited > _FEW:
             return False
         below = depth[node]
-        target = table[path[below - 1] + 2, byte[node]]
-        if target >= 0:
-            path[below] = target
+        row = rows[path[below - 1] + np.uint32(byte[node])]
+        if row >= _STATE_ROW:
+            path[below] = row
             for i in range(tokens[node], ends[node]):
                 ours[order[i] >> 5] |= np.uint32(1) << np.uint32(order[i] & 31)
-            node += 1
+            node += np.uint32(1)
         else:
-            if target == OUTSIDE:
+            if row == _OUTSIDE_ROW:
                 for i in range(tokens[node], tokens[after[node]]):
                     outside[order[i] >> 5] |= np.uint32(1) << np.uint32(order[i] & 31)
-            node = after[node]
+            node = np.uint32(after[node])
     return True
 
 
 @njit(cache=True, nogil=True)
-def _walk_all(table, state, levels, states, ours, outside):
+def _walk_all(rows, state, levels, reached, ours, outside):
     """The same level by level, without a branch: faster where much is let through."""
     level_parent, level_byte, level_node = levels
-    states[0] = NOWHERE
-    states[_ROOT_NODE] = state
-    for node in range(_FIRST_NODE, len(level_parent)):
-        states[node] = table[states[level_parent[node]] + 2, level_byte[node]]
-    for word in range(len(ours)):
+    reached[0] = _NOWHERE_ROW
+    reached[_ROOT_NODE] = (state + 2) * 256
+    for node in range(np.uint64(_FIRST_NODE), np.uint64(len(level_parent))):
+        reached[node] = rows[reached[level_parent[node]] + np.uint32(level_byte[node])]
+    for word in range(np.uint64(len(ours))):
         through, beyond = np.uint32(0), np.uint32(0)
-        for bit in range(32):
-            target = states[level_node[word * 32 + bit]]
-            through |= np.uint32(target >= 0) << np.uint32(bit)
-            beyond |= np.uint32(target == OUTSIDE) << np.uint32(bit)
+        for bit in range(np.uint64(32)):
+            row = reached[level_node[word * np.uint64(32) + bit]]
+            through |= np.uint32(row >= _STATE_ROW) << np.uint32(bit)
+            beyond |= np.uint32(row == _OUTSIDE_ROW) << np.uint32(bit)
         ours[word] = through
         outside[word] = beyond
 
 
 @njit(cache=True, nogil=True)
-def padded(table):
-    """The table with two rows before state 0: OUTSIDE leads OUTSIDE, NOWHERE leads NOWHERE."""
-    result = np.empty((len(table) + 2, 256), np.int32)
-    result[0] = OUTSIDE
-    result[1] = NOWHERE
-    result[2:] = table
-    return result
-
-
-@njit(cache=True, nogil=True)
-def compare(table, state, accept, tree, levels, offsets, data, stops, theirs, space):
-    """Compares a mask of xgrammar's with what the (padded) table lets through in ``state``.
+def compare(table, rows, state, accept, tree, levels, offsets, data, stops, theirs, space):
+    """Compares a mask of xgrammar's with what the table lets through in ``state``.
 
     Gives (SAME, _) or what is wrong and the first token with it. LESS: xgrammar lets less tokens
     through; ``space`` holds them. Tokens that lead OUTSIDE are not compared.
-    ``space`` is for the walks: (path, states of the nodes, two masks).
+    ``rows``: see row_starts. ``space`` is for the walks: (rows on the path, rows that the nodes
+    reach, two masks).
     """
-    path, states, ours, outside = space
-    if not _walk_few(table, state, tree, path, ours, outside):
-        _walk_all(table, state, levels, states, ours, outside)
+    path, reached, ours, outside = space
+    if not _walk_few(rows, state, tree, path, ours, outside):
+        _walk_all(rows, state, levels, reached, ours, outside)
     for i in range(len(stops)):
         token = stops[i]
         word, bit = token >> 5, np.uint32(1) << np.uint32(token & 31)
         allowed = (np.uint32(theirs[word]) & bit) != 0
         if allowed != accept:
             return STOP, token
-        if accept and walk(table[2:], state, offsets, data, stops[i : i + 1]) != NOWHERE:
+        if accept and walk(table, state, offsets, data, stops[i : i + 1]) != NOWHERE:
             return AMBIGUOUS, token
         outside[word] |= bit
     num_tokens = len(offsets) - 1
