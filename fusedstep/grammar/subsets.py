@@ -27,6 +27,7 @@ EPSILON, CALL, REPEAT = -1, -2, -3  # kinds of edges that take no byte: see rule
 FEW, MANY = 1 << 13, 1 << 17
 _MEMBERS = 16  # of all sets, for each of that number
 _CLOSURE = 1 << 14  # configurations of one set
+_UNFOLDED = 8  # frames that one is unfolded to, at most
 
 # int32 as all that is numbered: numba compiles a kernel once for each type it is called with.
 _ZERO = np.int32(0)
@@ -45,6 +46,8 @@ class _Rules(NamedTuple):
     accepting: Any
     repeats: Any
     only_ends: Any  # states from which a rule can only end: a call that leads there needs no frame
+    first_frames: Any  # [num_states + 1], into frames
+    frames: Any  # see _unfold
 
 
 class _Numbers(NamedTuple):
@@ -168,10 +171,51 @@ def _add(configurations, closures, stamp, num_todo, state, done, stack):
 @njit(cache=True, nogil=True)
 def _push(stacks, heights, state, count, below):
     """The number of a stack with one more frame; -1 if there is no room."""
-    number = _number_of(stacks, state, count, below)
+    number = _number_of(stacks, state, count, below) if below >= 0 else below
     if number >= 0:
         heights[number] = heights[below] + 1
     return number
+
+
+@njit(cache=True, nogil=True)
+def _unfold(first_edges, edges, starts, accepting, only_ends):
+    """The frames that stand for a return to each state, the lowest first.
+
+    A state that does nothing but call a rule stands for two frames: what comes after the call, and
+    on it the start of that rule. So stacks that mean the same are more often the same.
+    """
+    size = len(accepting)
+    first_frames = np.zeros(size + 1, np.int64)
+    frames = np.empty(size * (_UNFOLDED + 1), np.int32)
+    for state in range(size):
+        first = first_frames[state]
+        frames[first] = state
+        end = first + 1
+        at = first
+        steps = 0
+        while at < end:
+            frame = frames[at]
+            edge = first_edges[frame]
+            calls = first_edges[frame + 1] == edge + 1 and edges[edge, 0] == CALL
+            if not calls or accepting[frame]:
+                at += 1
+                continue
+            steps += 1
+            if steps > _UNFOLDED:  # rules that call each other, perhaps
+                frames[first] = state
+                end = first + 1
+                break
+            _, rule, target = edges[edge]
+            if only_ends[target]:
+                frames[at] = starts[rule]
+            else:
+                for i in range(end, at, -1):
+                    frames[i] = frames[i - 1]
+                frames[at] = target
+                frames[at + 1] = starts[rule]
+                end += 1
+        first_frames[state + 1] = end
+    return first_frames, frames
 
 
 @njit(cache=True, nogil=True)
@@ -204,7 +248,8 @@ def _close(rules, stacks, configurations, closures, stamp, seeds):
         state, done, stack = configurations.keys[seed]
         num_todo = _add(configurations, closures, stamp, num_todo, state, done, stack)
         highest = max(highest, heights[stack])
-    highest += len(rules.starts)  # a higher stack: some rule called itself and no byte was taken
+    # In a higher stack some rule has called itself and no byte was taken.
+    highest += len(rules.starts) * (_UNFOLDED + 1)
     while num_todo > 0:
         num_todo -= 1
         visited += 1
@@ -221,7 +266,8 @@ def _close(rules, stacks, configurations, closures, stamp, seeds):
                 rule, inner = row, stack
                 if kind == CALL:
                     if not rules.only_ends[target]:
-                        inner = _push(stacks, heights, target, _PLAIN, stack)
+                        for i in range(rules.first_frames[target], rules.first_frames[target + 1]):
+                            inner = _push(stacks, heights, rules.frames[i], _PLAIN, inner)
                 else:
                     rule, least, most = rules.repeats[row]
                     if done >= least:
@@ -296,7 +342,8 @@ def determinise(first_edges, edges, starts, accepting, repeats, root, max_states
     be made.
     """
     only_ends = accepting & (first_edges[1:] == first_edges[:-1])
-    rules = _Rules(first_edges, edges, starts, accepting, repeats, only_ends)
+    frames = _unfold(first_edges, edges, starts, accepting, only_ends)
+    rules = _Rules(first_edges, edges, starts, accepting, repeats, only_ends, *frames)
     stacks = _Numbers(
         np.empty((room, 3), np.int32), np.ones(1, np.int64), np.full(2 * room, -1, np.int32)
     )

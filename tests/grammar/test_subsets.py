@@ -103,6 +103,31 @@ def test_left_recursion_through_a_nullable_beginning_stays_outside() -> None:
     assert not len(_table(without_left_recursion(rules))[0])
 
 
+def test_rules_that_only_call_each_other_end() -> None:
+    """root: r3 r1, r1: r2, r2: r1, r3: "a"; nothing can follow the "a"."""
+    rules = parse(
+        _listing(
+            (0, "2", "0: [Rule(3)->1]\n1: [Rule(1)->2]\n2: []\n"),
+            (3, "4", "3: [Rule(2)->4]\n4: []\n"),
+            (5, "6", "5: [Rule(1)->6]\n6: []\n"),
+            (7, "8", "7: ['a'->8]\n8: []\n"),
+        )
+    )
+    table, accepts, *_ = _table(rules)
+    assert len(table) == 2 and table[0, ord("a")] == 1
+    assert (table[1] == NOWHERE).all() and not accepts.any()
+
+
+def test_stacks_that_mean_the_same_are_one(bundled: World) -> None:
+    """A first and a later value of an object go on alike: so few states hold this nesting."""
+    rules = read_rules(BY_NAME["json object"].compile(bundled.compiler))
+    table = _table(rules, states=2048, room=MANY)[0]
+    state = 0
+    for byte in b'{"a": {"b": [{"c": [1, 2]}]}}':
+        state = table[state, byte]
+        assert state >= 0
+
+
 @pytest.mark.parametrize("name", ["weather", "json object", "regex counted", "tag auto"])
 def test_what_is_cut_is_the_beginning_of_the_whole(bundled: World, name: str) -> None:
     rules = read_rules(BY_NAME[name].compile(bundled.compiler))
