@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedstep.errors import TensorError
-from fusedstep.ops.types import StepState, WindowRows, dtypes
+from fusedstep.ops.types import GrammarState, StepState, WindowRows, dtypes
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -19,6 +19,8 @@ def check_state(state: StepState, device: torch.device) -> None:
             _expect(name, getattr(part, name), 0, max_num_reqs)
     _expect("prompt_bin_mask", requests.prompt_bin_mask, 1, -(-vocab_size // 32))
     _expect("last_sampled_tokens", requests.last_sampled_tokens, 1, 1)
+    if state.grammar is not None:
+        _check_grammar(state.grammar, max_num_reqs, vocab_size, device)
     _check_all(inputs, device)
     num_groups = len(inputs.block_sizes)
     if len(inputs.sliding_reach) != num_groups:
@@ -36,6 +38,18 @@ def check_state(state: StepState, device: torch.device) -> None:
         for group, table in enumerate(tables):
             _check(f"{name}[{group}]", table, device, torch.int32)
             _expect(f"{name}[{group}]", table, 1, state.block_tables[group].shape[1])
+
+
+def _check_grammar(
+    grammar: GrammarState, max_num_reqs: int, vocab_size: int, device: torch.device
+) -> None:
+    _check_all(grammar, device)
+    for name in ("states", "reasoning_ends"):
+        _expect(name, getattr(grammar, name), 0, max_num_reqs)
+    _expect("next_states", grammar.next_states, 1, 256)
+    _expect("mask_ids", grammar.mask_ids, 0, len(grammar.next_states))
+    _expect("masks", grammar.masks, 1, -(-vocab_size // 32))
+    _expect("token_starts", grammar.token_starts, 0, vocab_size + 1)
 
 
 def check_rows(rows: WindowRows, device: torch.device) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fusedstep.ops import native_rows, native_sample
+from fusedstep.ops import native_grammar, native_rows, native_sample
 from fusedstep.ops.check import (
     check_logits,
     check_num_reqs,
@@ -24,6 +24,7 @@ from fusedstep.ops.check import (
 from fusedstep.ops.types import (
     PAD_SLOT_ID,
     BatchNeeds,
+    GrammarState,
     RequestState,
     SamplingState,
     StepInputs,
@@ -36,6 +37,10 @@ CPU = torch.device("cpu")
 
 # The integer type that carries a 16-bit float's bits to native_sample.widen.
 _BIT_CARRIERS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_MINUS_INF = {
+    dtype: torch.tensor([-torch.inf], dtype=dtype).view(carrier).numpy()
+    for dtype, carrier in ({torch.float32: torch.float32} | _BIT_CARRIERS).items()
+}
 
 
 def _view_class(state_class: type) -> Any:
@@ -48,6 +53,7 @@ RequestStateViews = _view_class(RequestState)
 SamplingStateViews = _view_class(SamplingState)
 StopStateViews = _view_class(StopState)
 WindowRowsViews = _view_class(WindowRows)
+GrammarStateViews = _view_class(GrammarState)
 
 
 class StepInputsViews(NamedTuple):
@@ -95,6 +101,8 @@ class NativeStep:
         self._sampling = _views(SamplingStateViews, state.sampling)
         self._stop = _views(StopStateViews, state.stop)
         self._inputs = _views(StepInputsViews, inputs)
+        self._grammar = state.grammar and _views(GrammarStateViews, state.grammar)
+        self._slot_mappings = inputs.slot_mappings.numpy()
         self._groups = [
             _Group(
                 block_table=block_table.numpy(),
@@ -150,17 +158,22 @@ class NativeStep:
         views = self._views_of(rows, num_reqs)
         native_rows.advance_rows(num_reqs, views, self._requests, self._stop, self._inputs)
         self._map_slots(views, num_reqs)
+        if needs.grammar:
+            self.follow(rows, num_reqs)
+            native_grammar.end_rows_outside(num_reqs, views, self._grammar, self._slot_mappings)
 
     def sample(
         self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
     ) -> None:
-        """Write the token of each active row to ``rows.sampled``. ``logits`` is left as it is.
+        """Write the token of each active row to ``rows.sampled``.
 
-        The tokens are those of vLLM's model runner V2 sampler. A greedy row takes the first index
-        of the largest logit after bias, penalties and bad words; min-p, top-k and top-p cannot
-        change it and are skipped.
+        ``logits`` is left as it is, but for what a grammar forbids. The tokens are those of vLLM's
+        model runner V2 sampler. A greedy row takes the first index of the largest logit after bias,
+        penalties and bad words; min-p, top-k and top-p cannot change it and are skipped.
         """
         check_logits(logits, num_reqs, self._vocab_size, CPU)
+        if needs.grammar:
+            self.constrain(logits, rows, num_reqs)
         native_sample.sample_rows(
             flat_logits(logits),
             logits.stride(0),
@@ -172,6 +185,26 @@ class NativeStep:
             needs.logprobs,
             self._scratch,
         )
+
+    def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
+        """Mask, in place, what the requests' grammars forbid. No row has sampled a token yet."""
+        native_grammar.constrain_rows(
+            flat_logits(logits),
+            logits.stride(0),
+            _MINUS_INF[logits.dtype],
+            self._vocab_size,
+            num_reqs,
+            self._views_of(rows, num_reqs),
+            self._grammar,
+        )
+
+    def follow(self, rows: WindowRows, num_reqs: int) -> None:
+        """Move the request of each row that has sampled a token on in its grammar.
+
+        One that gets outside of the tables takes no step of a window any more.
+        """
+        views = self._views_of(rows, num_reqs)
+        native_grammar.follow_rows(num_reqs, views, self._requests, self._grammar)
 
     def _map_slots(self, views: Any, num_reqs: int) -> None:
         for group in self._groups:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import torch
 
 from fusedstep.ops.types import (
+    FREE,
     NULL_BLOCK_ID,
+    OUTSIDE,
     PAD_SLOT_ID,
+    REASONS,
     BatchNeeds,
+    GrammarState,
     RequestState,
     SamplingState,
     StepState,
@@ -32,6 +36,7 @@ class ReferenceStep:
         self.inputs = state.inputs
         self.block_tables = state.block_tables
         self.num_blocks = state.num_blocks
+        self.grammar = state.grammar
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
         """Start a window of ``num_reqs`` rows."""
@@ -65,11 +70,16 @@ class ReferenceStep:
         """``sample``, then emit the tokens, apply the stop rule and place the next inputs."""
         self.sample(logits, rows, num_reqs, needs)
         self._advance(rows, num_reqs)
+        if needs.grammar:
+            self.follow(rows, num_reqs)
+            self._end_outside(rows, num_reqs)
 
     def sample(
         self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
     ) -> None:
         """Write the token of each active row to ``rows.sampled``; ``logits`` is [num_reqs, V]."""
+        if needs.grammar:
+            self.constrain(logits, rows, num_reqs)
         for batch_idx in range(num_reqs):
             if not rows.active[batch_idx]:
                 continue
@@ -80,6 +90,43 @@ class ReferenceStep:
             if needs.logprobs:
                 rows.logprobs[batch_idx] = row.log_softmax(-1)[token]
                 rows.ranks[batch_idx] = (row >= row[token]).sum()
+
+    def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
+        """Mask, in place, what the requests' grammars forbid. No row has sampled a token yet."""
+        grammar = self.grammar
+        assert grammar is not None
+        rows.sampled[:num_reqs] = -1
+        tokens = torch.arange(logits.shape[1])
+        for batch_idx in range(num_reqs):
+            req = int(rows.idx_mapping[batch_idx])
+            state = int(grammar.states[req]) if req >= 0 else FREE
+            if state >= 0:
+                mask = grammar.masks[grammar.mask_ids[state]]
+                allowed = (mask[tokens // 32] >> (tokens % 32)) & 1 == 1
+                logits[batch_idx].masked_fill_(~allowed, -torch.inf)
+
+    def follow(self, rows: WindowRows, num_reqs: int) -> None:
+        """Move the request of each row that has sampled a token on in its grammar.
+
+        One that gets outside of the tables takes no step of a window any more.
+        """
+        grammar = self.grammar
+        assert grammar is not None
+        for batch_idx in range(num_reqs):
+            req, token = int(rows.idx_mapping[batch_idx]), int(rows.sampled[batch_idx])
+            if token >= 0 and req >= 0:
+                grammar.states[req] = state_after(token, req, grammar)
+                self.requests.stopped[req] |= grammar.states[req] == OUTSIDE
+
+    def _end_outside(self, rows: WindowRows, num_reqs: int) -> None:
+        """End the rows whose requests are outside of their grammars' tables."""
+        assert self.grammar is not None
+        for batch_idx in range(num_reqs):
+            req = int(rows.idx_mapping[batch_idx])
+            if rows.active[batch_idx] and self.grammar.states[req] == OUTSIDE:
+                rows.active[batch_idx] = False
+                rows.num_active.sub_(1)
+                self.inputs.slot_mappings[:, batch_idx] = PAD_SLOT_ID
 
     def _advance(self, rows: WindowRows, num_reqs: int) -> None:
         requests = self.requests
@@ -127,6 +174,23 @@ def must_stop(token: int, total_len: int, req: int, stop: StopState) -> bool:
     """The device's part of vLLM's ``check_stop`` after ``token`` made the length ``total_len``."""
     stop_ids = stop.stop_token_ids[req, : int(stop.num_stop_token_ids[req])].tolist()
     return token in stop_ids or total_len >= int(stop.max_len[req])
+
+
+def state_after(token: int, req: int, grammar: GrammarState) -> int:
+    """The request's state in its grammar after ``token``, which its mask has let through.
+
+    A token whose bytes lead nowhere, or that has none, ends the grammar: it is a stop token.
+    """
+    state = int(grammar.states[req])
+    if state <= REASONS:
+        return REASONS - state if token == int(grammar.reasoning_ends[req]) else state
+    start, end = grammar.token_starts[token : token + 2].tolist()
+    if start == end and state >= 0:
+        return FREE
+    for byte in grammar.token_bytes[start:end].tolist():
+        if state >= 0:
+            state = int(grammar.next_states[state, byte])
+    return state
 
 
 def sample_row(

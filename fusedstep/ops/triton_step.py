@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedstep.kernels.draw import draw_kernel
+from fusedstep.kernels.grammar import constrain_kernel, follow_kernel
 from fusedstep.kernels.rows import prepare_kernel
 from fusedstep.kernels.sample import BUCKET, sample_kernel
 from fusedstep.kernels.truncate import truncate_kernel
@@ -31,6 +32,7 @@ from fusedstep.ops.check import (
 from fusedstep.ops.launch import Launch, Truncation
 from fusedstep.ops.types import (
     BatchNeeds,
+    GrammarState,
     RequestState,
     SamplingState,
     StepState,
@@ -42,6 +44,7 @@ from fusedstep.ops.types import (
 # small programs keep the GPU busy.
 SAMPLE_BLOCKS = (1024, 2048)
 TRUNCATE_BLOCKS = (4096, 16384)
+CONSTRAIN_BLOCK = 4096
 MANY_PROGRAMS = 512
 CANDIDATES = 1024
 
@@ -57,6 +60,7 @@ _Requests = _arguments(RequestState)
 _Sampling = _arguments(SamplingState)
 _Stop = _arguments(StopState)
 _Rows = _arguments(WindowRows, "out_logprobs", "out_ranks")
+_Grammar = _arguments(GrammarState)
 
 
 class _Inputs(NamedTuple):
@@ -135,6 +139,7 @@ class TritonStep:
         self._sampling = _of(_Sampling, sampling)
         self._stop = _of(_Stop, stop)
         self._inputs = _of(_Inputs, inputs)
+        self._grammar = state.grammar and _of(_Grammar, state.grammar)
         self._block_sizes = inputs.block_sizes
         self._sliding_reach = inputs.sliding_reach
         self._block_tables = state.block_tables
@@ -176,15 +181,69 @@ class TritonStep:
         needs: BatchNeeds,
     ) -> None:
         """``sample``, then emit the tokens, apply the stop rule and place the next inputs."""
+        if needs.grammar:
+            self.constrain(logits, rows, num_reqs)
         for launch in self.launches(logits, rows, num_reqs, needs, advance=True):
             launch()
+        if needs.grammar:
+            for launch in self.follow_launches(rows, num_reqs, ends_rows=True):
+                launch()
 
     def sample(
         self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
     ) -> None:
-        """Write the token of each active row to ``rows.sampled``. ``logits`` is left as it is."""
+        """Write the token of each active row to ``rows.sampled``.
+
+        ``logits`` is left as it is, but for what a grammar forbids.
+        """
+        if needs.grammar:
+            self.constrain(logits, rows, num_reqs)
         for launch in self.launches(logits, rows, num_reqs, needs, advance=False):
             launch()
+
+    def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
+        """Mask, in place, what the requests' grammars forbid. No row has sampled a token yet."""
+        for launch in self.constrain_launches(logits, rows, num_reqs):
+            launch()
+
+    def follow(self, rows: WindowRows, num_reqs: int) -> None:
+        """Move the request of each row that has sampled a token on in its grammar.
+
+        One that gets outside of the tables takes no step of a window any more.
+        """
+        for launch in self.follow_launches(rows, num_reqs, ends_rows=False):
+            launch()
+
+    def constrain_launches(
+        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int
+    ) -> Sequence[Launch]:
+        """The kernel that ``constrain`` launches; none for no rows."""
+        check_logits(logits, num_reqs, self._vocab_size, self._device)
+        arguments, _ = self._arguments_of(rows, num_reqs)
+        args = {
+            "logits_ptr": logits,
+            "logits_stride": logits.stride(0),
+            "rows": arguments,
+            "grammar": self._grammar,
+        }
+        block = min(CONSTRAIN_BLOCK, max(_power_of_two(self._vocab_size), 32))
+        constexprs = {"VOCAB_SIZE": self._vocab_size, "BLOCK_V": block}
+        grid = (-(-self._vocab_size // block), num_reqs)
+        return (Launch(constrain_kernel, grid, args, constexprs, num_warps=4),) * (num_reqs > 0)
+
+    def follow_launches(self, rows: WindowRows, num_reqs: int, ends_rows: bool) -> Sequence[Launch]:
+        """The kernel that follows the grammars; with ``ends_rows``, in a window."""
+        arguments, _ = self._arguments_of(rows, num_reqs)
+        args = {
+            "ends_rows": int(ends_rows),
+            "slot_stride": self._strides.slot_mappings,
+            "rows": arguments,
+            "requests": self._requests,
+            "inputs": self._inputs,
+            "grammar": self._grammar,
+        }
+        constexprs = {"NUM_GROUPS": len(self._block_sizes)}
+        return (Launch(follow_kernel, (num_reqs,), args, constexprs, num_warps=1),) * (num_reqs > 0)
 
     def prepare_launches(self, rows: WindowRows, num_reqs: int) -> Sequence[Launch]:
         """The kernel that ``prepare`` launches."""

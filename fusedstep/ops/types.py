@@ -7,7 +7,7 @@ Each class says who writes it; nobody else does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
@@ -17,6 +17,7 @@ Bool = Annotated[torch.Tensor, torch.bool]
 Int32 = Annotated[torch.Tensor, torch.int32]
 Int64 = Annotated[torch.Tensor, torch.int64]
 Float32 = Annotated[torch.Tensor, torch.float32]
+UInt8 = Annotated[torch.Tensor, torch.uint8]
 
 # A row that stopped writes its key and value nowhere.
 PAD_SLOT_ID = -1
@@ -26,6 +27,11 @@ NULL_BLOCK_ID = 0
 WINDOW_ENDS = 1 << 16
 # Off-value of top-k: the size of the vocabulary.
 ALL_TOKENS = -1
+# A request's state in its grammar, where that is no state of the tables: any token may come (there
+# is no grammar, or it has ended); the tables end here, the host must say what may come. From
+# REASONS down it reasons, and any token may come: after the end of its reasoning it is in state
+# REASONS - state.
+FREE, OUTSIDE, REASONS = -1, -2, -3
 
 
 class Parameter(NamedTuple):
@@ -154,6 +160,23 @@ class StepInputs:
 
 
 @dataclass(frozen=True)
+class GrammarState:
+    """Structured output: the grammars in use as automata of bytes, and where each request is.
+
+    ``states`` is written by the runner when a request enters its row, and by ``follow``; the rest
+    by the runner when a grammar comes. ``S`` states and ``M`` masks, of all grammars together.
+    """
+
+    states: Int32  # [R], row = req_state_idx: a state, or FREE, OUTSIDE, REASONS - state
+    reasoning_ends: Int32  # [R], the token that ends a request's reasoning
+    next_states: Int32  # [S, 256], by byte: a state, FREE or OUTSIDE
+    mask_ids: Int32  # [S], row of masks
+    masks: Int32  # [M, ceil(V / 32)], one bit per token id: may it come?
+    token_starts: Int32  # [V + 1], of each token's bytes; one without any ends a grammar
+    token_bytes: UInt8  # [room], of all tokens
+
+
+@dataclass(frozen=True)
 class StepState:
     """All that a step is bound to, once: what outlives a window."""
 
@@ -163,6 +186,7 @@ class StepState:
     inputs: StepInputs
     block_tables: tuple[torch.Tensor, ...]  # per group [R, max_num_blocks] int32
     num_blocks: torch.Tensor  # [num_kv_cache_groups, R] int32
+    grammar: GrammarState | None = field(default=None, kw_only=True)
 
 
 _BY_STEP = ("out_tokens", "out_logprobs", "out_ranks")
@@ -179,7 +203,7 @@ class WindowRows:
     idx_mapping: Int64  # [B], batch_idx -> req_state_idx, -1 for a padding row
     steps_allowed: Int32  # [B], of this row: its reserved KV slots
     active: Bool  # [B]
-    sampled: Int64  # [B], this step's token of each active row
+    sampled: Int64  # [B], this step's token of each active row; with grammars -1 of the others
     logprobs: Float32  # [B], its log softmax in the raw logits, when asked
     ranks: Int64  # [B], how many raw logits are at least its own, when asked
     num_sampled: Int32  # [B], tokens emitted in this window
@@ -222,6 +246,7 @@ class BatchNeeds:
     min_p: bool = True  # at a temperature above 0
     truncation: bool = True  # top-k or top-p at a temperature above 0
     logprobs: bool = False  # logprob and rank of the sampled tokens
+    grammar: bool = False  # structured output
 
     @property
     def restriction(self) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 from ops.attention_world import FP8, Rows, make_layer, make_rows
+from ops.grammar_world import build_grammar
 from ops.kernel_table import COLUMNS
 from ops.world import DTYPES, World, build_world, strided
 from races.compiled import order_of
@@ -72,6 +73,10 @@ def cases(world: World, targets: Collection[str]) -> Iterator[Case]:
                 sample, _, draw = stock.launches(logits, rows, num_reqs, needs, advance)
                 yield Case(f"{call} {name} {where} for stock's truncation", sample)
                 yield Case(f"{call} {name} {where} after stock's truncation", draw)
+        for launch in step.constrain_launches(logits, rows, num_reqs):
+            yield Case(f"constrain {where}", launch)
+    for launch in step.follow_launches(rows, 64, ends_rows=True):
+        yield Case("follow", launch)
     unaligned = strided(torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16), VOCAB_SIZE + 3, 1)
     for launch in step.launches(unaligned, rows, 1, EVERYTHING, True):
         yield Case("step everything bfloat16 n=1 unaligned", launch)
@@ -174,6 +179,7 @@ def main(targets: list[str], only: Collection[tuple[str, ...]] | None = None) ->
     world = build_world(
         VOCAB_SIZE, 64, max_num_reqs=64, block_sizes=(16, 16), sliding_reach=(1023, 0)
     )
+    world = replace(world, grammar=build_grammar(64, VOCAB_SIZE))
     seen, is_bad = set(), False
     print(*COLUMNS, sep="\t")
     for case in cases(world, targets):

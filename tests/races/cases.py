@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from ops.attention_world import make_layer, make_rows
 from ops.compile_kernels import NEEDS
+from ops.grammar_world import build_grammar
 from ops.options import (
     COMBINATIONS,
     Option,
@@ -62,6 +63,7 @@ def small_blocks() -> Iterator[None]:
     with (
         patch.object(triton_step, "SAMPLE_BLOCKS", (BLOCK, BLOCK)),
         patch.object(triton_step, "TRUNCATE_BLOCKS", (BLOCK, BLOCK)),
+        patch.object(triton_step, "CONSTRAIN_BLOCK", BLOCK),
         patch.object(triton_step, "CANDIDATES", CANDIDATES),
         patch.object(attention, "MIN_SHARE", 16),
     ):
@@ -138,6 +140,25 @@ def step_case(
     return Case(f"{'step' if advance else 'sample'}-{kind}{over}", run)
 
 
+def grammar_case(*, block_sizes: tuple[int, ...] = (16,), seed: int = 0) -> Case:
+    """Two steps under grammars: one row is padding, some end outside of the tables."""
+
+    def run() -> Tensors:
+        n = 6
+        logits = [random_logits(n, VOCAB_SIZE, seed=seed + i) for i in range(2)]
+        world = build_world(VOCAB_SIZE, n, padding=(1,), seed=seed, block_sizes=block_sizes)
+        world = replace(world, grammar=build_grammar(n + 3, VOCAB_SIZE, seed=seed))
+        assert world.grammar is not None
+        step = world.bind(TritonStep)
+        step.prepare(world.rows, n)
+        for each in logits:
+            step.step(each, world.rows, n, replace(NEEDS["plain"], grammar=True))
+        masked = {f"logits {i}": each for i, each in enumerate(logits)}
+        return world.tensors() | masked | {"states": world.grammar.states}
+
+    return Case(f"step-grammar-{len(block_sizes)}", run)
+
+
 def attention_case(
     query_len: int,
     *,
@@ -184,6 +205,7 @@ def cases() -> list[Case]:
     return [
         *(step_case(kind, rows, advance=True) for kind, rows in ROWS.items()),
         step_case("everything", ROWS["everything"], advance=False, block_sizes=(16, 32)),
+        grammar_case(block_sizes=(16, 32)),
         step_case("truncation", ROWS["truncation"], advance=True, hands_over=True),
         step_case("everything", ROWS["everything"], advance=True, hands_over=True),
         *(
@@ -214,6 +236,7 @@ def all_cases() -> list[Case]:
             for seed in range(3)
             for hands_over in ((False, True) if NEEDS[kind].truncation else (False,))
         ),
+        *(grammar_case(block_sizes=s, seed=i) for s in ((16,), (16, 32)) for i in range(6)),
         *(
             attention_case(query_len, dtype=dtype, programs=programs, **options)
             for query_len in range(1, MAX_QUERY_LEN + 1)
