@@ -59,26 +59,28 @@ def follow_kernel(
         return
     before = tl.load(grammar.states + req)
     is_active = tl.load(rows.active + batch_idx).to(tl.int1)
-    state = _state_after(token, before, tl.load(grammar.reasoning_ends + req), grammar)
+    state = _state_after(token, req, before, grammar)
     tl.debug_barrier()  # other threads may still load what is stored now
     tl.store(grammar.states + req, state)
     if state == OUTSIDE:
         tl.store(requests.stopped + req, 1)
         if (ends_rows != 0) & is_active:
             tl.store(rows.active + batch_idx, 0)
-            tl.atomic_add(rows.num_active, -1)
+            tl.atomic_add(rows.num_active, -1, sem="relaxed")
             for group in tl.static_range(NUM_GROUPS):
                 slot_ptr = inputs.slot_mappings + group * slot_stride + batch_idx
                 tl.store(slot_ptr, PAD_SLOT_ID)
 
 
 @triton.jit
-def _state_after(token, state, reasoning_end, grammar):
+def _state_after(token, req, state, grammar):
     """A token whose bytes lead nowhere, or that has none, ends the grammar."""
     position = tl.load(grammar.token_starts + token)
     end = tl.load(grammar.token_starts + token + 1)
     if state <= REASONS:
-        state = tl.where(token == reasoning_end, -(state - REASONS), state)
+        ends, begins = grammar.reasoning_ends + 2 * req, grammar.reasoning_ends + 2 * req + 1
+        state = tl.where(token == tl.load(ends), -(state - REASONS), state)
+        state = tl.where(token == tl.load(begins), OUTSIDE, state)
     elif state >= 0:
         state = tl.where(position == end, FREE, state)
         while (position < end) & (state >= 0):

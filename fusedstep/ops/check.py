@@ -46,6 +46,7 @@ def _check_grammar(
     _check_all(grammar, device)
     for name in ("states", "reasoning_ends"):
         _expect(name, getattr(grammar, name), 0, max_num_reqs)
+    _expect("reasoning_ends", grammar.reasoning_ends, 1, 2)
     _expect("next_states", grammar.next_states, 1, 256)
     _expect("mask_ids", grammar.mask_ids, 0, len(grammar.next_states))
     _expect("masks", grammar.masks, 1, -(-vocab_size // 32))

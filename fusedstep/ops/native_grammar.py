@@ -42,7 +42,9 @@ def constrain_rows(logits, stride, minus_inf, vocab_size, num_reqs, rows, gramma
 def _state_after(token, req, grammar):
     state = grammar.states[req]
     if state <= REASONS:
-        return REASONS - state if token == grammar.reasoning_ends[req] else state
+        if token == grammar.reasoning_ends[req, 1]:
+            return OUTSIDE
+        return REASONS - state if token == grammar.reasoning_ends[req, 0] else state
     start, end = grammar.token_starts[token], grammar.token_starts[token + 1]
     if start == end and state >= 0:
         return FREE

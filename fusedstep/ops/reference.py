@@ -183,7 +183,8 @@ def state_after(token: int, req: int, grammar: GrammarState) -> int:
     """
     state = int(grammar.states[req])
     if state <= REASONS:
-        return REASONS - state if token == int(grammar.reasoning_ends[req]) else state
+        end, first = grammar.reasoning_ends[req].tolist()
+        return OUTSIDE if token == first else REASONS - state if token == end else state
     start, end = grammar.token_starts[token : token + 2].tolist()
     if start == end and state >= 0:
         return FREE

@@ -168,7 +168,9 @@ class GrammarState:
     """
 
     states: Int32  # [R], row = req_state_idx: a state, or FREE, OUTSIDE, REASONS - state
-    reasoning_ends: Int32  # [R], the token that ends a request's reasoning
+    # [R, 2], -1: none. The token that ends a request's reasoning, and one that ends it as the first
+    # of the grammar's, which leads outside.
+    reasoning_ends: Int32
     next_states: Int32  # [S, 256], by byte: a state, FREE or OUTSIDE
     mask_ids: Int32  # [S], row of masks
     masks: Int32  # [M, ceil(V / 32)], one bit per token id: may it come?

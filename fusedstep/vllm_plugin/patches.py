@@ -16,6 +16,8 @@ from fusedstep.window import arrivals
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
+    from fusedstep.vllm_plugin.grammar_tables import GrammarNews
+
 
 class Kind(StrEnum):
     """How vLLM is changed."""
@@ -122,6 +124,13 @@ PATCHES = (
         Kind.HUNG,
         "SchedulerOutput",
         "requests wait for a row: the window ends at the first stop",
+    ),
+    Patch(
+        "patches.py",
+        "output.grammars",
+        Kind.HUNG,
+        "SchedulerOutput",
+        "automata of structured output, for the device",
     ),
     # Worker.
     Patch(
@@ -462,3 +471,12 @@ def stamp_of(output: SchedulerOutput) -> WindowStamp:
     if not hasattr(output, "arrivals_seen"):
         return WindowStamp(arrivals.NEVER_END, ends_at_stop=False)
     return WindowStamp(output.arrivals_seen, output.ends_at_stop)
+
+
+def bring_grammars(output: SchedulerOutput, news: GrammarNews) -> None:
+    output.grammars = news
+
+
+def grammars_of(output: SchedulerOutput) -> GrammarNews | None:
+    """None for a batch whose requests bring none."""
+    return getattr(output, "grammars", None)

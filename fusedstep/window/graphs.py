@@ -16,6 +16,8 @@ from fusedstep.window.state import WindowSlot, WindowState
 # What a recorded step can do: nothing but temperature and seeds, everything but logprobs of the
 # sampled tokens, or everything.
 VARIANTS = (BatchNeeds.none(), BatchNeeds(), BatchNeeds(logprobs=True))
+# That, under the grammars of structured output: recorded where requests can have some.
+GRAMMAR = BatchNeeds(logprobs=True, grammar=True)
 # Steps of one graph of the unrolled form. It cannot be stopped within them.
 UNROLLED_STEPS = 8
 
@@ -50,6 +52,8 @@ def variant(needs: BatchNeeds) -> BatchNeeds:
 
     More than the needs costs a little time, less gives wrong tokens.
     """
+    if needs.grammar:
+        return GRAMMAR
     return VARIANTS[2 if needs.logprobs else needs.adjustment or needs.restriction]
 
 
@@ -60,10 +64,17 @@ class WindowGraphs:
     """
 
     def __init__(
-        self, form: LoopForm, model: DecodeModel, ops: StepOps, state: WindowState
+        self,
+        form: LoopForm,
+        model: DecodeModel,
+        ops: StepOps,
+        state: WindowState,
+        *,
+        grammars: bool = False,
     ) -> None:
-        """``form``: one that is recorded."""
+        """``form``: one that is recorded. ``grammars``: requests may have some."""
         self.form = form
+        self.variants = (*VARIANTS, GRAMMAR) if grammars else VARIANTS
         self.model, self.ops, self.state = model, ops, state
         self._recorder: Recorder | None = None
         self._single: dict[Key, Graph] = {}
@@ -73,7 +84,7 @@ class WindowGraphs:
         """Record the steps of batches of ``num_rows`` rows, each after a run that compiles."""
         self._recorder = recorder  # whose memory the graphs use
         rows = self.state.rows
-        for needs in VARIANTS:
+        for needs in self.variants:
             key = num_rows, num_loras, needs
             capturing = partial(self.model.capturing, num_rows, num_loras)
             step = partial(decode_step, self.model, self.ops, rows, num_rows, needs)

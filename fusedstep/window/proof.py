@@ -8,8 +8,15 @@ import numpy as np
 import torch
 
 from fusedstep.errors import FusedStepError
-from fusedstep.ops.types import BatchNeeds, SamplingState, StepState, off_value
-from fusedstep.window.graphs import UNROLLED_STEPS, VARIANTS, WindowGraphs
+from fusedstep.ops.types import (
+    FREE,
+    BatchNeeds,
+    GrammarState,
+    SamplingState,
+    StepState,
+    off_value,
+)
+from fusedstep.window.graphs import UNROLLED_STEPS, WindowGraphs
 from fusedstep.window.loop import HOST_PACE, Graphs, run_window
 from fusedstep.window.pace import Pace
 from fusedstep.window.state import Fetched
@@ -52,7 +59,7 @@ class Proof:
         # On the host: counts of each token id take as much memory as logits.
         before = [t[:num_reqs].to("cpu", copy=True) for t in vars(self.state.requests).values()]
         try:
-            for needs in VARIANTS:
+            for needs in self.graphs.variants:
                 eager = self._tokens(num_reqs, needs, None)
                 recorded = self._tokens(num_reqs, needs, self.graphs)
                 if recorded == eager:
@@ -64,6 +71,8 @@ class Proof:
         finally:
             for tensor, was in zip(vars(self.state.requests).values(), before, strict=True):
                 tensor[:num_reqs] = was
+            if self.state.grammar is not None:
+                self.state.grammar.states[:num_reqs] = FREE
 
     def _varies(self, eager: list[list[int]], num_reqs: int, needs: BatchNeeds) -> bool:
         """Does the eager loop itself give other tokens from run to run? Then they prove nothing:
@@ -104,6 +113,9 @@ class Proof:
                 getattr(sampling, name)[:num_reqs] = value
         sampling.temperature[:num_reqs] = (rows % 2).float()
         sampling.seeds[:num_reqs] = 1000 + rows
+        if self.state.grammar is not None:
+            _make_up_grammar(self.state.grammar)
+            self.state.grammar.states[:num_reqs] = rows % 3 - 1 if needs.grammar else FREE
         stop.max_len[:num_reqs] = 1 << 30
         stop.max_len[1:2] = CONTEXT + 1 + STOPS_AFTER
         stop.num_stop_token_ids[:num_reqs] = 0
@@ -115,3 +127,11 @@ class Proof:
             table[:num_reqs, :width] = first + blocks.view(num_reqs, width)
             self.state.num_blocks[group, :num_reqs] = width
             first += num_reqs * width
+
+
+def _make_up_grammar(grammar: GrammarState) -> None:
+    """Two states that take turns; each forbids half of the tokens. No request has one yet."""
+    grammar.token_starts.copy_(torch.arange(len(grammar.token_starts)))  # a byte each, of 0
+    grammar.next_states[0, 0], grammar.next_states[1, 0] = 1, 0
+    grammar.mask_ids[0], grammar.mask_ids[1] = 0, 1
+    grammar.masks[0], grammar.masks[1] = 0x55555555, ~0x55555555

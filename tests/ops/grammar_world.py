@@ -34,7 +34,7 @@ def build_grammar(max_num_reqs: int, vocab_size: int, *, seed: int = 0) -> Gramm
     masks[0] = -1
     return GrammarState(
         states=randint(0, NUM_STATES, max_num_reqs).int(),
-        reasoning_ends=torch.full((max_num_reqs,), -1, dtype=torch.int32),
+        reasoning_ends=torch.full((max_num_reqs, 2), -1, dtype=torch.int32),
         next_states=next_states.int(),
         mask_ids=randint(0, NUM_MASKS, NUM_STATES).int(),
         masks=masks.int(),

@@ -106,13 +106,14 @@ def test_reasoning_ends_with_its_token(implementation: Implementation) -> None:
     assert grammar is not None
     rows = world.rows.idx_mapping[:n]
     grammar.states[rows] = REASONS - 7
-    grammar.reasoning_ends[rows[:2]] = end
+    grammar.reasoning_ends[rows[:2], 0] = end
+    grammar.reasoning_ends[rows[2], 1] = end
     logits = [random_logits(n, vocab_size, seed=i) for i in range(3)]
     world.sampling.temperature.zero_()
     logits[0][:, end] = 100.0
     after = compare(world, logits[:1], implementation)
     assert after.grammar is not None
-    assert after.grammar.states[rows].tolist() == [7, 7, REASONS - 7, REASONS - 7]
+    assert after.grammar.states[rows].tolist() == [7, 7, OUTSIDE, REASONS - 7]
     assert after.rows.out_tokens[0, :n].tolist() == [end] * n
     compare(world, logits, implementation)
 

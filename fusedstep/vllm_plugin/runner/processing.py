@@ -71,9 +71,15 @@ class Processing:
     def step(
         self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
     ) -> None:
-        """``needs`` concern our own processing: none is left."""
+        """``needs`` concern our own processing: grammars alone are left."""
+        if needs.grammar:
+            self.ops.constrain(logits, rows, num_reqs)
         self.logits = self._processed(logits)
-        self.ops.step(self.logits, rows, num_reqs, BatchNeeds.none())
+        left = replace(BatchNeeds.none(), grammar=needs.grammar)
+        self.ops.step(self.logits, rows, num_reqs, left)
+
+    def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
+        self.ops.constrain(logits, rows, num_reqs)
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [num_rows, vocab_size] that stock would draw from."""

@@ -174,7 +174,13 @@ class GraphStore:
         batches = self._batches()
         if _planners(runner):
             return None, 0  # planned before every step: vLLM's own graph is the forward then
-        graphs = WindowGraphs(self.form.name, parts.model, parts.ops, parts.windows)
+        graphs = WindowGraphs(
+            self.form.name,
+            parts.model,
+            parts.ops,
+            parts.windows,
+            grammars=parts.state.grammar is not None,
+        )
         recorded = batches[:num_sizes]
         taken: list[int] = []
         with graph_capture(device=runner.device):

@@ -22,7 +22,9 @@ from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat, patches, reasons
+from fusedstep.vllm_plugin.grammar_tables import GrammarNews
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
+from fusedstep.vllm_plugin.runner.grammars import Grammars, StockSteps
 from fusedstep.vllm_plugin.runner.logprobs import Logprobs
 from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
 from fusedstep.vllm_plugin.runner.parts import batch_reason, metadata_reason, runner_reason
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
 logger = logging.getLogger("vllm.fusedstep")
+
+# num_sampled and num_rejected, [num_reqs].
+Sampled = tuple[SamplerOutput, torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -102,6 +107,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.staged: StagedWindow | None = None
         self.graph_memory: dict[str, int] = {}  # bytes of the windows' graphs
         self.scratch: Any = None  # of the step operations, where they have some
+        self.grammars: Grammars | None = None  # None: this engine takes no structured output
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
     @property
@@ -118,9 +124,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.profile_run()
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM measures here what it must leave free beside the KV cache: the scratch, too."""
+        """vLLM measures here what it must leave free beside the KV cache: our tables, too."""
         if self.engine_reason is None:
             self._step_class()
+            self._allocate_grammars()
         super().profile_run(*args, **kwargs)
 
     def _step_class(self) -> Any:
@@ -139,6 +146,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
                 allocate_buffers(self.scratch.adjusted, self.scratch.limit_k, self.scratch.limit_p)
         return partial(step_class, scratch=self.scratch, truncation=truncation)
 
+    def _allocate_grammars(self) -> None:
+        if self.grammars is None and not self.model_config.skip_tokenizer_init:
+            self.grammars = Grammars(self.max_num_reqs, self.vocab_size, self.device)
+
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         """The block tables exist from here on: build what windows need."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -148,9 +159,11 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.engine_reason = self.engine_reason or reason
         if self.engine_reason is not None:
             return
-        self.tables = DeviceTables(self)
+        self._allocate_grammars()
+        self.tables = DeviceTables(self, None if self.grammars is None else self.grammars.state)
         step_class = self._step_class()
         self.ops = step_class(self.tables.state)
+        self.stock_steps = StockSteps(self.max_num_reqs, self.device, self.ops)
         self.processing = Processing(self.sampler, self.tables.state, step_class)
         self.prefill_sampler = PrefillSampler(self.tables, self.ops)
         if self.ops_choice.name == "native":
@@ -219,8 +232,13 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
         if self.engine_reason is None:
+            news = patches.grammars_of(scheduler_output) or GrammarNews()
+            if self.grammars is not None:
+                self.grammars.take(news)
             for new_request in scheduler_output.scheduled_new_reqs:
-                self.tables.add_request(new_request)
+                row = self.tables.add_request(new_request)
+                if self.grammars is not None:
+                    self.grammars.enter(row, news.rows.get(new_request.req_id))
             if scheduler_output.scheduled_new_reqs:
                 self.tables.apply_staged_writes()
 
@@ -264,19 +282,33 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         hidden_states: torch.Tensor,  # [num_tokens, hidden_size]
         input_batch: InputBatch,
         grammar_output: GrammarOutput | None,
-    ) -> tuple[SamplerOutput, torch.Tensor, torch.Tensor]:
+    ) -> Sampled:
         """A stock step's sampling, by the window's own sampler wherever it can."""
         rows = input_batch.idx_mapping_np
-        if (
-            grammar_output is not None
-            or self.engine_reason is not None
-            or self.tables.needs_stock[rows].any()
-            or self.processing.is_wanted(rows)
-        ):
-            stock: tuple[SamplerOutput, torch.Tensor, torch.Tensor]
-            stock = super().sample(hidden_states, input_batch, grammar_output)
-            return stock
-        logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
+        if self.engine_reason is not None:
+            plain: Sampled = super().sample(hidden_states, input_batch, grammar_output)
+            return plain
+        on_device = self.grammars is not None and self.grammars.any_of(rows)
+        ours = not (self.tables.needs_stock[rows].any() or self.processing.is_wanted(rows))
+        if grammar_output is not None or not (ours or on_device):
+            sampled: Sampled = super().sample(hidden_states, input_batch, grammar_output)
+        else:
+            logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
+            if ours:
+                sampled = self._sample(logits, input_batch)
+            else:
+                self.stock_steps.constrain(logits, input_batch.idx_mapping)
+                output = self.sampler(logits, input_batch)
+                sampled = output, output.num_sampled, output.num_rejected
+        if on_device:
+            output, num_sampled, _ = sampled
+            token_ids = output.sampled_token_ids.view(-1)
+            self.stock_steps.follow(input_batch.idx_mapping, token_ids, num_sampled)
+        return sampled
+
+    def _sample(self, logits: torch.Tensor, input_batch: InputBatch) -> Sampled:
+        """By the window's sampler."""
+        rows = input_batch.idx_mapping_np
         positions = input_batch.positions[input_batch.logits_indices]
         sampled = self.prefill_sampler(
             logits, input_batch.idx_mapping, positions, self._needs(rows)
@@ -313,6 +345,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return self.no_windows
         if self.tables.needs_stock[rows].any():
             return next(r for r in map(self.tables.reasons.get, rows) if r)
+        if scheduler_output.has_structured_output_requests:
+            return Reason.STRUCTURED_OUTPUT  # by the host's masks
         return batch_reason(scheduler_output)
 
     def _stage_window(self, scheduler_output: SchedulerOutput) -> None:
@@ -362,8 +396,12 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def _needs(self, rows: np.ndarray, *, logprobs: bool = False) -> BatchNeeds:
         """Work that a batch asks of a step; compiled kernels exist of few combinations."""
-        needs = replace(self.tables.needs(rows), logprobs=logprobs)
-        return variant(needs) if self.ops_choice.name == "triton" else needs
+        grammar = self.grammars is not None and self.grammars.any_of(rows)
+        needs = replace(self.tables.needs(rows), logprobs=logprobs, grammar=grammar)
+        if self.ops_choice.name != "triton":
+            return needs
+        # Kernels are not compiled for logprobs; a batch has those that it asks for.
+        return replace(variant(needs), logprobs=logprobs)
 
     def _cut_short(self, arrivals_seen: int) -> Callable[[], bool]:
         """Has a request arrived for which this window should end? All ranks say the same."""

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from fusedstep.ops.types import (
     BatchNeeds,
+    GrammarState,
     RequestState,
     SamplingState,
     StepInputs,
@@ -111,7 +112,7 @@ class DeviceTables:
     the stopped flags, and which requests need stock steps.
     """
 
-    def __init__(self, runner: GPUModelRunner) -> None:
+    def __init__(self, runner: GPUModelRunner, grammar: GrammarState | None = None) -> None:
         self.req_states = state = runner.req_states
         self.sampler = sampler = runner.sampler
         self.max_model_len = runner.max_model_len
@@ -180,6 +181,7 @@ class DeviceTables:
             inputs,
             block_tables=tuple(table.gpu for table in tables.block_tables),
             num_blocks=static.of(tables.num_blocks),
+            grammar=grammar,
         )
         self.prefill_len = static.of(state.prefill_len)
         rope = runner.model_state.rope_state
@@ -194,9 +196,12 @@ class DeviceTables:
         self.needs_stock = np.zeros(max_num_reqs, dtype=bool)
         self.reasons: dict[int, str] = {}  # req_state_idx -> why its batch takes stock steps
 
-    def add_request(self, new_request: NewRequestData) -> None:
-        """A request enters its row: its stop rule, and whether the device can decode it."""
-        row = self.req_states.req_id_to_index[new_request.req_id]
+    def add_request(self, new_request: NewRequestData) -> int:
+        """A request enters its row: its stop rule, and whether the device can decode it.
+
+        Returns the row.
+        """
+        row: int = self.req_states.req_id_to_index[new_request.req_id]
         params = new_request.sampling_params
         reason = reasons.request_reason(params)
         self.needs_stock[row] = reason is not None
@@ -204,13 +209,14 @@ class DeviceTables:
         self.requests.stopped[row] = False
         if reason is not None:
             self.reasons[row] = reason
-            return
+            return row
         stop_ids = list(params.stop_token_ids or ())
         if params.eos_token_id is not None:
             stop_ids.append(params.eos_token_id)
         self.max_len.np[row] = min(new_request.prompt_len + params.max_tokens, self.max_model_len)
         self.num_stop_token_ids.np[row] = len(stop_ids)
         self.stop_token_ids.np[row, : len(stop_ids)] = stop_ids
+        return row
 
     def apply_staged_writes(self) -> None:
         """After requests were added: their stop rules to the device, and all that changed.
@@ -239,7 +245,7 @@ class DeviceTables:
         )
 
 
-class SampleOps(Protocol):
+class StockStepOps(Protocol):
     """The part of the step operations that a stock step can use."""
 
     def sample(
@@ -247,11 +253,17 @@ class SampleOps(Protocol):
     ) -> None:
         """The tokens alone."""
 
+    def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
+        """Mask what grammars forbid."""
+
+    def follow(self, rows: WindowRows, num_reqs: int) -> None:
+        """Move requests on in their grammars, by ``rows.sampled``."""
+
 
 class PrefillSampler:
     """The window's sampler for a stock step, whose rows are those that it samples for."""
 
-    def __init__(self, tables: DeviceTables, ops: SampleOps) -> None:
+    def __init__(self, tables: DeviceTables, ops: StockStepOps) -> None:
         max_num_reqs = len(tables.needs_stock)
         self.rows = WindowRows.allocate(max_num_reqs, 1, tables.prefill_len.device)
         self.rows.active.fill_(True)
