@@ -54,7 +54,8 @@ class Reason(StrEnum):
 
     # A batch with such a request takes stock steps.
     POOLING_REQUEST = "pooling request"
-    STRUCTURED_OUTPUT = "structured output"
+    STRUCTURED_OUTPUT = "structured output"  # and which
+    OUTSIDE = "structured output beyond its automaton"
     STOP_TOKEN_IDS = "more than 128 stop token ids"
     PARAMETER = "sampling parameter"  # and which
     BATCH_WITH = "a batch with"  # and what

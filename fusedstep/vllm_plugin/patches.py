@@ -11,12 +11,11 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+from fusedstep.vllm_plugin.grammar_tables import GrammarNews
 from fusedstep.window import arrivals
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-
-    from fusedstep.vllm_plugin.grammar_tables import GrammarNews
 
 
 class Kind(StrEnum):
@@ -473,10 +472,12 @@ def stamp_of(output: SchedulerOutput) -> WindowStamp:
     return WindowStamp(output.arrivals_seen, output.ends_at_stop)
 
 
+NO_NEWS = GrammarNews()
+
+
 def bring_grammars(output: SchedulerOutput, news: GrammarNews) -> None:
     output.grammars = news
 
 
-def grammars_of(output: SchedulerOutput) -> GrammarNews | None:
-    """None for a batch whose requests bring none."""
-    return getattr(output, "grammars", None)
+def grammars_of(output: SchedulerOutput) -> GrammarNews:
+    return getattr(output, "grammars", NO_NEWS)

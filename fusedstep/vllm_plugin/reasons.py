@@ -98,11 +98,9 @@ def request_reason(params: SamplingParams | None) -> str | None:
     """The reason that a batch with this request takes a stock step, or None."""
     if params is None:
         return Reason.POOLING_REQUEST
-    reasons = (
-        (params.structured_outputs is not None, Reason.STRUCTURED_OUTPUT),
-        (len(params.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS, Reason.STOP_TOKEN_IDS),
-    )
-    return next((words for applies, words in reasons if applies), _unknown_parameter(params))
+    if len(params.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
+        return Reason.STOP_TOKEN_IDS
+    return _unknown_parameter(params)
 
 
 def _unknown_parameter(params: Any) -> str | None:

@@ -22,7 +22,6 @@ from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat, patches, reasons
-from fusedstep.vllm_plugin.grammar_tables import GrammarNews
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.grammars import Grammars, StockSteps
 from fusedstep.vllm_plugin.runner.logprobs import Logprobs
@@ -232,7 +231,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
         if self.engine_reason is None:
-            news = patches.grammars_of(scheduler_output) or GrammarNews()
+            news = patches.grammars_of(scheduler_output)
             if self.grammars is not None:
                 self.grammars.take(news)
             for new_request in scheduler_output.scheduled_new_reqs:
@@ -473,9 +472,11 @@ def one_token_each(scheduler_output: SchedulerOutput) -> SchedulerOutput:
         req_id: n - len(placeholders.get(req_id, ()))
         for req_id, n in scheduler_output.num_scheduled_tokens.items()
     }
-    return replace(
+    single = replace(
         scheduler_output,
         num_scheduled_tokens=scheduled,
         total_num_scheduled_tokens=sum(scheduled.values()),
         scheduled_spec_decode_tokens={},
     )
+    patches.bring_grammars(single, patches.grammars_of(scheduler_output))
+    return single

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from fusedstep.vllm_plugin.scheduler.admission import Admission
 from fusedstep.vllm_plugin.scheduler.blocks import Blocks
 from fusedstep.vllm_plugin.scheduler.counts import PublishedCounts
 from fusedstep.vllm_plugin.scheduler.door import Door
+from fusedstep.vllm_plugin.scheduler.grammars import Grammars
 from fusedstep.vllm_plugin.scheduler.in_flight import InFlight
 from fusedstep.vllm_plugin.scheduler.refusals import Refusals
 from fusedstep.vllm_plugin.shared import arrival_counter, counts_page
@@ -34,7 +35,7 @@ from fusedstep.window.arrivals import ArrivalCounter
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request, RequestStatus
     from vllm.v1.spec_decode.metrics import SpecDecodingStats
@@ -63,6 +64,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     decode_steps = DecodeSteps(1)
     engine_reason: str | None = None
     has_freed = False  # a request has ended since the last turn
+    grammars: Grammars | None = None  # None: stock vLLM masks for structured output
 
     @cached_property
     def stock_reasons(self) -> dict[str, str]:
@@ -125,6 +127,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             self.engine_reason = next((reason for reason in told if reason), None)
             if self.engine_reason is not None:
                 logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
+            elif not self.vllm_config.model_config.skip_tokenizer_init:
+                self.grammars = Grammars(self.structured_output_manager, self.vocab_size)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         with self.counts.on_host():
@@ -144,6 +148,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         keep = self.admission.adapters_keep_their_places(batch.ending)
         with self._headroom() as tokens_ahead, keep:
             scheduler_output = super().schedule(throttle_prefills)
+        self._bring_grammars(scheduler_output)
         self.admission.record_turn(scheduler_output, self.blocks.num_free, tokens_ahead)
         self.door.is_open = self.admission.is_open
         self.has_freed = False
@@ -172,6 +177,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             if batch and batch.num_steps > 1 and not any(model_runner_output.sampled_token_ids):
                 self._take_back(scheduler_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
+            self._follow_grammars(scheduler_output)
             self.refusals.deliver(outputs)
             self._cut_windows_short()
         self.counts.add_turn(
@@ -199,6 +205,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         super().add_request(request)
         self.admission.on_queued(request)
         reason = reasons.request_reason(request.sampling_params)
+        if request.use_structured_output and self.grammars is None:
+            reason = reason or Reason.STRUCTURED_OUTPUT
         if reason is not None:
             self.stock_reasons[request.request_id] = reason
 
@@ -219,6 +227,12 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         if aborted & running and (self.waiting or running <= aborted):
             self.door.announce_abort(aborted)
 
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """The host's masks for a stock step, which takes the placeholders of a window off."""
+        if self.num_spec_tokens == 0:
+            scheduler_output = replace(scheduler_output, scheduled_spec_decode_tokens={})
+        return super().get_grammar_bitmask(scheduler_output)
+
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> SpecDecodingStats | None:
         """None for windows: their placeholders are not drafts."""
         if self.num_spec_tokens == 0:
@@ -233,9 +247,39 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.refusals.forget(request)
         self.stock_reasons.pop(request.request_id, None)
+        if self.grammars is not None:
+            self.grammars.leave(request)
         self.has_freed = True
         self.admission.retry()
         return super()._free_request(request, *args, **kwargs)
+
+    def _bring_grammars(self, output: SchedulerOutput) -> None:
+        """New requests bring their grammars; the host masks where the device cannot."""
+        if self.grammars is None:
+            return
+        for request_id in (new.req_id for new in output.scheduled_new_reqs):
+            request = self.requests[request_id]
+            if request.use_structured_output:
+                self._note_stock_reason(request, self.grammars.enter(request))
+        patches.bring_grammars(output, self.grammars.take_news())
+        has_some = output.has_structured_output_requests
+        if has_some and self.grammars.are_on_device(output, self.requests):
+            # vLLM's engine core need not wait for the tokens in flight to mask the next ones.
+            output.has_structured_output_requests = False
+            output.pending_structured_output_tokens = False
+
+    def _follow_grammars(self, output: SchedulerOutput) -> None:
+        if self.grammars is None or not self.grammars.requests:
+            return
+        for request_id in output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is not None and request_id in self.grammars.requests:
+                self.grammars.follow(request)
+                self._note_stock_reason(request, self.grammars.reason(request))
+
+    def _note_stock_reason(self, request: Request, reason: str | None) -> None:
+        if reason is not None:
+            self.stock_reasons.setdefault(request.request_id, reason)
 
     def _look(self) -> Running:
         prefilling = [r for r in self.running if r.is_prefill_chunk]
