@@ -23,6 +23,7 @@ class WindowCounts:
     unused_steps: int = 0  # reserved for a window that ended before them
     early_exits: int = 0  # windows with unused steps
     tokens: int = 0  # of all turns
+    refused_tokens: int = 0  # that the device gave, and the host's grammar refused: 0, or a fault
     host_seconds: float = 0.0  # in the scheduler, of all turns
     one_step_turns: Counter[str] = field(default_factory=Counter)  # by reason
     limits: Counter[str] = field(default_factory=Counter)  # windows, by what bound their length

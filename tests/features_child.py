@@ -19,6 +19,29 @@ from unittest.mock import patch
 import engine_child
 from engine_child import EngineChild, completion, scheduler
 
+CONFIG: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,  # of 32: vLLM's CPU attention knows no less
+    "num_key_value_heads": 1,
+    "vocab_size": 49152,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # so wide that a wrong key shows
+    "tie_word_embeddings": False,  # tied, a random model repeats itself
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+OPTIONS: dict[str, Any] = {
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 128,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 1 << 24,
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+
 OPEN: tuple[str, dict[str, Any], Any] = ("", {}, None)  # model, options, LLM
 
 

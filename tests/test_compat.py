@@ -55,12 +55,7 @@ def test_request_reasons(fields, reason):
     assert reasons.request_reason(SamplingParams(**fields)) == reason
 
 
-def test_structured_output_takes_stock_steps():
-    from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
-
-    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a", "b"]))
-    assert reasons.request_reason(params) == "structured output"
+def test_a_request_without_sampling_takes_stock_steps():
     assert reasons.request_reason(None) == "pooling request"
 
 

@@ -1,12 +1,18 @@
-"""One server for the whole session."""
+"""One server for the whole session, and two processes for engines one after the other."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import features_child
 import openai
 import pytest
+from engine_child import EngineChild
+from features_child import CONFIG, OPTIONS, Ask, FeatureChild
 from serving import KV_CACHE, SMALL, Server
 
 
@@ -28,3 +34,66 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120
     ) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, model: str) -> str:
+    """Random weights, and the tokenizer of the bundled model."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG)).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(model, file), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def stock() -> Iterator[EngineChild]:
+    child = FeatureChild("off")
+    yield child
+    child.close()
+
+
+@pytest.fixture(scope="session")
+def fused() -> Iterator[EngineChild]:
+    """Triton is interpreted from the start: speculative decoding needs more than our kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        child = FeatureChild("on")
+        child.call(features_child.ready)
+    yield child
+    child.close()
+
+
+@pytest.fixture
+def compare(stock: EngineChild, fused: EngineChild, tiny: str) -> Any:
+    """Ask both; answers must be the same. Returns fusedstep's result, with stock's in it."""
+
+    def compare(asks: list[Ask], *, reset_at: int | None = None, **options: Any) -> Any:
+        args = tiny, OPTIONS | options, asks, reset_at
+        want = stock.call(features_child.ask, *args)
+        have = fused.call(features_child.ask, *args)
+        assert len(have["answers"]) == len(want["answers"]) == len(asks)
+        for one, ours, theirs in zip(asks, have["answers"], want["answers"], strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                for key in ("token_ids", "text", "finish_reason", "stop_reason"):
+                    assert a[key] == b[key], (one, key)
+        assert have["stored"] == want["stored"]
+        have["stock"] = want
+        return have
+
+    return compare
+
+
+@pytest.fixture
+def both(stock: EngineChild, fused: EngineChild, tiny: str) -> Any:
+    """Calls a function of ``features_child`` in both; (fusedstep's, stock's)."""
+
+    def both(function: Any, options: dict[str, Any], *args: Any) -> tuple[Any, Any]:
+        want = stock.call(function, tiny, OPTIONS | options, *args)
+        return fused.call(function, tiny, OPTIONS | options, *args), want
+
+    return both

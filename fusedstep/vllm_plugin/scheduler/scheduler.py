@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import RequestStatus
 
 from fusedstep.errors import ConfigError
 from fusedstep.policy import MAX_STEPS, Decision, DecodeSteps, Turn, decide
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
-    from vllm.v1.request import Request, RequestStatus
+    from vllm.v1.request import Request
     from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 # Two windows under way and one to come: for no more tokens does a request hold blocks ahead.
@@ -247,8 +248,9 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.refusals.forget(request)
         self.stock_reasons.pop(request.request_id, None)
-        if self.grammars is not None:
-            self.grammars.leave(request)
+        if self.grammars is not None and self.grammars.leave(request):
+            # vLLM's matcher follows the device's tokens: it fails a request for one reason alone.
+            self.counts.refused_tokens += request.status == RequestStatus.FINISHED_ERROR
         self.has_freed = True
         self.admission.retry()
         return super()._free_request(request, *args, **kwargs)

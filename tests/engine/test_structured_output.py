@@ -1,0 +1,230 @@
+"""Structured output in windows: stock vLLM's tokens, whatever the grammar and whoever else runs.
+
+Stock is vLLM's own Model Runner V2, which promises a seed's tokens. The model is tiny and random,
+but with a real tokenizer (``conftest.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structured_child
+from engine_child import EngineChild
+from features_child import OPTIONS, FeatureChild
+from jsonschema import validate
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "bc", "def"]}, "maxItems": 3},
+        "at": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TREE = {
+    "$defs": {"n": {"type": "object", "properties": {"k": {"$ref": "#/$defs/n"}}}},
+    "$ref": "#/$defs/n",
+}
+TAG = {
+    "type": "structural_tag",
+    "format": {
+        "type": "triggered_tags",
+        "triggers": ["<f"],
+        "tags": [
+            {
+                "begin": "<f=a>",
+                "content": {"type": "json_schema", "json_schema": PERSON},
+                "end": "</f>",
+            }
+        ],
+    },
+}
+
+
+def asked(prompt: str, *, at: int = 0, **fields: Any) -> tuple[str, dict[str, Any], int]:
+    structured = {
+        name: fields.pop(name)
+        for name in ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+        if name in fields
+    }
+    if structured:
+        fields["structured_outputs"] = structured
+    return prompt, {"max_tokens": 40, "temperature": 0.0} | fields, at
+
+
+# More than there are rows, with free text between them; some come in others' windows.
+REQUESTS = [
+    asked("A person:", json=PERSON),
+    asked("Once upon a time", temperature=1.0, seed=1, ignore_eos=True),
+    asked("A person:", json=PERSON, temperature=1.0, seed=2),
+    asked("A number:", regex=r"\d{3}-[a-c]{5}( [x-z]+)?", temperature=0.8, seed=3, top_k=40),
+    asked("Choose:", choice=["Rome is old", "Oslo is cold", "Rome"], temperature=1.2, seed=4, at=2),
+    asked("Say:", grammar='root ::= "yes " root | "no"', temperature=1.5, seed=5, at=3),
+    asked("def add(a, b):", ignore_eos=True, at=4),
+    asked("An object:", json_object=True, temperature=1.0, seed=6, at=5),
+    asked("A person:", json=PERSON, temperature=1.0, seed=7, top_p=0.9, repetition_penalty=1.2),
+    asked("A person:", json=PERSON, temperature=0.9, seed=8, n=2, presence_penalty=0.4, at=6),
+    asked("A tree:", json=TREE, temperature=1.0, seed=9, at=7),
+    asked("Letters:", regex="[a-z]{1,30}", temperature=1.0, seed=10, min_tokens=6, at=8),
+    asked("Letters:", regex="[a-z ]{3,40}", temperature=1.0, seed=11, stop=["q", "zz"], at=8),
+    asked("Letters:", regex="[a-z ]{3,9}", temperature=1.0, seed=12, ignore_eos=True, at=9),
+    asked("Digits:", regex="[0-9 ]{3,40}", logit_bias={33: 8.0}, temperature=1.0, seed=13, at=9),
+    asked("Words:", regex="[a-z .]{3,60}", stop_token_ids=[30, 216], temperature=1.0, seed=14),
+    asked("A person:", json=PERSON, temperature=1.0, seed=15, logprobs=2, at=10),
+    asked("A person:", json=PERSON, temperature=1.0, seed=16, min_p=0.02, logprobs=0, at=10),
+    asked("A call:", structural_tag=json.dumps(TAG), temperature=1.0, seed=17, at=11),
+    asked("A person:", json=PERSON, temperature=0.7, seed=18, bad_words=["the"], at=11),
+]
+WHOLE = [0, 2, 8, 16, 17, 19]  # those that are about a person
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Iterator[EngineChild]:
+    child = FeatureChild("oracle")
+    yield child
+    child.close()
+
+
+@pytest.fixture(scope="module")
+def expected(oracle: EngineChild, tiny: str) -> dict[str, Any]:
+    result: dict[str, Any] = oracle.call(structured_child.run, tiny, OPTIONS, REQUESTS)
+    return result
+
+
+def assert_same(have: dict[str, Any], want: dict[str, Any]) -> None:
+    for one, ours, theirs in zip(REQUESTS, have["completions"], want["completions"], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            for name in ("token_ids", "text", "finish_reason", "stop_reason"):
+                assert a[name] == b[name], one
+            for step, other in zip(a["logprobs"] or (), b["logprobs"] or (), strict=True):
+                assert step.keys() == other.keys(), one
+                for token, (logprob, rank) in step.items():
+                    assert (pytest.approx(logprob, abs=1e-4), rank) == other[token], one
+
+
+@pytest.mark.parametrize("decode_steps", (2, 7, 64, "auto"))
+def test_equal_to_stock(
+    fused: EngineChild, tiny: str, expected: dict[str, Any], decode_steps: object
+) -> None:
+    have = fused.call(structured_child.run, tiny, OPTIONS, REQUESTS, decode_steps)
+    assert_same(have, expected)
+    counts = have["counts"]
+    assert counts["steps"] > 1.5 * counts["windows"] > 0, counts
+    assert set(counts["stock_steps"]) == {"prefill"}, counts
+
+
+def test_texts_obey(expected: dict[str, Any]) -> None:
+    """What is compared above is what was asked for."""
+    whole = [expected["completions"][n][0] for n in WHOLE]
+    ended = [json.loads(one["text"]) for one in whole if one["finish_reason"] == "stop"]
+    assert len(ended) >= 2
+    for person in ended:
+        validate(person, PERSON)
+
+
+def test_preemption(fused: EngineChild, tiny: str, expected: dict[str, Any]) -> None:
+    """A request that comes back is in its grammar where it was."""
+    few = OPTIONS | {"num_gpu_blocks_override": 9}
+    for decode_steps in (7, 64):
+        have = fused.call(structured_child.run, tiny, few, REQUESTS, decode_steps)
+        assert have["preemptions"] > 0
+        assert_same(have, expected)
+
+
+def test_synchronous_scheduling(fused: EngineChild, tiny: str, expected: dict[str, Any]) -> None:
+    options = OPTIONS | {"async_scheduling": False}
+    assert_same(fused.call(structured_child.run, tiny, options, REQUESTS, 7), expected)
+
+
+def test_what_lies_beyond_the_tables(
+    fused: EngineChild, tiny: str, expected: dict[str, Any]
+) -> None:
+    """Tables of a few states: requests leave them in a window, and go on in stock steps."""
+    have = fused.call(structured_child.run_with_few_states, tiny, OPTIONS, REQUESTS, 7, 12)
+    assert_same(have, expected)
+    turns = have["turns"]
+    assert turns["structured output beyond its automaton"] > 5, turns
+    assert have["counts"]["steps"] > have["counts"]["windows"] > 0
+
+
+def test_full_tables(fused: EngineChild, tiny: str, expected: dict[str, Any]) -> None:
+    """Where there is no room a grammar is masked by the host; idle ones make way."""
+    have = fused.call(structured_child.run_with_full_tables, tiny, OPTIONS, REQUESTS, 7, 300)
+    assert_same(have, expected)
+    assert have["turns"]["structured output: its tables are full"] > 0, have["turns"]
+    assert have["evicted"] > 0
+
+
+def test_a_device_that_masks_nothing(
+    fused: EngineChild, tiny: str, expected: dict[str, Any]
+) -> None:
+    """The control. vLLM's matcher refuses the tokens: their requests fail, and no others."""
+    have = fused.call(structured_child.run_without_masks, tiny, OPTIONS, REQUESTS, 7)
+    failed = 0
+    for (_, fields, _), ours, theirs in zip(
+        REQUESTS, have["completions"], expected["completions"], strict=True
+    ):
+        if "structured_outputs" in fields:
+            failed += any(one["finish_reason"] == "error" for one in ours)
+        else:
+            assert [one["token_ids"] for one in ours] == [one["token_ids"] for one in theirs]
+    assert failed > 8
+    assert have["refused"] == failed
+
+
+@pytest.mark.parametrize("backend", ("guidance", "outlines", "lm-format-enforcer"))
+def test_other_backends(oracle: EngineChild, fused: EngineChild, tiny: str, backend: str) -> None:
+    """They know other automata: stock steps, by name."""
+    options = OPTIONS | {"structured_outputs_config": {"backend": backend}}
+    requests = [asked("A number:", regex=r"\d{3}-[a-c]{5}"), REQUESTS[1]]
+    want = oracle.call(structured_child.run, tiny, options, requests)
+    have = fused.call(structured_child.run, tiny, options, requests, 7)
+    for ours, theirs in zip(have["completions"], want["completions"], strict=True):
+        assert ours[0]["token_ids"] == theirs[0]["token_ids"]
+    [reason] = [r for r in have["turns"] if r.startswith("structured output")]
+    assert reason.startswith("structured output by "), reason
+
+
+@pytest.fixture(scope="module")
+def thinking(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with a tokenizer that has tokens around a thought."""
+    folder = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("thinking") / "model"))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        text = Path(folder, file).read_text()
+        for special, token in zip(THOUGHT, ("<think>", "</think>"), strict=True):
+            text = text.replace(special, token)
+        Path(folder, file).write_text(text)
+    return str(folder)
+
+
+THOUGHT = ("<issue_start>", "<issue_comment>")  # special tokens of the bundled tokenizer
+END = 9
+
+
+@pytest.mark.parametrize("parser", ("deepseek_r1", "qwen3"))
+def test_after_reasoning(
+    oracle: EngineChild, fused: EngineChild, thinking: str, parser: str
+) -> None:
+    """The grammar begins after the token that ends the thought, in the middle of a window."""
+    config = {"backend": "xgrammar", "reasoning_parser": parser}
+    options = OPTIONS | {"structured_outputs_config": config}
+    requests = [
+        asked("Why?", json=PERSON, temperature=1.0, seed=n, at=n, logit_bias={END: 9.0})
+        for n in range(6)
+    ]
+    want = oracle.call(structured_child.run, thinking, options, requests)
+    have = fused.call(structured_child.run, thinking, options, requests, 16)
+    ends = []
+    for ours, theirs in zip(have["completions"], want["completions"], strict=True):
+        assert ours[0]["token_ids"] == theirs[0]["token_ids"]
+        ends.append(ours[0]["token_ids"].index(END) if END in ours[0]["token_ids"] else -1)
+    assert max(ends) > 2, ends
+    assert set(have["counts"]["stock_steps"]) == {"prefill"}, have["counts"]

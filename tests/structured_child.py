@@ -1,0 +1,100 @@
+"""Inside a child process of ``features_child``: requests with structured output, and faults."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+from unittest.mock import patch
+
+import engine_child
+import features_child
+
+Asked = tuple[str, dict[str, Any], int]  # prompt, sampling fields, engine step of its arrival
+
+
+def run(
+    model: str, options: dict[str, Any], requests: list[Asked], decode_steps: object = 1
+) -> dict[str, Any]:
+    """``engine_child.run``, with the worker's counts and the scheduler's one-step turns."""
+    features_child.use(model, options)
+    engine_child.reset_prefix_cache()
+    before, turns, refused = features_child.counts(), Counter(one_step_turns()), num_refused()
+    if before:
+        engine_child.set_decode_steps(decode_steps)
+    pairs = [(prompt, fields) for prompt, fields, _ in requests]
+    arrive = {n: at for n, (_, _, at) in enumerate(requests)}
+    result = engine_child.run(pairs, arrive)
+    return result | {
+        "counts": features_child.since(before),
+        "turns": dict(Counter(one_step_turns()) - turns),
+        "refused": num_refused() - refused,
+    }
+
+
+def one_step_turns() -> dict[str, int]:
+    """By reason; none in stock's process."""
+    counts = getattr(engine_child.scheduler(), "counts", None)
+    return {} if counts is None else {str(k): n for k, n in counts.one_step_turns.items()}
+
+
+def num_refused() -> int:
+    counts = getattr(engine_child.scheduler(), "counts", None)
+    return 0 if counts is None else counts.refused_tokens
+
+
+def run_with_few_states(
+    model: str, options: dict[str, Any], requests: list[Asked], decode_steps: object, states: int
+) -> dict[str, Any]:
+    """Every automaton ends after its first states."""
+    from dataclasses import replace
+
+    from fusedstep.vllm_plugin.scheduler import grammars
+
+    build = grammars.build
+
+    def few(compiled: Any, stop_token_ids: Any, vocabulary: Any, limits: Any) -> Any:
+        return build(compiled, stop_token_ids, vocabulary, replace(limits, states=states))
+
+    with patch.object(grammars, "build", few):
+        return run(model, options | {"seed": 1}, requests, decode_steps)  # an engine of its own
+
+
+def run_with_full_tables(
+    model: str, options: dict[str, Any], requests: list[Asked], decode_steps: object, states: int
+) -> dict[str, Any]:
+    """The tables hold only so many states; ``evicted``: grammars that made way for others."""
+    from fusedstep.vllm_plugin import grammar_tables
+    from fusedstep.vllm_plugin.scheduler.grammars import Grammars
+
+    evicted = 0
+    place = Grammars._place
+
+    def counted(self: Grammars, *args: Any) -> Any:
+        nonlocal evicted
+        before = set(self.shares)
+        share = place(self, *args)
+        evicted += len(before - set(self.shares))
+        return share
+
+    with (
+        patch.object(grammar_tables, "MAX_STATES", states),
+        patch.object(Grammars, "_place", counted),
+    ):
+        result = run(model, options, requests, decode_steps)
+    return result | {"evicted": evicted}
+
+
+def run_without_masks(
+    model: str, options: dict[str, Any], requests: list[Asked], decode_steps: object
+) -> dict[str, Any]:
+    """The device lets every token through."""
+    from fusedstep.ops import native_grammar
+
+    with patch.object(native_grammar, "constrain_rows", mask_nothing):
+        return run(model, options, requests, decode_steps)
+
+
+def mask_nothing(*args: Any) -> None:
+    """In the place of ``constrain_rows``."""
+    *_, num_reqs, rows, _ = args
+    rows.sampled[:num_reqs] = -1
