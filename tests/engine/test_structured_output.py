@@ -77,12 +77,13 @@ REQUESTS = [
     asked("Letters:", regex="[a-z ]{3,40}", temperature=1.0, seed=11, stop=["q", "zz"], at=8),
     asked("Letters:", regex="[a-z ]{3,9}", temperature=1.0, seed=12, ignore_eos=True, at=9),
     asked("Digits:", regex="[0-9 ]{3,40}", logit_bias={33: 8.0}, temperature=1.0, seed=13, at=9),
-    asked("Words:", regex="[a-z .]{3,60}", stop_token_ids=[30, 216], temperature=1.0, seed=14),
+    asked("Words:", regex="[a-z ]{3,60}", stop_token_ids=[30, 65], temperature=1.0, seed=14),
     asked("A person:", json=PERSON, temperature=1.0, seed=15, logprobs=2, at=10),
     asked("A person:", json=PERSON, temperature=1.0, seed=16, min_p=0.02, logprobs=0, at=10),
     asked("A call:", structural_tag=json.dumps(TAG), temperature=1.0, seed=17, at=11),
     asked("A person:", json=PERSON, temperature=0.7, seed=18, bad_words=["the"], at=11),
 ]
+OUTSIDE = "structured output beyond its automaton"
 WHOLE = [0, 2, 8, 16, 17, 19]  # those that are about a person
 
 
@@ -118,7 +119,7 @@ def test_equal_to_stock(
     assert_same(have, expected)
     counts = have["counts"]
     assert counts["steps"] > 1.5 * counts["windows"] > 0, counts
-    assert set(counts["stock_steps"]) == {"prefill"}, counts
+    assert set(counts["stock_steps"]) == {"prefill"}, have["turns"]
 
 
 def test_texts_obey(expected: dict[str, Any]) -> None:
@@ -132,7 +133,7 @@ def test_texts_obey(expected: dict[str, Any]) -> None:
 
 def test_preemption(fused: EngineChild, tiny: str, expected: dict[str, Any]) -> None:
     """A request that comes back is in its grammar where it was."""
-    few = OPTIONS | {"num_gpu_blocks_override": 9}
+    few = OPTIONS | {"max_model_len": 96, "num_gpu_blocks_override": 6}
     for decode_steps in (7, 64):
         have = fused.call(structured_child.run, tiny, few, REQUESTS, decode_steps)
         assert have["preemptions"] > 0
@@ -151,7 +152,7 @@ def test_what_lies_beyond_the_tables(
     have = fused.call(structured_child.run_with_few_states, tiny, OPTIONS, REQUESTS, 7, 12)
     assert_same(have, expected)
     turns = have["turns"]
-    assert turns["structured output beyond its automaton"] > 5, turns
+    assert turns[OUTSIDE] > 5, turns
     assert have["counts"]["steps"] > have["counts"]["windows"] > 0
 
 
@@ -173,14 +174,16 @@ def test_a_device_that_masks_nothing(
         REQUESTS, have["completions"], expected["completions"], strict=True
     ):
         if "structured_outputs" in fields:
-            failed += any(one["finish_reason"] == "error" for one in ours)
+            failed += sum(one["finish_reason"] == "error" for one in ours)
         else:
             assert [one["token_ids"] for one in ours] == [one["token_ids"] for one in theirs]
     assert failed > 8
     assert have["refused"] == failed
 
 
-@pytest.mark.parametrize("backend", ("guidance", "outlines", "lm-format-enforcer"))
+@pytest.mark.parametrize(
+    "backend", ("guidance", "outlines")
+)  # the fourth asks for vLLM's CUDA build
 def test_other_backends(oracle: EngineChild, fused: EngineChild, tiny: str, backend: str) -> None:
     """They know other automata: stock steps, by name."""
     options = OPTIONS | {"structured_outputs_config": {"backend": backend}}

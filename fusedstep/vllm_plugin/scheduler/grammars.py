@@ -35,8 +35,6 @@ logger = logging.getLogger("vllm.fusedstep")
 
 # Automata that are kept for the next request with the same grammar.
 MOST_KNOWN = 256
-# A request waits no longer for its automaton; what is not reached by then is outside of it.
-MOST_SECONDS = 0.1
 
 Key = tuple[Any, frozenset[int]]  # the grammar, the stop tokens of its request
 
@@ -102,7 +100,6 @@ class Grammars:
             limits = Limits(
                 states=grammar_tables.MAX_STATES // 4,
                 mask_bytes=grammar_tables.MASK_BYTES // 4,
-                seconds=MOST_SECONDS,
             )
             return build(grammar.ctx, stop_token_ids, self.vocabulary, limits)
         except NoAutomaton as error:
