@@ -325,6 +325,7 @@ class Check:
             self._skip(what, reason)
             if pair is not None and not pair.alive():
                 time_is_up = hangs and limit < LIMITS[kind]
+                pair.kill()  # one waits for its dead, the other for nobody
                 raise EnginesDied(reason, kind, time_is_up=time_is_up) from None
             return None
         finally:
