@@ -134,7 +134,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
                 other.suspend()
         process.kill()
     elif spec["end"] in ("EngineCore", "Worker"):  # this is killed, as for want of memory
-        titled(spec["end"])[0].kill()
+        # Of an engine that is awake: the death of one that sleeps is heard of when its turn comes.
+        awake = (p for p in titled(spec["end"]) if status(p) != psutil.STATUS_STOPPED)
+        next(awake).kill()
     elif spec["end"] == "ctrl-c":
         os.killpg(process.pid, signal.SIGINT)
     elif spec["end"] != "itself":

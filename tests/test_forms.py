@@ -73,7 +73,8 @@ def graph_store(form: Form, cases: tuple[int, ...] = (0,), **options: Any) -> Gr
     adapters = SimpleNamespace(graph_cases=cases, made_up=nullcontext)
     model: Any = SimpleNamespace(stage=None, adapters=adapters, forget_states=None)
     unused: Any = None
-    parts = LoopParts(model, unused, unused, unused, unused, unused, None)
+    state: Any = SimpleNamespace(grammar=None)
+    parts = LoopParts(model, unused, unused, state, unused, unused, None)
     return GraphStore(runner(**options), parts, form)
 
 
@@ -85,7 +86,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     machine.group = SimpleNamespace(world_size=1)
 
     class Graphs:
-        def __init__(self, form: str, *_: Any) -> None:
+        def __init__(self, form: str, *_: Any, grammars: bool) -> None:
             self.form = form
 
         def record(self, recorder: Any, num_rows: int, num_loras: int) -> None:

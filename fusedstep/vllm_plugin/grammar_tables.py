@@ -42,7 +42,7 @@ class Vocabulary(NamedTuple):
 
 
 class RowGrammar(NamedTuple):
-    """Where a request begins that enters its row."""
+    """The beginning of a request that enters its row."""
 
     state: int = FREE
     reasoning_end: int = -1  # see GrammarState.reasoning_ends
@@ -51,7 +51,7 @@ class RowGrammar(NamedTuple):
 
 @dataclass
 class GrammarNews:
-    """What a turn's new requests bring, from the scheduler to the workers."""
+    """From the scheduler to the workers: all that a turn's new requests bring."""
 
     vocabulary: Vocabulary | None = None  # once
     tables: list[Table] = field(default_factory=list)

@@ -131,6 +131,20 @@ PATCHES = (
         "SchedulerOutput",
         "automata of structured output, for the device",
     ),
+    Patch(
+        "scheduler/grammars.py",
+        "manager._create_grammar",
+        Kind.REPLACED,
+        "StructuredOutputManager._create_grammar",
+        "a grammar's automaton is made where vLLM compiles the grammar, in its threads",
+    ),
+    Patch(
+        "scheduler/scheduler.py",
+        "output.*_structured_output_*",
+        Kind.SET,
+        "SchedulerOutput.has_structured_output_requests, pending_structured_output_tokens",
+        "the device masks: the engine core need not wait for the tokens in flight",
+    ),
     # Worker.
     Patch(
         "worker.py",

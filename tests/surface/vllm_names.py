@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from surface.vllm_attention_names import ATTENTION
 from surface.vllm_frontend_names import UNFOLDING
+from surface.vllm_grammar_names import STRUCTURED
 from surface.vllm_runner_names import GPU, KERNELS, RUNNER, SAMPLING, STATE_KERNELS
 
 _CONFIG = {
@@ -42,7 +43,7 @@ _CONFIG = {
             runner_type, is_encoder_decoder, supports_multimodal_inputs
             is_diffusion, rswa_window
             return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
-            model
+            model, skip_tokenizer_init
             get_vocab_size()
         """,
         "ParallelConfig": """
@@ -194,10 +195,12 @@ _ENGINE = {
             num_output_placeholders, num_output_tokens, num_prompt_tokens, num_stale_output_tokens
             num_tokens, request_id, spec_token_ids, status
             client_index, lora_request, prompt_token_ids, resumable, streaming_queue
+            output_token_ids, structured_output_request, use_structured_output
             sampling_params: sampling_params.SamplingParams
         """,
         "RequestStatus": """
             WAITING, PREEMPTED, WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR, WAITING_FOR_STREAMING_REQ
+            FINISHED_ERROR
         """,
     },
     "vllm.v1.core.sched.async_scheduler": {
@@ -209,6 +212,8 @@ _ENGINE = {
             def add_request(request)
             def finish_requests(request_ids, finished_status) -> Request
             def make_spec_decoding_stats(*args, **kwargs)
+            def get_grammar_bitmask(scheduler_output)
+            structured_output_manager: StructuredOutputManager
             def _free_request(request, *args, **kwargs)
             def _handle_stopped_request(request)
             def has_requests()
@@ -228,7 +233,8 @@ _ENGINE = {
             scheduled_new_reqs: NewRequestData
             scheduled_cached_reqs: CachedRequestData
             preempted_req_ids
-            +arrivals_seen, ends_at_stop
+            has_structured_output_requests, pending_structured_output_tokens
+            +arrivals_seen, ends_at_stop, grammars
         """,
         "NewRequestData": "req_id, prompt_len\nsampling_params: sampling_params.SamplingParams",
         "CachedRequestData": "req_ids, num_computed_tokens",
@@ -298,7 +304,18 @@ for _path, _parameters in _WHOLE.items():
     _KERNELS.setdefault(_module, {})[_name] = f"kernel {_parameters.strip()}"
 
 SURFACE: dict[str, dict[str, str]] = {}  # module -> name -> lines
-_PARTS = (_CONFIG, _FRONTEND, _PLATFORM, _ENGINE, RUNNER, SAMPLING, _KERNELS, ATTENTION, UNFOLDING)
+_PARTS = (
+    _CONFIG,
+    _FRONTEND,
+    _PLATFORM,
+    _ENGINE,
+    RUNNER,
+    SAMPLING,
+    _KERNELS,
+    ATTENTION,
+    UNFOLDING,
+    STRUCTURED,
+)
 for _part in _PARTS:
     for _module, _names in _part.items():
         _known = SURFACE.setdefault(_module, {})

@@ -77,6 +77,7 @@ RUNNER = {
             lora_config, lora_capture_cases
             lora_state: LoraState
             device, dtype, max_model_len, max_num_reqs, max_num_tokens, model, output_copy_stream
+            model_config: ModelConfig
             uses_inputs_embeds, vocab_size
             model_state: DefaultModelState
             vllm_config: VllmConfig

@@ -77,7 +77,8 @@ def test_an_eager_loop_that_varies(monkeypatch, runs, words):
     left = iter((runs + " E E" * (len(VARIANTS) - 1)).split())
     monkeypatch.setattr(Proof, "_tokens", lambda *_: tokens[next(left)])
     one = object.__new__(Proof)
-    one.state, one.graphs, one.max_num_reqs = SimpleNamespace(requests=SimpleNamespace()), None, 5
+    one.state = SimpleNamespace(requests=SimpleNamespace(), grammar=None)
+    one.graphs, one.max_num_reqs = SimpleNamespace(variants=VARIANTS), 5
     if words is None:
         one.check(5)
         return

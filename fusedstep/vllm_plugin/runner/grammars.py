@@ -20,6 +20,10 @@ from fusedstep.vllm_plugin.grammar_tables import (
 from fusedstep.vllm_plugin.runner.tables import untouched_zeros
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.sample.output import SamplerOutput
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
     from fusedstep.vllm_plugin.runner.tables import StockStepOps
 
 
@@ -68,17 +72,20 @@ class Grammars:
 
 
 class StockSteps:
-    """What a stock step does for requests with grammars on the device; its rows are its own."""
+    """The device's part in a stock step of requests with grammars; its rows are its own."""
 
     def __init__(self, max_num_reqs: int, device: torch.device, ops: StockStepOps) -> None:
         self.rows = WindowRows.allocate(max_num_reqs, 1, device)
         self.ops = ops
 
-    def constrain(self, logits: torch.Tensor, idx_mapping: torch.Tensor) -> None:
-        """Mask the logits [num_reqs, vocab_size] of these requests [num_reqs] in place."""
+    def sample(
+        self, sampler: Sampler, logits: torch.Tensor, input_batch: InputBatch
+    ) -> SamplerOutput:
+        """By vLLM's sampler, under the masks. ``logits`` [num_reqs, vocab_size] are changed."""
         num_reqs = len(logits)
-        self.rows.idx_mapping[:num_reqs] = idx_mapping
+        self.rows.idx_mapping[:num_reqs] = input_batch.idx_mapping
         self.ops.constrain(logits, self.rows, num_reqs)
+        return sampler(logits, input_batch)
 
     def follow(
         self,

@@ -296,8 +296,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             if ours:
                 sampled = self._sample(logits, input_batch)
             else:
-                self.stock_steps.constrain(logits, input_batch.idx_mapping)
-                output = self.sampler(logits, input_batch)
+                output = self.stock_steps.sample(self.sampler, logits, input_batch)
                 sampled = output, output.num_sampled, output.num_rejected
         if on_device:
             output, num_sampled, _ = sampled

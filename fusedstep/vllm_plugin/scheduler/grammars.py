@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -62,8 +62,33 @@ class Followed:
 
     share: Share
     ends: ReasoningEnds | None  # None: it began with its grammar
+    vocabulary: Vocabulary
     state: int = FREE  # after the tokens that the host knows, in the automaton's own numbers
     num_tokens: int = 0  # of its output, that are known
+
+    def begin(self) -> None:
+        """Before its first token."""
+        self.state, self.num_tokens = (0 if self.ends is None else REASONS), 0
+
+    def follow(self, new: list[int]) -> None:
+        """The host knows more of its tokens."""
+        self.num_tokens += len(new)
+        for n, token in enumerate(new):
+            if self.state > REASONS:
+                self.state = self.share.automaton.after(self.vocabulary, new[n:], self.state)
+                return
+            if self.ends is not None and token == self.ends.begin:
+                self.state = OUTSIDE
+            elif self.ends is not None and token == self.ends.end:
+                self.state = REASONS - self.state
+
+    @property
+    def device_state(self) -> int:
+        """In the numbers of the device's tables."""
+        first = self.share.first_state
+        if self.state >= 0:
+            return self.state + first
+        return self.state - first if self.state <= REASONS else self.state
 
 
 class Grammars:
@@ -119,36 +144,17 @@ class Grammars:
             if isinstance(found, str):
                 return found
             followed = self.requests[request.request_id] = found
-        followed.share.users.add(request.request_id)
-        followed.num_tokens = 0
-        followed.state = 0 if followed.ends is None else REASONS
+        followed.begin()
         self.follow(request)
-        first = followed.share.first_state
-        state = followed.state
-        if state >= 0:
-            state += first
-        elif state <= REASONS:
-            state -= first
-        self.news.rows[request.request_id] = RowGrammar(state, *(followed.ends or ReasoningEnds()))
+        ends = followed.ends or ReasoningEnds()
+        self.news.rows[request.request_id] = RowGrammar(followed.device_state, *ends)
         return self.reason(request)
 
     def follow(self, request: Request) -> None:
         """The host knows more of a request's tokens."""
         followed = self.requests.get(request.request_id)
-        if followed is None:
-            return
-        assert self.vocabulary is not None
-        new = request.output_token_ids[followed.num_tokens :]
-        followed.num_tokens += len(new)
-        for n, token in enumerate(new):
-            if followed.state > REASONS:
-                automaton = followed.share.automaton
-                followed.state = automaton.after(self.vocabulary, new[n:], followed.state)
-                return
-            if followed.ends is not None and token == followed.ends.begin:
-                followed.state = OUTSIDE
-            elif followed.ends is not None and token == followed.ends.end:
-                followed.state = REASONS - followed.state
+        if followed is not None:
+            followed.follow(request.output_token_ids[followed.num_tokens :])
 
     def reason(self, request: Request) -> str | None:
         """The reason that the host must say what may come next, or None."""
@@ -163,18 +169,18 @@ class Grammars:
         return followed is not None
 
     def take_news(self) -> GrammarNews:
-        """What the workers do not know yet."""
+        """All that the workers do not know yet."""
         news, self.news = self.news, GrammarNews()
         if news.rows and not self._is_sent:
             assert self.vocabulary is not None
             self._is_sent = True
             starts, data = self.vocabulary.offsets, self.vocabulary.data
-            news.vocabulary = grammar_tables.Vocabulary(starts, data.copy())
+            news = replace(news, vocabulary=grammar_tables.Vocabulary(starts, data.copy()))
         return news
 
     def are_on_device(self, output: SchedulerOutput, requests: dict[str, Request]) -> bool:
         """Can the device mask for all requests of this batch that have a grammar?"""
-        scheduled = map(requests.__getitem__, output.num_scheduled_tokens)
+        scheduled = [requests[request_id] for request_id in output.num_scheduled_tokens]
         return all(
             request.request_id in self.requests and self.reason(request) is None
             for request in scheduled
@@ -204,7 +210,8 @@ class Grammars:
         share = self._place(_key(request), automaton)
         if share is None:
             return f"{Reason.STRUCTURED_OUTPUT}: its tables are full"
-        return Followed(share, ends)
+        share.users.add(request.request_id)
+        return Followed(share, ends, self.vocabulary)
 
     def _place(self, key: Key, automaton: Automaton) -> Share | None:
         """The grammar's place in the device's tables; others that nobody uses make way."""
@@ -252,12 +259,21 @@ def first_fit(size: int, taken: list[tuple[int, int]], room: int) -> int | None:
 
 def reasoning_ends(reasoner: ReasoningParser | None) -> ReasoningEnds | None:
     """How the reasoning of a request ends, where single tokens tell; else None."""
-    streaming = BaseThinkingReasoningParser.is_reasoning_end_streaming
     if isinstance(reasoner, BaseThinkingReasoningParser):
-        known = type(reasoner).is_reasoning_end_streaming is streaming
-        return ReasoningEnds(reasoner.end_token_id) if known else None
-    if not isinstance(reasoner, ParserEngineReasoningAdapter):
+        return _of_thinking(reasoner)
+    if isinstance(reasoner, ParserEngineReasoningAdapter):
+        return _of_engine(reasoner)
+    return None
+
+
+def _of_thinking(reasoner: BaseThinkingReasoningParser) -> ReasoningEnds | None:
+    known = BaseThinkingReasoningParser.is_reasoning_end_streaming
+    if type(reasoner).is_reasoning_end_streaming is not known:
         return None
+    return ReasoningEnds(reasoner.end_token_id)
+
+
+def _of_engine(reasoner: ParserEngineReasoningAdapter) -> ReasoningEnds | None:
     ends: dict[bool, list[int]] = {False: [], True: []}
     for token in reasoner.reasoning_end_token_ids:
         found = reasoner.find_reasoning_end([token])
