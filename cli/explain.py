@@ -66,3 +66,8 @@ def _print(windows: WindowCounts) -> None:
         f"tokens; {windows.early_exits} ended early, {windows.unused_steps} reserved steps were "
         f"not used; {windows.host_ms_per_token:.3f} ms of the scheduler per token"
     )
+    if windows.refused_tokens:
+        out.print(
+            f"{windows.refused_tokens} requests failed: the host's grammar refused a token that "
+            "the device had let through. Please report it, with the grammar."
+        )

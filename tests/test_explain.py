@@ -37,6 +37,7 @@ def counted(page: Page | None = None) -> PublishedCounts:
     counts.add_turn("structured output", 1, [1])
     counts.add_turn("prefill", 1, [0])
     counts.host_seconds = 0.5
+    counts.refused_tokens = 2
     counts.publish(now=True)
     return counts
 
@@ -116,6 +117,7 @@ def test_counts(page: Page) -> None:
         "steps": 82,
         "unused_steps": 54,
         "early_exits": 1,
+        "refused_tokens": 2,
         "tokens": 157,
         "host_seconds": 0.5,
         "one_step_turns": {"structured output": 1},
