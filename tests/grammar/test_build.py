@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -263,6 +264,21 @@ def test_a_wrong_way_to_a_state_is_found(bundled: World, monkeypatch: pytest.Mon
     _with(monkeypatch, change)
     with pytest.raises(NoAutomaton, match="xgrammar refuses b'Q'"):
         build(BY_NAME["weather"].compile(bundled.compiler), [], bundled.vocabulary)
+
+
+# Threads
+
+
+def test_builds_in_threads_do_not_meet(bundled: World) -> None:
+    cases = [BY_NAME[name] for name in ("ten fields", "weather", "tag auto", "json object")] * 3
+    compiled = [case.compile(bundled.compiler) for case in cases]
+    limits = Limits(states=1000, seconds=60)
+    alone = [build(grammar, [], bundled.vocabulary, limits) for grammar in compiled]
+    with ThreadPoolExecutor(4) as pool:
+        beside = pool.map(lambda grammar: build(grammar, [], bundled.vocabulary, limits), compiled)
+    for one, other in zip(alone, beside, strict=True):
+        assert (one.next_states == other.next_states).all()
+        assert (one.mask_ids == other.mask_ids).all() and (one.masks == other.masks).all()
 
 
 # The vocabulary

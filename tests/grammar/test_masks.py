@@ -6,7 +6,6 @@ by tokens, with a matcher of their own.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -32,20 +31,21 @@ CUT = {  # these have more states than the limit
     "lark optional left",
     "tag any arguments",
 }
-WALKS, STEPS = (40, 300) if os.environ.get("FUSEDSTEP_LONG_WALKS") else (3, 40)
 
 
-def _walk(world: World, case: Case, automaton: Automaton, compiled: object = None) -> Walker:
-    walker = Walker(compiled or case.compile(world.compiler), world.vocabulary, [])
-    for seed in range(WALKS):
-        walker.compare(automaton, seed, STEPS)
+def _walk(
+    world: World, case: Case, automaton: Automaton, walks: int = 3, steps: int = 40
+) -> Walker:
+    walker = Walker(case.compile(world.compiler), world.vocabulary, [])
+    for seed in range(walks):
+        walker.compare(automaton, seed, steps)
     return walker
 
 
 def _build_and_walk(world: World, case: Case) -> None:
     compiled = case.compile(world.compiler)
     automaton = build(compiled, [], world.vocabulary, LIMITS)
-    walker = _walk(world, case, automaton, compiled)
+    walker = _walk(world, case, automaton)
     assert len(walker.visits) >= min(automaton.num_states, 10) * 0.5
     assert automaton.cut == (case.name in CUT)
 
@@ -58,6 +58,14 @@ def test_bundled_tokenizer(bundled: World, case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_byte_fallback_tokenizer(fallback: World, case: Case) -> None:
     _build_and_walk(fallback, case)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_long_walks(bundled: World, case: Case) -> None:
+    """Minutes of it: pytest -m exhaustive tests/grammar."""
+    automaton = build(case.compile(bundled.compiler), [], bundled.vocabulary, Limits(seconds=60))
+    _walk(bundled, case, automaton, walks=40, steps=200)
 
 
 def test_walks_find_a_mask_that_is_another_states(fallback: World) -> None:
