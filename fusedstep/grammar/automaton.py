@@ -57,7 +57,7 @@ class Limits:
     states: int = 4096
     mask_bytes: int = 64 << 20
     work: int = 4_000_000  # configurations looked at: bounds the time, and does not vary with it
-    seconds: float = 2.0
+    seconds: float = 5.0  # a machine that is busy may need them
 
 
 @dataclass(frozen=True)
