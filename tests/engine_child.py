@@ -78,12 +78,14 @@ def run(
     requests: list[tuple[Any, dict[str, Any]]],
     arrive: dict[int, int] | None = None,
     abort: dict[int, int] | None = None,
+    most_steps: int | None = None,
 ) -> dict[str, Any]:
     """Run (prompt, sampling fields) pairs to their end.
 
     ``arrive``: request number -> engine step before which it is added (0 without an entry);
-    ``abort``: request number -> number of its tokens after which it is aborted. Returns the
-    completions per request and how often a request was preempted.
+    ``abort``: request number -> number of its tokens after which it is aborted; ``most_steps``:
+    requests whose tokens are lost never end. Returns the completions per request and how often a
+    request was preempted.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -96,6 +98,7 @@ def run(
     )
     step = 0
     while waiting or ENGINE.has_unfinished_requests():
+        assert most_steps is None or step < most_steps, "too many steps"
         for number in [n for n, at in waiting.items() if at <= step]:
             prompt, fields = requests[number]
             streams = number in abort

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ENGINE = "standin/test_engine.py"
 WINDOW = "standin/test_window.py"
 RUNNER = "standin/test_runner.py"
 FORMS = "test_forms.py"
@@ -46,6 +47,7 @@ MODULES = "the driver's module kept when its kernel is not found"
 SLOTS = "a slot's output or staging used for the window after it"
 READS = "a result that is read before its copy is waited for"
 COPIES = "a result that is copied before the steps have run"
+STATE = "fusedstep/window/state.py"
 OUTPUT = "fusedstep/window/output.py"
 RECORDER = "fusedstep/window/recorder.py"
 RECORDING = "fusedstep/vllm_plugin/runner/recording.py"
@@ -110,6 +112,14 @@ MUTATIONS = (
     Mutation(
         SCRATCH,
         RUNNER_PY,
+        "self._step_class()\n        super().profile_run",
+        "pass\n        super().profile_run",
+        ENGINE,
+        "test_start",
+    ),
+    Mutation(
+        SCRATCH,
+        RUNNER_PY,
         "if self.scratch is None:",
         "if self.scratch or True:",
         RUNNER,
@@ -125,18 +135,25 @@ MUTATIONS = (
     ),
     *(
         Mutation(fault, path, old, new, test, "test_tokens")
-        for fault, path, old, new in (
-            (SLOTS, "fusedstep/window/state.py", "self.slots[self._count % 2]", "self.slots[0]"),
+        for fault, path, old, new, tests in (
+            (SLOTS, STATE, "self.slots[self._count % 2]", "self.slots[0]", [WINDOW]),
             (
                 SLOTS,
-                "fusedstep/window/state.py",
+                STATE,
                 "(slot(), slot())",
                 "(first := slot(), WindowSlot(rows, seen, slot().output, first.staging))",
+                [WINDOW],
             ),
-            (READS, OUTPUT, "self._ready.synchronize()", "pass"),
-            (COPIES, OUTPUT, "stream.wait_stream(torch.cuda.current_stream())", "pass"),
+            (READS, OUTPUT, "self._ready.synchronize()", "pass", [WINDOW, ENGINE]),
+            (
+                COPIES,
+                OUTPUT,
+                "stream.wait_stream(torch.cuda.current_stream())",
+                "pass",
+                [WINDOW],
+            ),
         )
-        for test in (WINDOW,)
+        for test in tests
     ),
     Mutation(
         SPINS,
@@ -163,7 +180,7 @@ MUTATIONS = (
             test,
             "keep_stock_steps",
         )
-        for test in (FORMS,)
+        for test in (FORMS, ENGINE)
     ),
     Mutation(
         "`cudagraph_mode=FULL` with sizes above `max_num_seqs`",

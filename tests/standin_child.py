@@ -14,7 +14,7 @@ from engine_child import EngineChild
 
 DEFAULTS: dict[str, Any] = {
     "cudagraph_mode": "FULL_AND_PIECEWISE",
-    "capture_sizes": (1, 2, 4),
+    "capture_sizes": (1, 3, 32),  # of three rows: one is padding for two
     "ops": "native",  # which step operations are launched; "triton" is interpreted
 }
 
@@ -43,6 +43,7 @@ def start(model: str, settings: dict[str, Any], options: dict[str, Any]) -> None
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_BREAKABLE_CUDAGRAPH": "1",  # piecewise graphs without a compiled model
     }
     from fusedstep.options import Options
     from fusedstep.vllm_plugin import compat, register
@@ -92,18 +93,37 @@ def use_timing(seed: int | None) -> None:
     GPU.random = None if seed is None else random.Random(seed)
 
 
+def num_pieces() -> int:
+    """Pieces of vLLM's piecewise graphs that were replayed: graphs between calls in Python."""
+    pieces = getattr(engine_child.runner().cudagraph_manager, "breakable_cg_runner", None)
+    captures = [] if pieces is None else [entry.capture for entry in pieces.entries.values()]
+    graphs = [getattr(part, "__self__", None) for capture in captures for part in capture.segments]
+    return sum(graph.replays for graph in graphs if graph is not None)
+
+
 def device_state() -> dict[str, Any]:
     """What the stand-in has counted, in bytes where it is memory."""
     from standin.device import GPU
 
+    gc.collect()
+    GPU.synchronize()
     runner = engine_child.runner()
     worker = engine_child.ENGINE.engine_core.engine_core.model_executor.driver_worker.worker
-    caches = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in runner.kv_caches}
-    cache, captured = sum(c.nbytes() for c in caches.values()), getattr(worker, "captured_bytes", 0)
+    # Logprobs: as many as a window has asked for.
+    logprobs = (vars(slot.output) for slot in runner.windows.slots)
+    seen = [part[name] for part in logprobs for name in ("token_ids", "logprobs", "ranks")]
+    seen += [*runner.kv_caches, runner.cudagraph_manager.hidden_states]
+    live = sum(n for owner, n in GPU.live.items() if not isinstance(owner, tuple))
     return {
         "waits": dict(GPU.waits),
         "unfinished": len(GPU.unfinished),
         "estimated": worker.graph_bytes,  # of graphs, before the KV cache takes the rest
-        "captured": captured,
-        "unseen": GPU.live_bytes() - worker.profiled - cache - captured,
+        "captured": getattr(worker, "captured_bytes", 0),
+        "unseen": live - worker.profiled - runner.stock_bytes - memory_of(seen),
     }
+
+
+def memory_of(tensors: list[Any]) -> int:
+    """Bytes, of what shares memory once."""
+    parts = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None}
+    return sum(part.nbytes() for part in parts.values())

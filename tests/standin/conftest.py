@@ -12,7 +12,7 @@ import torch
 from engine_child import EngineChild
 from standin import graphs
 from standin.device import GPU
-from standin.mixture import ABORT, ARRIVE, OPTIONS, REQUESTS
+from standin.mixture import ABORT, ARRIVE, MOST_STEPS, OPTIONS, REQUESTS
 from standin.modes import on_device
 
 from fusedstep.bench.gpu_check import models
@@ -56,4 +56,4 @@ def cpu_engine(tiny_model: str) -> Iterator[EngineChild]:
 @pytest.fixture(scope="session")
 def expected(cpu_engine: EngineChild) -> dict[str, Any]:
     """The mixture's results on a CPU, whose tokens other tests hold against stock vLLM's."""
-    return cpu_engine.call(engine_child.run, REQUESTS, ARRIVE, ABORT)
+    return cpu_engine.call(engine_child.run, REQUESTS, ARRIVE, ABORT, MOST_STEPS)

@@ -10,6 +10,7 @@ from standin import graphs
 from standin.device import CUDA, GPU, enqueue, readable, running
 from standin.engine_platform import SETTINGS
 from standin.modes import on_device
+from standin_child import memory_of
 
 from fusedstep.ops import native
 from fusedstep.ops.triton_step import TritonStep
@@ -143,7 +144,17 @@ def runner_class() -> Any:
 
     ops = python_ops()
 
-    class StandInRunner(FusedStepRunner):
+    class Counted(FusedStepRunner.__base__):  # type: ignore[misc, name-defined]
+        """vLLM's, below ours. ``stock_bytes``: what it makes beside the KV cache, after it has
+        measured its memory: block tables, the attention's scratch."""
+
+        def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+            before = GPU.live_bytes()
+            super().initialize_kv_cache(*args, **kwargs)
+            if not hasattr(self, "stock_bytes"):  # the first time nothing is replaced
+                self.stock_bytes = GPU.live_bytes() - before - memory_of(self.kv_caches)
+
+    class StandInRunner(FusedStepRunner, Counted):
         def __init__(self, vllm_config: Any, device: torch.device) -> None:
             with on_device(ops):
                 super().__init__(vllm_config, CUDA)
@@ -192,7 +203,11 @@ def install() -> None:
             delattr(torch.Tensor, name)
     graphs.install()
     buffers.UvaBuffer = UvaBuffer
-    replaced = {"async_tensor_h2d": async_tensor_h2d, "current_stream": lambda *_: GPU.current}
+    replaced = {
+        "async_tensor_h2d": async_tensor_h2d,
+        "current_stream": lambda *_: GPU.current,
+        "weak_ref_tensor": lambda tensor: tensor,  # the recorded work has it, too
+    }
     for name, value in replaced.items():
         of_cpu = vars(torch_utils)[name]
         for module in [m for n, m in sys.modules.items() if n.startswith("vllm.")]:

@@ -46,6 +46,24 @@ class CUDAGraph:
     def pool(self) -> int | None:
         return id(self.memory)
 
+    def capture_begin(self, pool: Pool | None = None, capture_error_mode: str = "global") -> None:
+        """What is enqueued on the current stream is recorded from here on."""
+        line = GPU.current.line
+        if line is GPU.default:
+            raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
+        if line.capture is not None:
+            raise RuntimeError("cudaStreamBeginCapture: the stream is capturing")
+        self.memory = pool or Pool()
+        self.line, line.capture = line, self
+        GPU.unfinished.append(self)
+
+    def capture_end(self) -> None:
+        """As torch: a recording that became invalid leaves its allocator as it is."""
+        self.line.capture = None
+        if self.invalid:
+            raise RuntimeError("CUDA error: failed due to a previous error during capture")
+        GPU.unfinished.remove(self)
+
     def replay(self) -> None:
         assert GPU.capturing is None, "a graph in a graph"
         self.replays += 1
@@ -76,23 +94,13 @@ class graph:
         GPU.synchronize()
         GPU.empty_cache()
         self.stream.__enter__()
-        line = self.stream.line
-        if line is GPU.default:
-            raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
-        if line.capture is not None:
-            raise RuntimeError("cudaStreamBeginCapture: the stream is capturing")
-        self.graph.memory = self.memory or Pool()
-        line.capture = self.graph
-        GPU.unfinished.append(self.graph)
+        self.graph.capture_begin(self.memory)
 
     def __exit__(self, *_: object) -> None:
-        """As torch: a recording that became invalid leaves its allocator as it is."""
-        line = self.stream.line
-        line.capture = None
-        self.stream.__exit__()
-        if self.graph.invalid:
-            raise RuntimeError("CUDA error: failed due to a previous error during capture")
-        GPU.unfinished.remove(self.graph)
+        try:
+            self.graph.capture_end()
+        finally:
+            self.stream.__exit__()
 
 
 @contextmanager

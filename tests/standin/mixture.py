@@ -39,6 +39,7 @@ REQUESTS = [
 ]
 ARRIVE = {n: n for n in range(5, len(REQUESTS))}  # request -> engine step
 ABORT = {14: 5}  # request -> tokens
+MOST_STEPS = 1000  # of the engine; a request whose tokens are lost never ends
 # Blocks of 32 tokens; five of them, beside vLLM's null block, do not hold three requests.
 BLOCK_BYTES = 2 * 2 * 32 * 64 * 4  # of the tiny model in float32
 OPTIONS = {

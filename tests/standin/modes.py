@@ -202,7 +202,8 @@ class Late(TorchDispatchMode):
             for i, a in enumerate(schema.arguments)
             if a.alias_info is not None and a.alias_info.is_write
         ]
-        if written:
+        own = any(r.alias_info is None for r in schema.returns)  # beside what it writes
+        if written and not own:
             enqueue(lambda: func(*args, **kwargs))
             results = [w for w, _ in zip(written, schema.returns, strict=False)]
             return results[0] if len(results) == 1 else tuple(results) or None
@@ -212,7 +213,8 @@ class Late(TorchDispatchMode):
             if GPU.capturing is None:
                 GPU.synchronize()
             with running():
-                result = func(*args, **kwargs)
+                copies = [a.clone() if any(a is w for w in written) else a for a in args]
+                result = func(*copies, **kwargs)
             several = isinstance(result, (tuple, list))
             results = list(result) if several else [result]
             shapes = [several, *((r.shape, r.stride(), r.dtype) for r in results)]

@@ -12,12 +12,17 @@ import engine_child
 import pytest
 import standin_child
 import standin_faults
-from standin.mixture import ABORT, ARRIVE, OPTIONS, REQUESTS, assert_same
+from standin.mixture import ABORT, ARRIVE, MOST_STEPS, OPTIONS, REQUESTS, assert_same
 from standin_child import StandInChild
+
+from fusedstep.reasons import Reason
 
 LATE = None  # the device works as late as the program allows; else at random times, of this seed
 # Graphs for prefills, too; one of them has more rows than there can be, which are no size of these.
 MANY = {"cudagraph_mode": "FULL", "capture_sizes": (*range(1, 19), 24)}
+# Bytes that vLLM's accounting may not see: a window's rows, two results of 64 steps, copies of what
+# the host writes of a request. Nothing as wide as the vocabulary: float32 of it is as much again.
+UNSEEN = OPTIONS["max_num_seqs"] * 4096
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +37,12 @@ def run(engine: StandInChild, decode_steps: object, seed: int | None) -> tuple[A
     engine.call(standin_child.use_timing, seed)
     engine.call(engine_child.set_decode_steps, decode_steps)
     engine.call(engine_child.reset_prefix_cache)
-    before = engine.call(engine_child.window_stats)
-    got = engine.call(engine_child.run, REQUESTS, ARRIVE, ABORT)
+    before, pieces = engine.call(engine_child.window_stats), engine.call(standin_child.num_pieces)
+    got = engine.call(engine_child.run, REQUESTS, ARRIVE, ABORT, MOST_STEPS)
     stats = engine.call(engine_child.window_stats)
     for name in ("windows", "steps", "tokens"):
         stats[name] -= before[name]
-    return got, stats
+    return got, stats | {"pieces": engine.call(standin_child.num_pieces) - pieces}
 
 
 def test_start(engine: StandInChild) -> None:
@@ -47,6 +52,7 @@ def test_start(engine: StandInChild) -> None:
     assert (stats["loop"], stats["loop_reason"]) == ("while", "works here")
     assert state["unfinished"] == 0
     assert 0 < state["captured"] <= state["estimated"]
+    assert 0 < state["unseen"] <= UNSEEN
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,9 @@ def test_tokens(
     assert_same(got, expected)
     assert stats["steps"] > 1.5 * stats["windows"] > 0
     assert set(stats["stock_steps"]) == {"prefill"}
+    assert stats["pieces"] > 0, "prefills take vLLM's piecewise graphs"
     assert got["preemptions"] and sum(got["cached_tokens"])
+    assert 0 < engine.call(standin_child.device_state)["unseen"] <= UNSEEN
 
 
 @pytest.mark.parametrize(
@@ -86,6 +94,18 @@ def test_start_and_tokens(
     engine.become(settings, **OPTIONS | {"max_num_seqs": rows})
     got, stats = run(engine, 7, 3)
     assert (stats["loop"], stats["steps"] > stats["windows"] > 0) == (form, True)
+    assert_same(got, expected)
+
+
+def test_piecewise_graphs_alone_keep_stock_steps(
+    engine: StandInChild, expected: dict[str, Any]
+) -> None:
+    """Those of decodes, too: a window's would have none."""
+    engine.become({"cudagraph_mode": "PIECEWISE"}, **OPTIONS)
+    got, stats = run(engine, 7, LATE)
+    assert (stats["loop"], stats["windows"]) == ("eager", 0)
+    assert set(stats["stock_steps"]) == {"prefill", str(Reason.PIECEWISE)}
+    assert stats["pieces"] > 2 * stats["stock_steps"][str(Reason.PIECEWISE)] > 0
     assert_same(got, expected)
 
 
