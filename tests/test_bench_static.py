@@ -86,6 +86,7 @@ def test_the_time_model() -> None:
         barriers_before=1,
         before_load=500,
         before_arrival=1000,
+        noise_path=0,
         main_loop=400,
         other_loops=300,
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedstep.kernels.noise import gumbel_noise, hash_prefix
+from fusedstep.kernels.noise import hash_prefix
 from fusedstep.kernels.sample import finish, is_truncated
-from fusedstep.kernels.winner import arrive, first_best, row_winner
+from fusedstep.kernels.winner import arrive, leave_winner, row_winner
 
 
 @triton.jit(do_not_specialize=["logprobs", "advances"])
@@ -45,15 +45,22 @@ def draw_kernel(
     prefix = hash_prefix(tl.load(sampling.seeds + req), tl.load(inputs.positions + batch_idx))
     row = scratch.adjusted + batch_idx * VOCAB_SIZE
     logits = tl.load(row + token_ids, mask=in_vocab, other=float("-inf"))
-    scores = tl.where(in_vocab, logits + gumbel_noise(prefix, token_ids), float("-inf"))
-    score, token = first_best(scores, token_ids, VOCAB_SIZE)
     offset = batch_idx * NUM_SPLITS + split
-    tl.store(scratch.best_scores + offset, score)
-    tl.store(scratch.best_tokens + offset, token)
+    leave_winner(logits, split * BLOCK_V, 1.0, prefix, offset, scratch, VOCAB_SIZE)
     if not arrive(batch_idx, NUM_SPLITS, scratch):
         return
+    token = row_winner(
+        batch_idx,
+        (row, row, True, 1.0, prefix),
+        scratch,
+        VOCAB_SIZE,
+        BLOCK_V,
+        NUM_SPLITS,
+        SPLITS,
+        SCALED=True,
+    )
     finish(
-        row_winner(batch_idx, scratch, VOCAB_SIZE, NUM_SPLITS, SPLITS),
+        token,
         logprobs,
         advances,
         batch_idx,

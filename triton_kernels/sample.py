@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 
 from fusedstep.kernels.adjust import adjust, must_adjust
-from fusedstep.kernels.noise import gumbel_noise, hash_prefix
+from fusedstep.kernels.noise import hash_prefix
 from fusedstep.kernels.rows import advance
 from fusedstep.kernels.winner import (
     arrive,
-    first_best,
+    leave_winner,
     load_splits,
     log_total,
     row_winner,
@@ -70,6 +70,8 @@ def sample_kernel(
     if active == 0:
         if HANDS_OVER:
             _store_limits(VOCAB_SIZE, 1.0, split, batch_idx, scratch)
+        if (logprobs != 0) & (split == 0):
+            tl.store(scratch.sampled_logits + batch_idx, float("nan"))
         return
     temperature = tl.load(sampling.temperature + req)
     is_handed_over = False
@@ -116,22 +118,15 @@ def sample_kernel(
             SPLITS,
         )
         return
-    scores = logits
-    if temperature != 0.0:
-        logits = logits / temperature
-        scores = tl.where(in_vocab, logits + gumbel_noise(prefix, token_ids), float("-inf"))
-    score, token = first_best(scores, token_ids, VOCAB_SIZE)
-    tl.store(scratch.best_scores + offset, score)
-    tl.store(scratch.best_tokens + offset, token)
+    leave_winner(logits, split * BLOCK_V, temperature, prefix, offset, scratch, VOCAB_SIZE)
     restricted = False
     if RESTRICT:
         min_p = tl.load(sampling.min_p + req)
         truncated = is_truncated(req, sampling, VOCAB_SIZE)
         restricted = truncated | ((min_p != 0.0) & (temperature != 0.0))
     if restricted:
-        value = tl.max(tl.where(token_ids == token, logits, float("-inf")), axis=0)
-        tl.store(scratch.best_values + offset, value)
-        bucket_max = tl.max(tl.reshape(logits, [BLOCK_V // BUCKET, BUCKET]), axis=1)
+        scaled = tl.reshape(logits / temperature, [BLOCK_V // BUCKET, BUCKET])
+        bucket_max = tl.max(scaled, axis=1)
         bucket_ids = split * (BLOCK_V // BUCKET) + tl.arange(0, BLOCK_V // BUCKET)
         tl.store(scratch.bucket_max + batch_idx * BUCKETS + bucket_ids, bucket_max)
 
@@ -153,7 +148,7 @@ def sample_kernel(
             BUCKETS,
         )
     else:
-        token = row_winner(batch_idx, scratch, VOCAB_SIZE, NUM_SPLITS, SPLITS)
+        token = row_winner(batch_idx, row, scratch, VOCAB_SIZE, BLOCK_V, NUM_SPLITS, SPLITS)
     if RESTRICT and truncated:
         return
     finish(
@@ -201,10 +196,10 @@ def _hand_over(
     tl.debug_barrier()  # ``adjust`` may have stored or still read these entries in other threads
     tl.store(adjusted_row + token_ids, logits, mask=token_ids < VOCAB_SIZE)
     if min_p != 0.0:
-        tl.store(scratch.best_values + offset, tl.max(logits, axis=0))
+        tl.store(scratch.best_scores + offset, tl.max(logits, axis=0))
         if arrive(batch_idx, NUM_SPLITS, scratch):
             split_max = load_splits(
-                scratch.best_values, batch_idx, float("-inf"), NUM_SPLITS, SPLITS
+                scratch.best_scores, batch_idx, float("-inf"), NUM_SPLITS, SPLITS
             )
             _mask_below(tl.max(split_max, axis=0) + tl.log(min_p), adjusted_row, VOCAB_SIZE)
 
@@ -314,18 +309,7 @@ def finish(
         row_max, rest = log_total(split_max, weights)
         value = tl.load(logits_row + token).to(tl.float32)
         tl.store(rows.logprobs + batch_idx, value - row_max - rest)
-        tl.store(rows.ranks + batch_idx, rank_of(value, logits_row, VOCAB_SIZE).to(tl.int64))
+        tl.store(rows.ranks + batch_idx, 0)  # rank.py counts
+        tl.store(scratch.sampled_logits + batch_idx, value)
     if advances:
         advance(token, batch_idx, req, rows, requests, stop, inputs, strides, BLOCK_SIZES)
-
-
-@triton.jit
-def rank_of(value, logits_row, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr = 4096):
-    """The number of raw logits of the row that are at least ``value``."""
-    rank = 0
-    for start in range(0, VOCAB_SIZE, BLOCK):
-        token_ids = start + tl.arange(0, BLOCK)
-        in_vocab = token_ids < VOCAB_SIZE
-        logits = tl.load(logits_row + token_ids, mask=in_vocab, other=float("-inf"))
-        rank += tl.sum(((logits.to(tl.float32) >= value) & in_vocab).to(tl.int32), axis=0)
-    return rank

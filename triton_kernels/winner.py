@@ -1,5 +1,10 @@
 """Argmax of a row across programs: each leaves the winner of its split, the last one reduces.
 
+A split's winner is the likely one: noise is drawn nearly (``near_scores``) for all tokens, exactly
+for the winners. With it a split leaves a bound of the scores of its other tokens, and where that is
+not below the best exact score, the split is scored again, exactly. So tokens are those of exact
+noise. A greedy row has no noise: its winners are certain.
+
 The order of a row's tokens is that of vLLM's sorted top-p: by logit, ties by token id. A *cut*
 (value, token id) keeps the token itself and all after it; ``winner_from`` is the argmax of those.
 ``row`` is the tuple (logits_row, adjusted_row, is_adjusted, temperature, noise prefix).
@@ -18,6 +23,8 @@ Memory order, for every kernel that calls ``arrive``:
   before the next step. (Programmatic dependent launch would not; it is off.)
 * ``adjusted``, ``limit_k`` and ``limit_p`` of rows that are handed over (``sample.py``): written in
   one launch, changed in those of somebody else, read in that of ``draw_kernel``.
+* ``sampled_logits``: written by one program of a row, read by ``rank_kernel`` in a later launch, in
+  which all add to ``ranks`` by atomics; nobody reads that before the launch has ended.
 * ``arrivals``: counted by atomics, reset by the last program, zero between launches.
 * ``num_active``: rows subtract from it by atomics; nobody reads it before the launch has ended.
 * Within a program a thread is sure to see its own stores only. A barrier, with its reason, stands
@@ -32,9 +39,10 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import constexpr_function
 
-from fusedstep.kernels.noise import gumbel_noise
+from fusedstep.kernels.noise import gumbel_noise, near_scores, score_bound
 
 NO_SCORE = tl.constexpr(float("-inf"))
+CHUNK = tl.constexpr(1024)  # tokens that are scored again at a time
 
 
 @constexpr_function
@@ -44,7 +52,7 @@ def _is_gfx9():
 
 
 @triton.jit
-def scaled_logits(row, token_ids, VOCAB_SIZE: tl.constexpr):
+def scaled_logits(row, token_ids, VOCAB_SIZE: tl.constexpr, SCALED: tl.constexpr = False):
     """Logits after adjustment and temperature, float32; -inf outside the vocabulary."""
     logits_row, adjusted_row, is_adjusted, temperature, _ = row
     in_vocab = token_ids < VOCAB_SIZE
@@ -52,6 +60,8 @@ def scaled_logits(row, token_ids, VOCAB_SIZE: tl.constexpr):
         logits = tl.load(adjusted_row + token_ids, mask=in_vocab, other=float("-inf"))
     else:
         logits = tl.load(logits_row + token_ids, mask=in_vocab, other=float("-inf")).to(tl.float32)
+    if SCALED:
+        return logits
     return logits / temperature
 
 
@@ -82,6 +92,30 @@ def first_best(scores, token_ids, VOCAB_SIZE: tl.constexpr):
 
 
 @triton.jit
+def leave_winner(logits, first, temperature, prefix, offset, scratch, VOCAB_SIZE: tl.constexpr):
+    """Store the winner of a split whose logits are adjusted, not scaled; ``offset`` is the split's.
+
+    Of a greedy row with its score, of others with the best near score of the other tokens.
+    """
+    BLOCK_V: tl.constexpr = logits.shape[0]
+    token_ids = first + tl.arange(0, BLOCK_V)
+    if temperature != 0.0:
+        # The better and the worse of each two: half as many are left to look through.
+        scores = near_scores(logits, temperature, prefix, token_ids)
+        left, right = tl.split(tl.reshape(scores, [BLOCK_V // 2, 2]))
+        left_ids = first + 2 * tl.arange(0, BLOCK_V // 2)
+        better_ids = tl.where(right > left, left_ids + 1, left_ids)
+        better = tl.maximum(left, right)
+        token = first_best(better, better_ids, VOCAB_SIZE)[1]
+        others = tl.where(better_ids == token, tl.minimum(left, right), better)
+        tl.store(scratch.others_best + offset, tl.max(others, axis=0))
+    else:
+        score, token = first_best(logits, token_ids, VOCAB_SIZE)
+        tl.store(scratch.best_scores + offset, score)
+    tl.store(scratch.best_tokens + offset, token)
+
+
+@triton.jit
 def load_splits(ptr, batch_idx, other, NUM_SPLITS: tl.constexpr, SPLITS: tl.constexpr):
     """One value per split of a row; SPLITS is a power of two, ``other`` fills the rest."""
     split = tl.arange(0, SPLITS)
@@ -101,15 +135,34 @@ def log_total(split_max, weights):
 @triton.jit
 def row_winner(
     batch_idx,
+    row,
     scratch,
     VOCAB_SIZE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SCALED: tl.constexpr = False,
 ):
-    """The winner among all tokens of a row."""
-    scores = load_splits(scratch.best_scores, batch_idx, NO_SCORE, NUM_SPLITS, SPLITS)
-    token_ids = load_splits(scratch.best_tokens, batch_idx, VOCAB_SIZE - 1, NUM_SPLITS, SPLITS)
-    _, token = first_best(scores, token_ids, VOCAB_SIZE)
+    """The winner among all tokens of a row; with SCALED its logits are divided already."""
+    temperature = row[3]
+    if temperature != 0.0:
+        found = winner_from(
+            float("-inf"),
+            0,
+            batch_idx,
+            row,
+            scratch,
+            VOCAB_SIZE,
+            BLOCK_V,
+            NUM_SPLITS,
+            SPLITS,
+            SCALED,
+        )
+        token = found[0]
+    else:
+        scores = load_splits(scratch.best_scores, batch_idx, NO_SCORE, NUM_SPLITS, SPLITS)
+        token_ids = load_splits(scratch.best_tokens, batch_idx, VOCAB_SIZE - 1, NUM_SPLITS, SPLITS)
+        token = first_best(scores, token_ids, VOCAB_SIZE)[1]
     return token
 
 
@@ -124,39 +177,60 @@ def winner_from(
     BLOCK_V: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SCALED: tl.constexpr = False,
 ):
     """Token, scaled logit and score of the winner among the tokens that the cut keeps.
 
-    A split whose winner is kept is done. The other splits are scored again while the score of
-    their winner, which bounds that of their kept tokens, can still win: mostly one is. The score is
-    NO_SCORE when the cut keeps nothing.
+    The row has a temperature. A split is scored again while the bound of the scores of its other
+    tokens can still win: few are. The score is NO_SCORE when the cut keeps nothing.
     """
-    scores = load_splits(scratch.best_scores, batch_idx, NO_SCORE, NUM_SPLITS, SPLITS)
     token_ids = load_splits(scratch.best_tokens, batch_idx, VOCAB_SIZE - 1, NUM_SPLITS, SPLITS)
-    values = load_splits(scratch.best_values, batch_idx, float("-inf"), NUM_SPLITS, SPLITS)
-    kept = (values > cut_value) | ((values == cut_value) & (token_ids >= cut_token))
-    score, token = first_best(tl.where(kept, scores, NO_SCORE), token_ids, VOCAB_SIZE)
-    value = tl.max(tl.where(kept & (token_ids == token), values, float("-inf")), axis=0)
-
+    others = load_splits(scratch.others_best, batch_idx, NO_SCORE, NUM_SPLITS, SPLITS)
     split_ids = tl.arange(0, SPLITS)
-    bounds = tl.where(kept, NO_SCORE, scores)
+    is_split = split_ids < NUM_SPLITS
+    bounds = tl.where(is_split, score_bound(others, row[3]), NO_SCORE)
+    values, scores = _scored(cut_value, cut_token, token_ids, is_split, row, VOCAB_SIZE, SCALED)
+    score, token = first_best(scores, token_ids, VOCAB_SIZE)
+    value = _value_of(token, values, scores, token_ids)
+
+    STEP: tl.constexpr = BLOCK_V if BLOCK_V < CHUNK else CHUNK
     bound = tl.max(bounds, axis=0)
     while (bound >= score) & (bound > NO_SCORE):
         split = tl.min(tl.where(bounds == bound, split_ids, SPLITS), axis=0)
-        block = split * BLOCK_V + tl.arange(0, BLOCK_V)
-        logits = scaled_logits(row, block, VOCAB_SIZE)
-        in_cut = (logits > cut_value) | ((logits == cut_value) & (block >= cut_token))
-        _, _, _, _, prefix = row
-        noisy = tl.where(
-            in_cut & (block < VOCAB_SIZE), logits + gumbel_noise(prefix, block), NO_SCORE
-        )
-        block_score, block_token = first_best(noisy, block, VOCAB_SIZE)
-        better = (block_score > score) | ((block_score == score) & (block_token < token))
-        better = better & (block_score > NO_SCORE)
-        block_value = tl.max(tl.where(block == block_token, logits, float("-inf")), axis=0)
-        score = tl.where(better, block_score, score)
-        token = tl.where(better, block_token, token)
-        value = tl.where(better, block_value, value)
+        for start in range(0, BLOCK_V, STEP):
+            block = split * BLOCK_V + start + tl.arange(0, STEP)
+            block_values, block_scores = _scored(
+                cut_value, cut_token, block, block < VOCAB_SIZE, row, VOCAB_SIZE, SCALED
+            )
+            block_score, block_token = first_best(block_scores, block, VOCAB_SIZE)
+            better = (block_score > score) | ((block_score == score) & (block_token < token))
+            better = better & (block_score > NO_SCORE)
+            block_value = _value_of(block_token, block_values, block_scores, block)
+            score = tl.where(better, block_score, score)
+            token = tl.where(better, block_token, token)
+            value = tl.where(better, block_value, value)
         bounds = tl.where(split_ids == split, NO_SCORE, bounds)
         bound = tl.max(bounds, axis=0)
     return token, value, score
+
+
+@triton.jit
+def _scored(
+    cut_value,
+    cut_token,
+    token_ids,
+    valid,
+    row,
+    VOCAB_SIZE: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """Scaled logits and exact scores of tokens; NO_SCORE of those that the cut leaves out."""
+    values = scaled_logits(row, token_ids, VOCAB_SIZE, SCALED)
+    kept = (values > cut_value) | ((values == cut_value) & (token_ids >= cut_token))
+    return values, tl.where(kept & valid, values + gumbel_noise(row[4], token_ids), NO_SCORE)
+
+
+@triton.jit
+def _value_of(token, values, scores, token_ids):
+    found = (token_ids == token) & (scores > NO_SCORE)
+    return tl.max(tl.where(found, values, float("-inf")), axis=0)

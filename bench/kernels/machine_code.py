@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 
 PRODUCTS = ("HMMA", "QMMA", "HGMMA", "DMMA", "IMMA", "v_mfma")
 LINE = re.compile(
     r"^\s*(?:(?P<label>\.L\w+):"  # of either
-    r"|/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(?P<sass>[A-Z][^;]*?)\s*;"
+    r"|/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?\w+\s+)?(?P<sass>[A-Z][^;]*?)\s*;"
     r"|(?P<amd>[a-z]+_\w+.*?)\s*(?:;.*)?$)"
 )
 
@@ -52,6 +53,7 @@ class Code:
     barriers_before: int  # of a program's threads, before the first main load
     before_load: int  # instructions before the first main load
     before_arrival: int  # instructions before the first atomic; 0: none
+    noise_path: int  # instructions on the shortest path to an atomic by way of noise; 0: none
     main_loop: int  # instructions; 0: none
     other_loops: int  # instructions of all other loops
 
@@ -92,6 +94,7 @@ def count(text: str) -> Code:
     """Of a disassembly: labels and one instruction a line."""
     code: list[str] = []
     labels: dict[str, int] = {}
+    predicated = set()
     for line in text.splitlines():
         found = LINE.match(line)
         if found is None:
@@ -99,6 +102,8 @@ def count(text: str) -> Code:
         if found["label"]:
             labels[found["label"]] = len(code)
         else:
+            if found["predicate"]:
+                predicated.add(len(code))
             code.append(found["sass"] or found["amd"])
     while code and code[-1].startswith(("NOP", "BRA")):  # padding after the end
         code.pop()
@@ -121,6 +126,7 @@ def count(text: str) -> Code:
         barriers_before=sum(line.startswith(("BAR.", "s_barrier")) for line in code[:first]),
         before_load=first,
         before_arrival=atomics[0] if atomics else 0,
+        noise_path=_noise_path(code, labels, predicated),
         main_loop=main_loop,
         other_loops=sum(size for _, size in loops) - main_loop,
     )
@@ -139,6 +145,29 @@ def _inner_loops(code: list[str], labels: dict[str, int]) -> list[list[str]]:
         for start, stop in spans
         if not any((a, b) != (start, stop) and start <= a and b <= stop for a, b in spans)
     ]
+
+
+def _noise_path(code: list[str], labels: dict[str, int], predicated: set[int]) -> int:
+    """Breadth first over instructions, each with and without a logarithm of base 2 before it."""
+    steps = {(0, False): 0}
+    queue = deque(steps)
+    while queue:
+        at, is_noisy = queue.popleft()
+        line, count = code[at], steps[at, is_noisy]
+        if is_noisy and _is_atomic(line):
+            return count
+        ends = line.startswith(("EXIT", "RET", "s_endpgm"))
+        branches = line.startswith(("BRA", "s_cbranch", "s_branch"))
+        conditional = at in predicated or "cbranch" in line or "UP" in line.partition("`")[0]
+        following = [at + 1] if conditional or not (ends or branches) else []
+        if branches and (target := re.search(r"\.L\w+", line)):
+            following.append(labels[target[0]])
+        is_noisy = is_noisy or line.startswith(("MUFU.LG2", "v_log_f32"))
+        for state in ((index, is_noisy) for index in following if index < len(code)):
+            if state not in steps:
+                steps[state] = count + 1
+                queue.append(state)
+    return 0
 
 
 def _loaded(line: str) -> int:

@@ -1,8 +1,8 @@
 """The step operations as Triton kernels, none of which synchronises.
 
-A decode step is one launch. With top-k or top-p it is two, or one before and one after somebody
-else's truncation (``Truncation``): seeded tokens equal stock vLLM's only where both keep the same
-tokens, and on a GPU those are known to nobody but stock's own kernels.
+A decode step is one launch, with logprobs one more. With top-k or top-p it is two, or one before
+and one after somebody else's truncation (``Truncation``): seeded tokens equal stock vLLM's only
+where both keep the same tokens, and on a GPU those are known to nobody but stock's own kernels.
 
 ``TritonStep`` binds the state once: the tensors have static addresses, as a captured CUDA graph
 needs them. On CPU tensors the kernels run in Triton's interpreter (TRITON_INTERPRET=1), for tests.
@@ -20,6 +20,7 @@ import torch
 
 from fusedstep.kernels.draw import draw_kernel
 from fusedstep.kernels.grammar import constrain_kernel, follow_kernel
+from fusedstep.kernels.rank import rank_kernel
 from fusedstep.kernels.rows import prepare_kernel
 from fusedstep.kernels.sample import BUCKET, sample_kernel
 from fusedstep.kernels.truncate import truncate_kernel
@@ -98,9 +99,9 @@ class _Scratch(NamedTuple):
     """
 
     arrivals: torch.Tensor  # [R] int32, zero between launches
-    best_scores: torch.Tensor  # [R, NUM_SPLITS] float32, of each split's winner
+    best_scores: torch.Tensor  # [R, NUM_SPLITS] float32, of each split's winner in greedy rows
     best_tokens: torch.Tensor  # [R, NUM_SPLITS] int32
-    best_values: torch.Tensor  # [R, NUM_SPLITS] float32, scaled logit of that token
+    others_best: torch.Tensor  # [R, NUM_SPLITS] float32, near score of the best of the others
     split_max: torch.Tensor  # [R, NUM_SPLITS] float32, of each split's raw logits
     split_weights: torch.Tensor  # [R, NUM_SPLITS] float32, sum(exp(raw logit - split_max))
     weights: torch.Tensor  # [R, NUM_SPLITS] float32
@@ -117,6 +118,7 @@ class _Scratch(NamedTuple):
     sorted: torch.Tensor  # [R, CANDIDATES] int32
     sorted_values: torch.Tensor  # [R, CANDIDATES] float32
     adjusted: torch.Tensor  # [R, V] float32, rows with bias, penalties or bad words, or handed over
+    sampled_logits: torch.Tensor  # [R] float32, raw, of the sampled tokens; NaN of rows at rest
     limit_k: torch.Tensor  # [R] int32, of rows that are handed over, else V
     limit_p: torch.Tensor  # [R] float32, the same, else 1
 
@@ -301,6 +303,8 @@ class TritonStep:
             "SPLITS": _power_of_two(num_splits),
             "BLOCK_SIZES": self._block_sizes,
         }
+        # A warp's share of what is done once per program is less where it has more tokens.
+        few_warps = 4 if block == max(SAMPLE_BLOCKS) else 8
         hands_over = needs.truncation and self._truncation is not None
         features = {
             "BUCKETS": _num_buckets(self._vocab_size),
@@ -313,17 +317,24 @@ class TritonStep:
             (num_splits, num_reqs),
             args,
             shape | features,
-            num_warps=8,
+            num_warps=8 if needs.adjustment or needs.restriction else few_warps,
             max_registers=80 if needs.adjustment else 64 if needs.restriction else None,
         )
+        ranks: tuple[Launch, ...] = ()
+        if needs.logprobs:
+            names = ("logits_ptr", "logits_stride", "rows", "scratch")
+            blocks = {name: shape[name] for name in ("VOCAB_SIZE", "BLOCK_V", "NUM_SPLITS")}
+            read = {name: args[name] for name in names}
+            grid = (num_splits, num_reqs)
+            ranks = (Launch(rank_kernel, grid, read, blocks, num_warps=few_warps),)
         if not needs.truncation:
-            return (sample,)
+            return (sample, *ranks)
         if self._truncation is not None:
             scratch = self._scratch
             limited = (scratch.adjusted[:num_reqs], scratch.limit_k[:num_reqs])
             truncation = partial(self._truncation, *limited, scratch.limit_p[:num_reqs])
-            draw = Launch(draw_kernel, (num_splits, num_reqs), args, shape, num_warps=8)
-            return sample, truncation, draw
+            draw = Launch(draw_kernel, (num_splits, num_reqs), args, shape, num_warps=few_warps)
+            return (sample, truncation, draw, *ranks)
         part = _block_size(self._vocab_size, num_reqs, TRUNCATE_BLOCKS)
         num_parts = -(-self._vocab_size // part)
         truncate = Launch(
@@ -334,7 +345,7 @@ class TritonStep:
             num_warps=16,
             max_registers=128,
         )
-        return sample, truncate
+        return (sample, truncate, *ranks)
 
     def _arguments_of(self, rows: WindowRows, num_reqs: int) -> tuple[Any, _Strides]:
         """Kept for each WindowRows seen.
@@ -383,13 +394,13 @@ def _allocate_scratch(max_num_reqs: int, vocab_size: int, device: torch.device) 
 
     per_split = (
         "best_scores",
-        "best_values",
+        "others_best",
         "split_max",
         "split_weights",
         "weights",
         "weights_up_to",
     )
-    per_row = ("row_max", "floors", "bounds", "winner_values")
+    per_row = ("row_max", "floors", "bounds", "winner_values", "sampled_logits")
     return _Scratch(
         **{name: floats(max_splits) for name in per_split},
         **{name: floats(1) for name in per_row},

@@ -70,7 +70,7 @@ def cases(world: World, targets: Collection[str]) -> Iterator[Case]:
             for launch in step.launches(logits, rows, num_reqs, needs, advance):
                 yield Case(f"{call} {name} {where}", launch)
             if needs.truncation:
-                sample, _, draw = stock.launches(logits, rows, num_reqs, needs, advance)
+                sample, _, draw, *_ = stock.launches(logits, rows, num_reqs, needs, advance)
                 yield Case(f"{call} {name} {where} for stock's truncation", sample)
                 yield Case(f"{call} {name} {where} after stock's truncation", draw)
         for launch in step.constrain_launches(logits, rows, num_reqs):
@@ -165,6 +165,7 @@ def numbers_of(target: str, compiled: Any, releases: int) -> list[int]:
         code.barriers_before,
         releases,
         code.before_arrival,
+        code.noise_path,
         code.main_loop,
         code.other_loops,
         code.size,

@@ -39,6 +39,7 @@ NUMBERS = (
     "barriers before",
     "releases",
     "before arrival",
+    "noise path",
     "main loop",
     "other loops",
     "size",
@@ -137,8 +138,9 @@ def compiled(only: Iterable[Name] | None = None) -> Table:
 def main() -> None:
     """Write the table, say what has changed."""
     table, file = compiled(), path()
-    if file.exists():
-        print(*differences(parse(file.read_text().splitlines()), table), sep="\n")
+    kept = file.read_text().splitlines() if file.exists() else [""]
+    if kept[0].split("\t") == list(COLUMNS):
+        print(*differences(parse(kept), table), sep="\n")
     TABLES.mkdir(exist_ok=True)
     file.write_text(written(table))
     print(f"{len(table)} kernels: {file.relative_to(Path.cwd())}")
