@@ -142,7 +142,7 @@ MUTATIONS = (
                 STATE,
                 "(slot(), slot())",
                 "(first := slot(), WindowSlot(rows, seen, slot().output, first.staging))",
-                [WINDOW],
+                [WINDOW, ENGINE],
             ),
             (READS, OUTPUT, "self._ready.synchronize()", "pass", [WINDOW, ENGINE]),
             (
