@@ -150,7 +150,7 @@ MUTATIONS = (
                 OUTPUT,
                 "stream.wait_stream(torch.cuda.current_stream())",
                 "pass",
-                [WINDOW],
+                [WINDOW, ENGINE],
             ),
         )
         for test in tests
