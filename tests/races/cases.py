@@ -38,6 +38,7 @@ from ops.world import build_world, random_logits
 from fusedstep.ops import attention, reference, triton_step
 from fusedstep.ops.attention import MAX_QUERY_LEN, DecodeAttention, DeviceLimits
 from fusedstep.ops.triton_step import TritonStep
+from fusedstep.ops.types import OUTSIDE, REASONS
 
 VOCAB_SIZE = 500
 BLOCK = 128  # of the vocabulary: four programs per row
@@ -149,6 +150,12 @@ def grammar_case(*, block_sizes: tuple[int, ...] = (16,), seed: int = 0) -> Case
         world = build_world(VOCAB_SIZE, n, padding=(1,), seed=seed, block_sizes=block_sizes)
         world = replace(world, grammar=build_grammar(n + 3, VOCAB_SIZE, seed=seed))
         assert world.grammar is not None
+        reasons = world.rows.idx_mapping[2]
+        world.grammar.states[reasons] = REASONS - 3
+        world.grammar.reasoning_ends[reasons] = torch.tensor([7, 11])
+        for row in (0, 3, 4):  # two end outside in one step
+            world.grammar.states[world.rows.idx_mapping[row]] = row
+            world.grammar.next_states[row] = OUTSIDE
         step = world.bind(TritonStep)
         step.prepare(world.rows, n)
         for each in logits:

@@ -82,6 +82,22 @@ MUTANTS: list[Mutant] = [
         ("rows.num_active",),
     ),
     Mutant(
+        "plain-num-active-outside",
+        "grammar.py",
+        'tl.atomic_add(rows.num_active, -1, sem="relaxed")',
+        "tl.store(rows.num_active, tl.load(rows.num_active) - 1)",
+        "step-grammar-2",
+        ("rows.num_active",),
+    ),
+    Mutant(
+        "every-block-clears-the-token",
+        "grammar.py",
+        "if split == 0:",
+        "if split >= 0:",
+        "step-grammar-2",
+        ("tl.store(rows.sampled + batch_idx, -1)",),
+    ),
+    Mutant(
         "counts-written-rows",
         "rows.py",
         "steps_allowed = tl.load(rows.steps_allowed + batch_idx, mask=in_batch, other=0)",

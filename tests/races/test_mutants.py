@@ -41,7 +41,11 @@ def test_race_is_named(mutant: Mutant, tmp_path: Path) -> None:
 
 
 # Which case shows the barriers of a file; if it does not, one of the others must.
-SHOWS = {"adjust.py": "step-adjustment", "truncate.py": "step-truncation"}
+SHOWS = {
+    "adjust.py": "step-adjustment",
+    "grammar.py": "step-grammar-2",
+    "truncate.py": "step-truncation",
+}
 OTHERS = ("step-plain", "step-adjustment", "step-truncation", "step-everything")
 OTHERS += ("step-everything-handed-over", "attention-q1")
 
