@@ -18,6 +18,7 @@ import psutil
 
 SMALL = ("--dtype=float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "4")
 KV_CACHE = ("--kv-cache-memory-bytes", "268435456")
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 START_SECONDS = 240.0
 END_SECONDS = 10.0
 FUSEDSTEP = str(Path(sys.executable).with_name("fusedstep"))
