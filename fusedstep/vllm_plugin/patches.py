@@ -49,6 +49,13 @@ PATCHES = (
     ),
     Patch(
         "scheduler/door.py",
+        "*EngineCoreProc.run_busy_loop",
+        Kind.REPLACED,
+        "EngineCoreProc.run_busy_loop, DPEngineCoreProc.run_busy_loop",
+        "the same in a process of its own, which loads plug-ins within EngineCore.__init__",
+    ),
+    Patch(
+        "scheduler/door.py",
         "EngineCore.preprocess_add_request",
         Kind.REPLACED,
         "EngineCore.preprocess_add_request",
@@ -63,7 +70,7 @@ PATCHES = (
     ),
     Patch(
         "scheduler/door.py",
-        "self.aborts_queue.put_nowait",
+        "core.aborts_queue.put_nowait",
         Kind.REPLACED,
         "EngineCore.aborts_queue",
         "aborts pass the input thread through this queue only",

@@ -10,7 +10,7 @@ import pytest
 from scheduler.engine import Engine
 from scheduler.trace import Spec, Trace
 from scheduler.world import make_request, make_scheduler
-from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 from vllm.v1.request import RequestStatus
 
 from fusedstep.loop_forms import LoopForm
@@ -79,6 +79,8 @@ def test_the_input_thread_announces(monkeypatch: pytest.MonkeyPatch, door: Door)
 
     monkeypatch.setattr(EngineCore, "__init__", Core.__init__)
     monkeypatch.setattr(EngineCore, "preprocess_add_request", preprocess)
+    for proc in (EngineCoreProc, DPEngineCoreProc):
+        monkeypatch.setattr(proc, "run_busy_loop", None)
     arrivals.announce_arrivals()
     patched = EngineCore.__init__, EngineCore.preprocess_add_request
     arrivals.announce_arrivals()
@@ -114,6 +116,30 @@ def test_the_input_thread_announces(monkeypatch: pytest.MonkeyPatch, door: Door)
     assert stock.preprocess_add_request(request) == (request, 0)
     stock.aborts_queue.put_nowait(["a"])
     assert stock.aborts_queue.get_nowait() == ["a"]
+
+
+def test_a_core_that_loads_plug_ins_within_its_init(
+    monkeypatch: pytest.MonkeyPatch, door: Door
+) -> None:
+    """As each does in a process of its own: its __init__ has begun when it is replaced."""
+    for name in ("__init__", "preprocess_add_request"):
+        monkeypatch.setattr(EngineCore, name, lambda *_: None)
+    loops: list[Any] = []
+    for proc in (EngineCoreProc, DPEngineCoreProc):
+        monkeypatch.setattr(proc, "run_busy_loop", loops.append)
+    asked: list[Any] = []
+    aborts: list[Any] = []
+    scheduler = SimpleNamespace(door=door, announce_abort=aborts.append, ask_workers=asked.append)
+    core = Core(scheduler)
+    arrivals.announce_arrivals()
+    EngineCoreProc.run_busy_loop(core)
+    assert loops == [core] and asked == [core.model_executor]
+    core.aborts_queue.put_nowait(["a"])
+    assert aborts == [["a"]]
+    DPEngineCoreProc.run_busy_loop(core)  # vLLM's loop begins again after a fault
+    assert loops == [core, core] and len(asked) == 1
+    core.aborts_queue.put_nowait(["b"])
+    assert aborts == [["a"], ["b"]]
 
 
 def running(trace: Trace) -> Engine:

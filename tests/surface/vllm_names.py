@@ -45,6 +45,7 @@ _CONFIG = {
             return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
             model, skip_tokenizer_init
             get_vocab_size()
+            try_get_generation_config()
         """,
         "ParallelConfig": """
             data_parallel_index, distributed_executor_backend, worker_cls
@@ -187,6 +188,8 @@ _ENGINE = {
             def preprocess_add_request(request)
             scheduler, aborts_queue, model_executor
         """,
+        "EngineCoreProc": "run_busy_loop",
+        "DPEngineCoreProc": "run_busy_loop",
     },
     "vllm.v1.request": {
         "Request": """

@@ -5,13 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from fusedstep.window import arrivals
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.core import EngineCore
 
 
 class Door:
@@ -24,11 +25,17 @@ class Door:
 
     def __init__(self, counter: arrivals.ArrivalCounter) -> None:
         self.counter = counter
+        self._is_set_up = False
         self.is_open = True  # a request that comes now can be admitted (the scheduler says)
         # Announced, not yet with the scheduler. An id may come again before its abort has.
         self.arriving: Counter[str] = Counter()
         self.leaving: set[str] = set()
         self._lock = threading.Lock()
+
+    def sets_up(self) -> bool:
+        """True the first time: the engine core is complete."""
+        first, self._is_set_up = not self._is_set_up, True
+        return first
 
     @property
     def outside(self) -> set[str]:
@@ -82,7 +89,7 @@ def announce_arrivals() -> None:
 
     The scheduler also gets to know whether its workers run windows.
     """
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 
     stock_init, stock = EngineCore.__init__, EngineCore.preprocess_add_request
     if getattr(stock, "announces", False):
@@ -90,17 +97,7 @@ def announce_arrivals() -> None:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_init(self, *args, **kwargs)
-        scheduler = self.scheduler
-        if not hasattr(scheduler, "door"):
-            return
-        stock_put = self.aborts_queue.put_nowait
-
-        def put_nowait(request_ids: Any) -> None:
-            stock_put(request_ids)
-            scheduler.announce_abort(request_ids)
-
-        self.aborts_queue.put_nowait = put_nowait
-        scheduler.ask_workers(self.model_executor)
+        open_door(self)
 
     def preprocess_add_request(self: Any, request: EngineCoreRequest) -> Any:
         preprocessed = stock(self, request)
@@ -113,6 +110,32 @@ def announce_arrivals() -> None:
     preprocess_add_request.announces = True  # type: ignore[attr-defined]
     EngineCore.__init__ = __init__
     EngineCore.preprocess_add_request = preprocess_add_request
+    # In a process of its own the engine core loads plug-ins within its own __init__.
+    EngineCoreProc.run_busy_loop = _opens_door(EngineCoreProc.run_busy_loop)
+    DPEngineCoreProc.run_busy_loop = _opens_door(DPEngineCoreProc.run_busy_loop)
+
+
+def _opens_door(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+    def run_busy_loop(self: Any) -> None:
+        open_door(self)
+        stock(self)
+
+    return run_busy_loop
+
+
+def open_door(core: EngineCore) -> None:
+    """Once, when the engine core is complete: aborts are announced, and the workers are asked."""
+    scheduler: Any = core.scheduler
+    if not hasattr(scheduler, "door") or not scheduler.door.sets_up():
+        return
+    stock_put = core.aborts_queue.put_nowait
+
+    def put_nowait(request_ids: Any) -> None:
+        stock_put(request_ids)
+        scheduler.announce_abort(request_ids)
+
+    core.aborts_queue.put_nowait = put_nowait
+    scheduler.ask_workers(core.model_executor)
 
 
 def forget_aborts(aborts: queue.Queue[list[str]], request_id: str) -> None:

@@ -17,15 +17,14 @@ from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
 from vllm.reasoning.basic_parsers import BaseThinkingReasoningParser
 from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
-from fusedstep.grammar.automaton import Automaton, Limits, build
-from fusedstep.grammar.rules import NoAutomaton
-from fusedstep.grammar.vocabulary import Vocabulary
+from fusedstep.grammar import Automaton, Limits, NoAutomaton, Vocabulary, build, warm
 from fusedstep.ops.types import FREE, OUTSIDE, REASONS
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import grammar_tables
 from fusedstep.vllm_plugin.grammar_tables import GrammarNews, RowGrammar, Table
 
 if TYPE_CHECKING:
+    from vllm.config import ModelConfig
     from vllm.reasoning import ReasoningParser
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -94,8 +93,9 @@ class Followed:
 class Grammars:
     """One per scheduler. Grammars are compiled in vLLM's threads, the rest is the main thread's."""
 
-    def __init__(self, manager: StructuredOutputManager, vocab_size: int) -> None:
-        self.manager = manager
+    def __init__(self, manager: StructuredOutputManager, model: ModelConfig) -> None:
+        self.manager, self.model = manager, model
+        vocab_size = model.get_vocab_size()
         self.max_masks = grammar_tables.max_masks(vocab_size)
         self.known: OrderedDict[Key, Automaton | str] = OrderedDict()  # or why there is none
         self.shares: OrderedDict[Key, Share] = OrderedDict()  # least recently used first
@@ -106,6 +106,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._stock_create = manager._create_grammar
         manager._create_grammar = self._create_grammar
+        warm()
 
     def _create_grammar(self, request: Request) -> Any:
         """A thread of vLLM's: its own grammar, and then the automaton of it."""
@@ -121,7 +122,8 @@ class Grammars:
         try:
             with self._lock:
                 if self.vocabulary is None:
-                    self.vocabulary = Vocabulary.of(grammar.ctx.tokenizer_info)
+                    tokenizer, stops = grammar.ctx.tokenizer_info, self._stops_of_all()
+                    self.vocabulary = Vocabulary.of(tokenizer, stops)
             limits = Limits(
                 states=grammar_tables.MAX_STATES // 4,
                 mask_bytes=grammar_tables.MASK_BYTES // 4,
@@ -132,6 +134,11 @@ class Grammars:
         except Exception:
             logger.exception("fusedstep: no automaton for a grammar, which stock steps mask")
             return f"{Reason.STRUCTURED_OUTPUT}: no automaton"
+
+    def _stops_of_all(self) -> list[int]:
+        """The stop tokens of every request: those of the model's generation config."""
+        ends = self.model.try_get_generation_config().get("eos_token_id", ())
+        return [ends] if isinstance(ends, int) else list(ends or ())
 
     def enter(self, request: Request) -> str | None:
         """A request is scheduled for the first time, or again from its prompt on.
@@ -193,7 +200,7 @@ class Grammars:
             return f"{Reason.STRUCTURED_OUTPUT} of a streamed input"
         automaton = self.known.get(_key(request))
         if automaton is None:
-            return Reason.STRUCTURED_OUTPUT
+            return f"{Reason.STRUCTURED_OUTPUT}: not compiled"
         self.known.move_to_end(_key(request))
         while len(self.known) > MOST_KNOWN:
             self.known.popitem(last=False)

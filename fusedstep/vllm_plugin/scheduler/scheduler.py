@@ -128,8 +128,10 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             self.engine_reason = next((reason for reason in told if reason), None)
             if self.engine_reason is not None:
                 logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
-            elif not self.vllm_config.model_config.skip_tokenizer_init:
-                self.grammars = Grammars(self.structured_output_manager, self.vocab_size)
+                return
+            model = self.vllm_config.model_config
+            if not model.skip_tokenizer_init:
+                self.grammars = Grammars(self.structured_output_manager, model)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         with self.counts.on_host():
