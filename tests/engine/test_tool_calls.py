@@ -1,4 +1,4 @@
-"""JSON schemas and tool calls through the openai client: in windows, and as stock vLLM streams them.
+"""Tool calls and JSON schemas through the openai client, in windows, as stock vLLM answers them.
 
 The session's server is ours. ``-m exhaustive`` starts stock vLLM's beside it and compares.
 """
@@ -84,13 +84,23 @@ def joined(stream: list[Any]) -> tuple[str, dict[int, tuple[str, str]]]:
     return text, calls
 
 
+def parsed(arguments: str) -> Any:
+    """vLLM writes the arguments of a named tool anew, but not in a stream. Cut off, they are text."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_streams_what_it_answers(client: openai.OpenAI, kind: str) -> None:
     answer = ask(client, kind).choices[0]
     text, calls = joined(events(client, kind))
     assert text == (answer.message.content or "")
     whole = [(c.function.name, c.function.arguments) for c in answer.message.tool_calls or ()]
-    assert list(calls.values()) == whole
+    assert [(name, parsed(args)) for name, args in calls.values()] == [
+        (name, parsed(args)) for name, args in whole
+    ]
     if kind in ("named", "required", "parallel"):
         assert whole and answer.finish_reason in ("stop", "tool_calls", "length")
         for name, arguments in whole[:-1] if answer.finish_reason == "length" else whole:
