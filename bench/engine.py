@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 from fusedstep import processes
 from fusedstep.bench import adapters
 from fusedstep.bench.images import ImagePrompt
-from fusedstep.bench.wanted import Wanted
+from fusedstep.bench.wanted import Wanted, sampling_params
 from fusedstep.errors import ConfigError, FusedStepError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
@@ -160,9 +160,7 @@ class EngineServer:
         self, prompts: list[Any], params: list[dict[str, Any]], *, timing: bool = False
     ) -> Any:
         """Outputs as plain dicts, or only the seconds it took when ``timing``."""
-        from vllm import SamplingParams
-
-        sampling = [SamplingParams(**p) for p in params]
+        sampling = [sampling_params(fields) for fields in params]
         prompts = [p.for_model(self.llm) if isinstance(p, ImagePrompt) else p for p in prompts]
         loras = adapters.in_turn(self.adapters, len(prompts)) if self.adapters else None
         began = time.perf_counter()

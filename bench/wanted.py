@@ -43,14 +43,13 @@ class Wanted:
             self._check_requests(config)
 
     def _check_requests(self, config: VllmConfig) -> None:
-        from vllm.sampling_params import SamplingParams
         from vllm.tokenizers import cached_tokenizer_from_config
 
         tokenizer = cached_tokenizer_from_config(config.model_config)
         limit = config.model_config.max_model_len
         for request, params in self.requests:
             try:
-                SamplingParams(**params).verify(
+                sampling_params(params).verify(
                     config.model_config,
                     config.speculative_config,
                     config.structured_outputs_config,
@@ -82,3 +81,13 @@ class Wanted:
             yield
         finally:
             EngineArgs.create_engine_config = create
+
+
+def sampling_params(fields: dict[str, Any]) -> Any:
+    """vLLM's SamplingParams; ``structured_outputs`` is an object, as in the API."""
+    from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+    structured = fields.get("structured_outputs")
+    if isinstance(structured, dict):
+        fields = fields | {"structured_outputs": StructuredOutputsParams(**structured)}
+    return SamplingParams(**fields)

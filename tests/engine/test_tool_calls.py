@@ -85,7 +85,7 @@ def joined(stream: list[Any]) -> tuple[str, dict[int, tuple[str, str]]]:
 
 
 def parsed(arguments: str) -> Any:
-    """vLLM writes the arguments of a named tool anew, but not in a stream. Cut off, they are text."""
+    """vLLM writes arguments of a named tool anew, but not in a stream. Cut off, they are text."""
     try:
         return json.loads(arguments)
     except ValueError:
