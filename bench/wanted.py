@@ -16,6 +16,7 @@ from fusedstep.vllm_plugin.launch import early
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Wanted:
         limit = config.model_config.max_model_len
         for request, params in self.requests:
             try:
-                sampling_params(params).verify(
+                asked: SamplingParams = sampling_params(params)
+                asked.verify(
                     config.model_config,
                     config.speculative_config,
                     config.structured_outputs_config,
@@ -83,11 +85,12 @@ class Wanted:
             EngineArgs.create_engine_config = create
 
 
-def sampling_params(fields: dict[str, Any]) -> Any:
+def sampling_params(fields: dict[str, Any]) -> SamplingParams:
     """vLLM's SamplingParams; ``structured_outputs`` is an object, as in the API."""
     from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
     structured = fields.get("structured_outputs")
     if isinstance(structured, dict):
         fields = fields | {"structured_outputs": StructuredOutputsParams(**structured)}
-    return SamplingParams(**fields)
+    params: SamplingParams = SamplingParams(**fields)
+    return params

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fusedstep.ops.types import FREE
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 # Room for all grammars in use together.
 MAX_STATES = 1 << 14
@@ -56,3 +59,14 @@ class GrammarNews:
     vocabulary: Vocabulary | None = None  # once
     tables: list[Table] = field(default_factory=list)
     rows: dict[str, RowGrammar] = field(default_factory=dict)  # by request id
+
+
+NO_NEWS = GrammarNews()
+
+
+def bring_grammars(output: SchedulerOutput, news: GrammarNews) -> None:
+    output.grammars = news
+
+
+def grammars_of(output: SchedulerOutput) -> GrammarNews:
+    return getattr(output, "grammars", NO_NEWS)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from fusedstep.vllm_plugin.grammar_tables import GrammarNews
 from fusedstep.window import arrivals
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ PATCHES = (
         "requests wait for a row: the window ends at the first stop",
     ),
     Patch(
-        "patches.py",
+        "grammar_tables.py",
         "output.grammars",
         Kind.HUNG,
         "SchedulerOutput",
@@ -491,14 +490,3 @@ def stamp_of(output: SchedulerOutput) -> WindowStamp:
     if not hasattr(output, "arrivals_seen"):
         return WindowStamp(arrivals.NEVER_END, ends_at_stop=False)
     return WindowStamp(output.arrivals_seen, output.ends_at_stop)
-
-
-NO_NEWS = GrammarNews()
-
-
-def bring_grammars(output: SchedulerOutput, news: GrammarNews) -> None:
-    output.grammars = news
-
-
-def grammars_of(output: SchedulerOutput) -> GrammarNews:
-    return getattr(output, "grammars", NO_NEWS)

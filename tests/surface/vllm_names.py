@@ -79,6 +79,7 @@ _CONFIG = {
             seed, stream_interval
         """,
         "RequestOutputKind": "FINAL_ONLY",
+        "StructuredOutputsParams": "(**structured)",
     },
 }
 
@@ -94,7 +95,7 @@ _FRONTEND = {
             get_tokenizer()
             llm_engine: LLMEngine
         """,
-        "SamplingParams": "(**params)",
+        "SamplingParams": "",
     },
     "vllm.multimodal": {"MULTIMODAL_REGISTRY": ": MultiModalRegistry"},
     "vllm.multimodal.registry": {"MultiModalRegistry": "get_processing_info(model_config)"},

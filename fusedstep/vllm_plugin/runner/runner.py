@@ -22,6 +22,7 @@ from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat, patches, reasons
+from fusedstep.vllm_plugin.grammar_tables import bring_grammars, grammars_of
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.grammars import Grammars, StockSteps
 from fusedstep.vllm_plugin.runner.logprobs import Logprobs
@@ -231,7 +232,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def add_requests(self, scheduler_output: SchedulerOutput) -> None:
         super().add_requests(scheduler_output)
         if self.engine_reason is None:
-            news = patches.grammars_of(scheduler_output)
+            news = grammars_of(scheduler_output)
             if self.grammars is not None:
                 self.grammars.take(news)
             for new_request in scheduler_output.scheduled_new_reqs:
@@ -477,5 +478,5 @@ def one_token_each(scheduler_output: SchedulerOutput) -> SchedulerOutput:
         total_num_scheduled_tokens=sum(scheduled.values()),
         scheduled_spec_decode_tokens={},
     )
-    patches.bring_grammars(single, patches.grammars_of(scheduler_output))
+    bring_grammars(single, grammars_of(scheduler_output))
     return single

@@ -23,6 +23,7 @@ from fusedstep.errors import ConfigError
 from fusedstep.policy import MAX_STEPS, Decision, DecodeSteps, Turn, decide
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat, patches, reasons
+from fusedstep.vllm_plugin.grammar_tables import bring_grammars
 from fusedstep.vllm_plugin.scheduler.admission import Admission
 from fusedstep.vllm_plugin.scheduler.blocks import Blocks
 from fusedstep.vllm_plugin.scheduler.counts import PublishedCounts
@@ -265,7 +266,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             request = self.requests[request_id]
             if request.use_structured_output:
                 self._note_stock_reason(request, self.grammars.enter(request))
-        patches.bring_grammars(output, self.grammars.take_news())
+        bring_grammars(output, self.grammars.take_news())
         has_some = output.has_structured_output_requests
         if has_some and self.grammars.are_on_device(output, self.requests):
             # vLLM's engine core need not wait for the tokens in flight to mask the next ones.
