@@ -78,6 +78,7 @@ def test_it_is_one_line_before_any_engine(command: tuple[str, ...]) -> None:
     assert done.stderr.startswith("error: --lora-modules: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.exhaustive  # two engines of a minute
 def test_verify(loras: list[str], tmp_path: Path) -> None:
     """One prompt, with two adapters and with none, as stock vLLM answers it."""
     model = tiny_models.make("llama", tmp_path / "llama")

@@ -76,6 +76,7 @@ def test_a_model_that_takes_no_images_is_one_line(model: str, pictures: Path) ->
     assert "takes no images: leave it out" in errors[0]
 
 
+@pytest.mark.exhaustive  # two engines of a minute
 def test_verify(qwen: str, pictures: Path, tmp_path: Path) -> None:
     """Two images beside two texts, as stock vLLM answers them."""
     prompts = tmp_path / "prompts.txt"

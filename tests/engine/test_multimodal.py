@@ -140,7 +140,7 @@ RUNS = [
     ("qwen25_vl", "auto", None, 0.0, "delta"),
     ("qwen25_vl", "auto", None, 0.0, "embeds"),
     ("qwen3_vl", "auto", 2, 0.8, None),
-    ("gemma3", "auto", 4, 0.0, None),
+    pytest.param("gemma3", "auto", 4, 0.0, None, marks=pytest.mark.exhaustive),
     ("gemma4", "auto", 5, 0.0, None),
     ("gemma4", "auto", None, 0.0, "side effects"),
 ]
