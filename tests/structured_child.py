@@ -56,7 +56,8 @@ def run_with_few_states(
         return build(compiled, stop_token_ids, vocabulary, replace(limits, states=states))
 
     with patch.object(grammars, "build", few):
-        return run(model, options | {"seed": 1}, requests, decode_steps)  # an engine of its own
+        options = options | {"seed": states}  # an engine of its own
+        return run(model, options, requests, decode_steps)
 
 
 def run_with_full_tables(

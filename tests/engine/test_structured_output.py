@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +146,18 @@ def test_synchronous_scheduling(fused: EngineChild, tiny: str, expected: dict[st
     assert_same(fused.call(structured_child.run, tiny, options, REQUESTS, 7), expected)
 
 
+@pytest.mark.parametrize(("decode_steps", "states"), [(3, 12), (16, 30)])
 def test_what_lies_beyond_the_tables(
-    fused: EngineChild, tiny: str, expected: dict[str, Any]
+    fused: EngineChild, tiny: str, expected: dict[str, Any], decode_steps: int, states: int
 ) -> None:
     """Tables of a few states: requests leave them in a window, and go on in stock steps."""
-    have = fused.call(structured_child.run_with_few_states, tiny, OPTIONS, REQUESTS, 7, 12)
+    call = partial(fused.call, structured_child.run_with_few_states, tiny, OPTIONS, REQUESTS)
+    have = call(decode_steps, states)
     assert_same(have, expected)
     turns = have["turns"]
     assert turns[OUTSIDE] > 5, turns
     assert have["counts"]["steps"] > have["counts"]["windows"] > 0
+    assert have["refused"] == 0
 
 
 def test_full_tables(fused: EngineChild, tiny: str, expected: dict[str, Any]) -> None:

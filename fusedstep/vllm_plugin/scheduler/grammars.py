@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,11 @@ class Followed:
     vocabulary: Vocabulary
     state: int = FREE  # after the tokens that the host knows, in the automaton's own numbers
     num_tokens: int = 0  # of its output, that are known
+
+    @cached_property
+    def may_leave(self) -> bool:
+        """Can a token lead out of the tables?"""
+        return self.share.automaton.cut or (self.ends is not None and self.ends.begin >= 0)
 
     def begin(self) -> None:
         """Before its first token."""
@@ -185,14 +191,26 @@ class Grammars:
             news = replace(news, vocabulary=grammar_tables.Vocabulary(starts, data.copy()))
         return news
 
-    def are_on_device(self, output: SchedulerOutput, requests: dict[str, Request]) -> bool:
-        """Can the device mask for all requests of this batch that have a grammar?"""
+    def are_on_device(
+        self, output: SchedulerOutput, requests: dict[str, Request], *, window: bool
+    ) -> bool:
+        """Can the device mask for all requests of this batch that have a grammar?
+
+        A token in flight may lead one out of its tables. A window ends its row then; a stock step
+        would sample for it all the same, without a mask.
+        """
         scheduled = [requests[request_id] for request_id in output.num_scheduled_tokens]
         return all(
-            request.request_id in self.requests and self.reason(request) is None
+            self._is_on_device(request, window)
             for request in scheduled
             if request.use_structured_output and not request.is_prefill_chunk
         )
+
+    def _is_on_device(self, request: Request, window: bool) -> bool:
+        followed = self.requests.get(request.request_id)
+        if followed is None or followed.state == OUTSIDE:
+            return False
+        return window or not followed.may_leave
 
     def _followed(self, request: Request) -> Followed | str:
         """With a place in the tables, or the reason that there is none."""

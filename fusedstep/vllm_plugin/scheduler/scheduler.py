@@ -152,7 +152,10 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         keep = self.admission.adapters_keep_their_places(batch.ending)
         with self._headroom() as tokens_ahead, keep:
             scheduler_output = super().schedule(throttle_prefills)
-        self._bring_grammars(scheduler_output)
+        on_device = not (
+            batch.prefilling or scheduler_output.scheduled_new_reqs or self._stock_reason()
+        )
+        self._bring_grammars(scheduler_output, window=on_device)
         self.admission.record_turn(scheduler_output, self.blocks.num_free, tokens_ahead)
         self.door.is_open = self.admission.is_open
         self.has_freed = False
@@ -163,9 +166,6 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         decision = self.last_decision
         if scheduler_output.scheduled_new_reqs:
             decision = Decision(1, Reason.PREFILL)
-        on_device = not (
-            batch.prefilling or scheduler_output.scheduled_new_reqs or self._stock_reason()
-        )
         self.in_flight.sent(
             scheduler_output, self.requests, decision, on_device=on_device, since=since
         )
@@ -178,8 +178,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             batch = self.in_flight.returned(scheduler_output, model_runner_output)
             if batch is not None:
                 scheduler_output = batch.output_for(self.requests)
-            if batch and batch.num_steps > 1 and not any(model_runner_output.sampled_token_ids):
-                self._take_back(scheduler_output)
+            if batch and batch.timed_size:
+                self._take_back(scheduler_output, model_runner_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._follow_grammars(scheduler_output)
             self.refusals.deliver(outputs)
@@ -258,7 +258,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.admission.retry()
         return super()._free_request(request, *args, **kwargs)
 
-    def _bring_grammars(self, output: SchedulerOutput) -> None:
+    def _bring_grammars(self, output: SchedulerOutput, *, window: bool) -> None:
         """New requests bring their grammars; the host masks where the device cannot."""
         if self.grammars is None:
             return
@@ -268,7 +268,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._note_stock_reason(request, self.grammars.enter(request))
         bring_grammars(output, self.grammars.take_news())
         has_some = output.has_structured_output_requests
-        if has_some and self.grammars.are_on_device(output, self.requests):
+        if has_some and self.grammars.are_on_device(output, self.requests, window=window):
             # vLLM's engine core need not wait for the tokens in flight to mask the next ones.
             output.has_structured_output_requests = False
             output.pending_structured_output_tokens = False
@@ -396,11 +396,17 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         if place_got_free or not self.running:
             self.door.end_windows()
 
-    def _take_back(self, scheduler_output: SchedulerOutput) -> None:
-        """A window gave way before its first step: vLLM takes drafts back only beside a token."""
-        for req_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+    def _take_back(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
+        """Requests without a token of this window: it gave way before its first step, or they had
+        left the tables of their grammars. vLLM takes drafts back only beside a token."""
+        for req_id, num_tokens in output.num_scheduled_tokens.items():
             request: Request | None = self.requests.get(req_id)
             if request is None or request.is_finished() or request.num_stale_output_tokens:
+                continue
+            if (
+                result.sampled_token_ids
+                and result.sampled_token_ids[result.req_id_to_index[req_id]]
+            ):
                 continue
             request.num_computed_tokens -= num_tokens
             request.num_output_placeholders -= num_tokens
