@@ -117,6 +117,18 @@ def test_a_thought_ends_with_its_token(table: Grammars) -> None:
     assert followed.state == OUTSIDE
 
 
+class Outside:
+    """Stands in for Grammars; the requests of ``ids`` have left their tables."""
+
+    def __init__(self) -> None:
+        self.ids: set[str] = set()
+        self.requests: dict[str, Any] = {}
+        self.take_news = grammar_tables.GrammarNews
+
+    def reason(self, request: Any) -> str | None:
+        return "outside" if request.request_id in self.ids else None
+
+
 def test_a_row_without_a_token_gets_its_reservation_back() -> None:
     """It has left its tables in the window before; the others have their tokens."""
     trace = Trace((Spec((5, 6), 1000, 30), Spec((7, 8, 9), 1000, 30)), max_model_len=400)
@@ -124,8 +136,8 @@ def test_a_row_without_a_token_gets_its_reservation_back() -> None:
     for number in (0, 1):
         scheduler.add_request(make_request(trace, number))
 
-    def turn(*tokens: list[int]) -> Any:
-        output = scheduler.schedule()
+    def turn(*tokens: list[int], output: Any = None) -> Any:
+        output = output or scheduler.schedule()
         ids = list(output.num_scheduled_tokens)
         index = {name: n for n, name in enumerate(ids)}
         result = ModelRunnerOutput(
@@ -136,8 +148,11 @@ def test_a_row_without_a_token_gets_its_reservation_back() -> None:
 
     turn([11], [12])
     other = scheduler.requests["1"]
+    scheduler.grammars = outside = Outside()
     before = other.num_computed_tokens, other.num_output_placeholders
-    output = turn([11, 12, 13, 14], [])
+    output = scheduler.schedule()  # before the host knows
+    outside.ids.add("1")
+    turn([11, 12, 13, 14], [], output=output)
     assert set(output.num_scheduled_tokens.values()) == {4}
     assert (other.num_computed_tokens, other.num_output_placeholders) == before
     assert list(scheduler.requests["0"].output_token_ids) == [11, 11, 12, 13, 14]

@@ -179,7 +179,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             if batch is not None:
                 scheduler_output = batch.output_for(self.requests)
             if batch and batch.timed_size:
-                self._take_back(scheduler_output, model_runner_output)
+                gave_way = batch.num_steps > 1 and not any(model_runner_output.sampled_token_ids)
+                self._take_back(scheduler_output, everything=gave_way)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._follow_grammars(scheduler_output)
             self.refusals.deliver(outputs)
@@ -396,20 +397,16 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         if place_got_free or not self.running:
             self.door.end_windows()
 
-    def _take_back(self, output: SchedulerOutput, result: ModelRunnerOutput) -> None:
-        """Requests without a token of this window: it gave way before its first step, or they had
-        left the tables of their grammars. vLLM takes drafts back only beside a token."""
+    def _take_back(self, output: SchedulerOutput, *, everything: bool) -> None:
+        """A window gave way before its first step (``everything``), or rows sat it out, which left
+        their grammars' tables in the one before: vLLM takes drafts back only beside a token."""
         for req_id, num_tokens in output.num_scheduled_tokens.items():
             request: Request | None = self.requests.get(req_id)
             if request is None or request.is_finished() or request.num_stale_output_tokens:
                 continue
-            if (
-                result.sampled_token_ids
-                and result.sampled_token_ids[result.req_id_to_index[req_id]]
-            ):
-                continue
-            request.num_computed_tokens -= num_tokens
-            request.num_output_placeholders -= num_tokens
+            if everything or (self.grammars is not None and self.grammars.reason(request)):
+                request.num_computed_tokens -= num_tokens
+                request.num_output_placeholders -= num_tokens
 
     def _stock_reason(self) -> str | None:
         if not self.stock_reasons:
