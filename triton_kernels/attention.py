@@ -15,16 +15,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedstep.kernels.attention_new import add_new
 from fusedstep.kernels.attention_output import head_offsets, merge, write_output
-from fusedstep.kernels.attention_tile import (
-    LOWEST,
-    add_tile,
-    quantised,
-    scores,
-)
+from fusedstep.kernels.attention_pairs import add_pairs, as_half, pair_scores
+from fusedstep.kernels.attention_tile import LOWEST, add_tile, scores
 from fusedstep.kernels.winner import arrive
-
-NEW = tl.constexpr(16)  # new tokens of a row, padded for tl.dot
 
 
 @triton.jit
@@ -92,6 +87,7 @@ def attend_kernel(
     M_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
     NEW_FIRST: tl.constexpr,  # new tokens before the cached ones, keys in a layout of their own
+    PAIRED: tl.constexpr,  # the cache is loaded as pairs of dims
     MIN_TILES: tl.constexpr,  # of a share
     CHUNK: tl.constexpr,  # a merge takes CHUNK pieces of CHUNK_M queries at a time
     CHUNK_M: tl.constexpr,
@@ -165,6 +161,7 @@ def attend_kernel(
             ITEMS,
             TILE,
             NEW_FIRST,
+            PAIRED,
             CHUNK,
             CHUNK_M,
         )
@@ -205,6 +202,7 @@ def _attend_piece(
     ITEMS: tl.constexpr,
     TILE: tl.constexpr,
     NEW_FIRST: tl.constexpr,
+    PAIRED: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNK_M: tl.constexpr,
 ):
@@ -238,7 +236,7 @@ def _attend_piece(
     sums = tl.zeros([BLOCK_M, DIMS], tl.float32)
 
     if NEW_FIRST:
-        row_max, weight, sums = _add_new(
+        row_max, weight, sums = add_new(
             row_max,
             weight,
             sums,
@@ -265,6 +263,15 @@ def _attend_piece(
             PRECISION,
         )
 
+    if PAIRED:
+        halves = tl.arange(0, DIMS // 2)
+        in_half = halves < HEAD_SIZE // 2
+        pairs_ptr = cache_ptr.to(tl.pointer_type(tl.int16))
+        half_query, factor = as_half(query)
+        even_query, odd_query = tl.split(tl.reshape(half_query, [BLOCK_M, DIMS // 2, 2]))
+        even_sums = tl.zeros([BLOCK_M, DIMS // 2], tl.float32)
+        odd_sums = tl.zeros([BLOCK_M, DIMS // 2], tl.float32)
+
     # The cached tokens, tile by tile; the block numbers of the next tile are loaded ahead.
     table = rows.block_table + row.to(tl.int64) * strides.block_table
     tile_end = tl.minimum(first_tile + piece_stop - item_start, (context + TILE - 1) // TILE)
@@ -278,39 +285,70 @@ def _attend_piece(
         )
         offsets = blocks.to(tl.int64) * strides.cache[0] + kv_head * strides.cache[1]
         offsets += (positions % BLOCK_SIZE) * strides.cache[2]
-        tile_mask = cached[:, None] & in_head
-        if not NEW_FIRST:
-            # Of addresses, for keys and values: computed once, in half the registers.
-            keys = tl.trans(tl.load(cache_ptr + offsets[:, None] + dims, mask=tile_mask, other=0.0))
-        else:
-            keys = tl.load(
-                cache_ptr + offsets[None, :] + dims[:, None],
-                mask=cached[None, :] & in_head[:, None],
-                other=0.0,
-            )
-        values = tl.load(cache_ptr + HEAD_SIZE + offsets[:, None] + dims, mask=tile_mask, other=0.0)
         seen = cached[None, :]
         if WINDOW > 0 and QUERY_LEN > 1:
             seen = seen & (context + query_tokens[:, None] - positions < WINDOW)
-        tile_scores = scores(
-            query,
-            keys,
-            positions - context,
-            slopes,
-            scale,
-            soft_cap,
-            SOFT_CAP,
-            ALIBI,
-            PRECISION,
-        )
-        row_max, weight, sums = add_tile(
-            row_max, weight, sums, tile_scores, seen, values, query, PRECISION
-        )
+        tile_mask = cached[:, None] & in_head
+        if PAIRED:
+            pairs = pairs_ptr + (offsets // 2)[:, None] + halves
+            pairs_mask = cached[:, None] & in_half
+            tile_scores = pair_scores(
+                even_query,
+                odd_query,
+                tl.trans(tl.load(pairs, mask=pairs_mask, other=0)),
+                positions - context,
+                slopes,
+                scale * factor,
+                soft_cap,
+                cache_ptr.dtype.element_ty,
+                SOFT_CAP,
+                ALIBI,
+            )
+            values = tl.load(pairs + HEAD_SIZE // 2, mask=pairs_mask, other=0)
+            row_max, weight, even_sums, odd_sums = add_pairs(
+                row_max,
+                weight,
+                even_sums,
+                odd_sums,
+                tile_scores,
+                seen,
+                values,
+                cache_ptr.dtype.element_ty,
+            )
+        else:
+            if not NEW_FIRST:
+                # Of addresses, for keys and values: computed once, in half the registers.
+                keys = tl.load(cache_ptr + offsets[:, None] + dims, mask=tile_mask, other=0.0)
+                keys = tl.trans(keys)
+            else:
+                keys = tl.load(
+                    cache_ptr + offsets[None, :] + dims[:, None],
+                    mask=cached[None, :] & in_head[:, None],
+                    other=0.0,
+                )
+            values = cache_ptr + HEAD_SIZE + offsets[:, None] + dims
+            values = tl.load(values, mask=tile_mask, other=0.0)
+            tile_scores = scores(
+                query,
+                keys,
+                positions - context,
+                slopes,
+                scale,
+                soft_cap,
+                SOFT_CAP,
+                ALIBI,
+                PRECISION,
+            )
+            row_max, weight, sums = add_tile(
+                row_max, weight, sums, tile_scores, seen, values, query, PRECISION
+            )
         blocks = next_blocks
 
+    if PAIRED:
+        sums = tl.reshape(tl.join(even_sums, odd_sums), [BLOCK_M, DIMS])
     if not NEW_FIRST and piece_stop == item_stop:
         # After the loads of the cached tokens are under way, and only where there are new ones.
-        row_max, weight, sums = _add_new(
+        row_max, weight, sums = add_new(
             row_max,
             weight,
             sums,
@@ -389,68 +427,6 @@ def _attend_piece(
                     GROUP,
                     SINKS,
                 )
-
-
-@triton.jit
-def _add_new(
-    row_max,
-    weight,
-    sums,
-    query,
-    query_tokens,
-    slopes,
-    new_tokens,
-    kv_head,
-    m_block,
-    tokens,
-    cache_ptr,
-    rows,
-    layer,
-    strides,
-    scale,
-    soft_cap,
-    HEAD_SIZE: tl.constexpr,
-    DIMS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    FP8_MAX: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add the row's new tokens to the running softmax, and write them to their slots."""
-    first_token, num_new = new_tokens
-    dims = tl.arange(0, DIMS)
-    in_head = dims < HEAD_SIZE
-    new = tl.arange(0, NEW)
-    is_new = new < num_new
-    token = first_token.to(tl.int64) + new
-    key_offsets = token * strides.key[0] + kv_head * strides.key[1]
-    value_offsets = token * strides.value[0] + kv_head * strides.value[1]
-    new_mask = is_new[:, None] & in_head
-    cache_dtype: tl.constexpr = cache_ptr.dtype.element_ty
-    new_keys = tl.load(tokens.key + key_offsets[:, None] + dims, mask=new_mask, other=0.0)
-    new_values = tl.load(tokens.value + value_offsets[:, None] + dims, mask=new_mask, other=0.0)
-    new_keys = quantised(new_keys, layer.k_scale, cache_dtype, FP8_MAX)
-    new_values = quantised(new_values, layer.v_scale, cache_dtype, FP8_MAX)
-    num_written = tl.where(m_block == 0, num_new, 0)
-    slots = tl.load(rows.slots + token, mask=new < num_written, other=-1).to(tl.int64)
-    writes = (slots >= 0)[:, None] & in_head
-    slot_offsets = (slots // BLOCK_SIZE) * strides.cache[0] + kv_head * strides.cache[1]
-    slot_offsets += (slots % BLOCK_SIZE) * strides.cache[2]
-    tl.store(cache_ptr + slot_offsets[:, None] + dims, new_keys, mask=writes)
-    tl.store(cache_ptr + HEAD_SIZE + slot_offsets[:, None] + dims, new_values, mask=writes)
-    distances = query_tokens[:, None] - new
-    new_seen = is_new & (distances >= 0)
-    if WINDOW > 0:
-        new_seen = new_seen & (distances < WINDOW)
-    new_scores = scores(
-        query, tl.trans(new_keys), new, slopes, scale, soft_cap, SOFT_CAP, ALIBI, PRECISION
-    )
-    row_max, weight, sums = add_tile(
-        row_max, weight, sums, new_scores, new_seen, new_values, query, PRECISION
-    )
-    return row_max, weight, sums
 
 
 @triton.jit

@@ -24,6 +24,20 @@ def scores(
 ):
     """[queries, n] float32, times log2(e)."""
     products = tl.dot(query, keys.to(query.dtype), input_precision=PRECISION)
+    return scores_of(products, distances, slopes, scale, soft_cap, SOFT_CAP, ALIBI)
+
+
+@triton.jit
+def scores_of(
+    products,
+    distances,
+    slopes,
+    scale,
+    soft_cap,
+    SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+):
+    """Scores of products of queries and keys."""
     if SOFT_CAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1)
         powers = tl.exp2(products * (scale / soft_cap * (2 * LOG2_E)))
@@ -38,14 +52,20 @@ def scores(
 @triton.jit
 def add_tile(row_max, weight, sums, tile_scores, seen, values, query, PRECISION: tl.constexpr):
     """Add a tile to the running softmax: largest score, sum of the weights, weighted values."""
-    tile_scores = tl.where(seen, tile_scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(tile_scores, axis=1))
-    kept = tl.exp2(row_max - new_max)
-    weights = tl.exp2(tile_scores - new_max[:, None])
-    weight = weight * kept + tl.sum(weights, axis=1)
+    row_max, kept, weights, weight = weigh(row_max, weight, tile_scores, seen, 0.0)
     values = values.to(query.dtype)
     sums = tl.dot(weights.to(query.dtype), values, sums * kept[:, None], input_precision=PRECISION)
-    return new_max, weight, sums
+    return row_max, weight, sums
+
+
+@triton.jit
+def weigh(row_max, weight, tile_scores, seen, BITS: tl.constexpr):
+    """New largest score less BITS, what is kept of the old sums, weights and their sum."""
+    tile_scores = tl.where(seen, tile_scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(tile_scores, axis=1) - BITS)
+    kept = tl.exp2(row_max - new_max)
+    weights = tl.exp2(tile_scores - new_max[:, None])
+    return new_max, kept, weights, weight * kept + tl.sum(weights, axis=1)
 
 
 @triton.jit

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.runtime.jit import constexpr_function
+
+from fusedstep.kernels.target import is_cuda
 
 
 @triton.jit
@@ -65,16 +66,10 @@ def gumbel_noise(prefix, token_ids):
     return -tl.log(-tl.where(u < 0.25, -u * series, direct))
 
 
-@constexpr_function
-def _is_cuda():
-    target = tl.target_info.current_target()
-    return target is not None and target.backend == "cuda"
-
-
 @triton.jit
 def _log2(x):
     """log2(x) of a normal number or 0, in one instruction of NVIDIA's."""
-    if _is_cuda():
+    if is_cuda():
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
         )

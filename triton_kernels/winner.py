@@ -37,18 +37,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.runtime.jit import constexpr_function
 
 from fusedstep.kernels.noise import gumbel_noise, near_scores, score_bound
+from fusedstep.kernels.target import is_gfx9
 
 NO_SCORE = tl.constexpr(float("-inf"))
 CHUNK = tl.constexpr(1024)  # tokens that are scored again at a time
-
-
-@constexpr_function
-def _is_gfx9():
-    target = tl.target_info.current_target()
-    return target is not None and target.backend == "hip" and target.arch.startswith("gfx9")
 
 
 @triton.jit
@@ -69,7 +63,7 @@ def scaled_logits(row, token_ids, VOCAB_SIZE: tl.constexpr, SCALED: tl.constexpr
 def arrive(batch_idx, num_programs, scratch):
     """True in the last of a row's programs; what the others have written is then visible to it."""
     # The atomic is one thread's: all threads of this program must have stored what it releases.
-    if _is_gfx9():
+    if is_gfx9():
         # There a barrier waits for no store, and a release for those of its own wave only: other
         # waves' stores might reach memory after the atomic. So each wave waits for its own.
         tl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v", [], tl.int32, is_pure=False, pack=1)

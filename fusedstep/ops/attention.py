@@ -284,6 +284,7 @@ class DecodeAttention:
             "M_BLOCKS": tiling.m_blocks,
             "TILE": tiling.tile,
             "NEW_FIRST": tiling.new_first,
+            "PAIRED": _is_paired(query.dtype, kv_cache, self._limits),
             "MIN_TILES": max(MIN_SHARE // tiling.tile, 1),
             "CHUNK": 16,
             "CHUNK_M": chunk_m,
@@ -302,6 +303,13 @@ class DecodeAttention:
 def _power_of_two(n: int) -> int:
     """The smallest power of two that is at least ``n`` >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def _is_paired(dtype: torch.dtype, kv_cache: torch.Tensor, limits: DeviceLimits) -> bool:
+    """May tiles of this cache be loaded as pairs of dims? float16 holds e4m3, not float32."""
+    is_fp8 = kv_cache.dtype == torch.float8_e4m3fn and not limits.is_hip
+    places = (*kv_cache.stride()[:3], kv_cache.shape[3] // 2, kv_cache.data_ptr())
+    return is_fp8 and dtype.itemsize == 2 and not any(place % 2 for place in places)
 
 
 def _query_blocks(layer: AttentionLayer, query_len: int, dtype: torch.dtype) -> tuple[int, int]:

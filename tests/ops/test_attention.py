@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,47 @@ def test_features(attend: Attend, device: str, options: dict[str, Any], query_le
     layer = make_layer(4, 2, 64, device, **options)
     seq_lens = [query_len, 131, 128 + query_len, 400]
     attend(layer, make_rows(layer, seq_lens, device, query_len=query_len))
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "dtype", "query_len"),
+    [
+        ({}, 64, torch.float16, 1),
+        ({}, 80, torch.bfloat16, 1),
+        ({"window": 100, "sinks": True}, 128, torch.float16, 5),
+        ({"soft_cap": 30.0, "alibi": True}, 64, torch.bfloat16, 2),
+    ],
+    ids=str,
+)
+def test_fp8_cache_in_pairs(
+    attend: Attend,
+    device: str,
+    options: dict[str, Any],
+    size: int,
+    dtype: torch.dtype,
+    query_len: int,
+) -> None:
+    """Queries of 16 bits: the cache's bytes are loaded in pairs; not those of a float32 model."""
+    layer = make_layer(4, 2, size, device, fp8=True, **options)
+    seq_lens = [query_len, 131, 128 + query_len, 400]
+    rows = make_rows(layer, seq_lens, device, query_len=query_len, dtype=dtype)
+    assert is_paired(layer, rows)
+    attend(layer, rows)
+    assert not is_paired(layer, make_rows(layer, seq_lens, device, query_len=query_len))
+
+
+def is_paired(layer: AttentionLayer, rows: Rows) -> bool:
+    attention = DecodeAttention([layer], 4, rows.query.device, DeviceLimits(3, 64 << 10))
+    return bool(attention.launch(layer, *rows.arguments()).constexprs["PAIRED"])
+
+
+@pytest.mark.parametrize("factor", [2.0**-6, 2.0**8])
+def test_bfloat16_queries_beyond_float16(attend: Attend, device: str, factor: float) -> None:
+    """An fp8 cache is multiplied as float16; larger numbers of queries must not be infinite."""
+    layer = replace(make_layer(4, 2, 64, device, fp8=True), scale=0.125 / (factor * 500))
+    rows = make_rows(layer, [1, 131, 129, 400], device, dtype=torch.bfloat16)
+    rows.query.mul_(factor * 500)
+    attend(layer, rows)
 
 
 @pytest.mark.parametrize("query_len", (2, 3, 5, 8))

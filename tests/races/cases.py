@@ -220,6 +220,7 @@ def cases() -> list[Case]:
             for query_len in range(1, MAX_QUERY_LEN + 1)
         ),
         attention_case(2, heads=(2, 1), head_size=256),  # in float32: loads in another order
+        attention_case(1, dtype=torch.float16, fp8=True),  # loads pairs of dims
     ]
 
 

@@ -21,8 +21,8 @@ from fusedstep.ops.triton_step import TritonStep
 
 VOCAB_SIZE = 4096
 MUTANTS = [
-    Mutant("none", "winner.py", "if _is_gfx9():", "if _is_gfx9():"),
-    Mutant("no-wait", "winner.py", "if _is_gfx9():", "if False:"),
+    Mutant("none", "winner.py", "if is_gfx9():", "if is_gfx9():"),
+    Mutant("no-wait", "winner.py", "if is_gfx9():", "if False:"),
 ]
 
 
