@@ -36,7 +36,9 @@ def recorded(
     form: str, engine: Engine, arrivals: ArrivalCounter, sizes: tuple[int, ...]
 ) -> WindowGraphs:
     recorder = CudaRecorder(torch.device("cuda"), arrivals)
-    graphs = WindowGraphs(LoopForm(form), engine.model, engine.ops, engine.windows)
+    graphs = WindowGraphs(
+        LoopForm(form), engine.model, engine.ops, engine.windows, grammars=engine.has_grammars
+    )
     with torch.device("cuda"):
         for num_rows in sizes:
             graphs.record(recorder, num_rows)
@@ -44,14 +46,23 @@ def recorded(
 
 
 @pytest.mark.parametrize(
-    ("gpu", "form"),
-    [(None, "while"), (None, None), (1, "replay"), (2, "unrolled")],
+    ("gpu", "form", "grammars"),
+    [
+        (None, "while", False),
+        (None, None, False),
+        (1, "replay", False),
+        (2, "unrolled", False),
+        (3, "while", True),
+    ],
     indirect=["gpu"],
-    ids=["while-late", "eager-late", "replay-random", "unrolled-random"],
+    ids=["while-late", "eager-late", "replay-random", "unrolled-random", "grammars-random"],
 )
-def test_tokens(gpu: None, arrivals: ArrivalCounter, form: str | None) -> None:
+def test_tokens(gpu: None, arrivals: ArrivalCounter, form: str | None, grammars: bool) -> None:
     """Batches of changing rows and budgets; every buffer is used again and again."""
     engine = made()
+    if grammars:
+        with torch.device("cuda"):
+            engine.constrain()
     engine.reads_late = True
     graphs = form and recorded(form, engine, arrivals, (ROWS, 2))
     pace = AheadPace()
@@ -66,7 +77,7 @@ def test_tokens(gpu: None, arrivals: ArrivalCounter, form: str | None) -> None:
                 budget, pace=pace, graphs=graphs, rows=rows, num_rows=num_rows, logprobs=logprobs
             )
     engine.read()
-    assert engine.outputs == emitted()
+    assert engine.outputs == emitted(grammars)
     assert GPU.waits["spinning"] == 0 < GPU.waits["blocking"]
 
 
@@ -92,6 +103,7 @@ def test_recordings_use_the_same_memory_again(gpu: None, arrivals: ArrivalCounte
 
 def test_the_proof_passes(gpu: None, arrivals: ArrivalCounter) -> None:
     engine = made()
+    engine.has_grammars = True  # the proof makes up its own
     graphs = recorded("while", engine, arrivals, (ROWS,))
     with torch.device("cuda"):
         stream = torch.cuda.Stream()

@@ -9,7 +9,9 @@ import torch
 
 from fusedstep.loop_forms import LoopForm
 from fusedstep.ops.types import (
+    FREE,
     BatchNeeds,
+    GrammarState,
     RequestState,
     SamplingState,
     StepInputs,
@@ -116,7 +118,9 @@ class Engine:
             inputs=self.inputs,
             block_tables=(blocks,),
             num_blocks=int32(1, ROWS) + blocks.shape[1],
+            grammar=remainders(),
         )
+        self.has_grammars = False
         self.ops = step_class(self.state)
         self.model = PagedModel(self.inputs)
         self.windows = WindowState.allocate(ROWS, 16, device)
@@ -132,6 +136,11 @@ class Engine:
             self.requests.total_len[row] = len(prompt)
             self.requests.all_token_ids[row, : len(prompt)] = torch.tensor(prompt).int()
             stop.max_len[row] = min(len(prompt) + max_tokens[row], MAX_LEN)
+
+    def constrain(self):
+        """Every request begins in the first state of ``remainders``."""
+        self.state.grammar.states.zero_()
+        self.has_grammars = True
 
     def window(
         self,
@@ -150,7 +159,7 @@ class Engine:
         """One window over ``rows`` (all), budgets by row; returns the steps that gave tokens."""
         slot = self.windows.next_slot()
         rows = np.arange(len(budget)) if rows is None else np.asarray(rows)
-        needs = replace(BatchNeeds.none(), logprobs=sampled_logprobs)
+        needs = replace(BatchNeeds.none(), logprobs=sampled_logprobs, grammar=self.has_grammars)
         budget = np.asarray(budget, dtype=np.int32)
         asked = 1 if logprobs else 0 if sampled_logprobs else -1
         slot.stage(rows, budget, asked, needs, num_rows, arrivals_seen, ends_at_stop, num_loras)
@@ -185,33 +194,58 @@ class Engine:
         self.unread = None
 
 
+def remainders():
+    """A grammar of three states: in state s no token may come that leaves s when divided by 3; the
+    next state is the remainder of s plus the token. A token's only byte is its id."""
+    states, tokens = torch.arange(3), torch.arange(VOCAB)
+    next_states = (states[:, None] + torch.arange(256)) % 3
+    masks = torch.zeros(3, -(-VOCAB // 32) * 32, dtype=torch.int64)
+    masks[:, :VOCAB] = (tokens % 3 != states[:, None]).long()
+    packed = (masks.view(3, -1, 32) << torch.arange(32)).sum(-1)
+    return GrammarState(
+        states=torch.full((ROWS,), FREE, dtype=torch.int32),
+        reasoning_ends=torch.full((ROWS, 2), -1, dtype=torch.int32),
+        next_states=next_states.int(),
+        mask_ids=states.int(),
+        masks=packed.to(torch.int32),
+        token_starts=torch.arange(VOCAB + 1, dtype=torch.int32),
+        token_bytes=tokens.to(torch.uint8),
+    )
+
+
 def top_one(logits, slot):
     """Takes down the logprob of the sampled token and of the likeliest."""
-    step, sampled = slot.steps_run, slot.rows.sampled[: len(logits)]
+    step, sampled = slot.steps_run, slot.rows.sampled[: len(logits)].clamp(min=0)
     ids = torch.stack([sampled, logits.argmax(-1)], dim=1)
     slot.output.token_ids[step, : len(ids)] = ids
     slot.output.logprobs[step, : len(ids)] = logits.log_softmax(-1).gather(1, ids)
 
 
-def recorded(form, engine, recorder, sizes=(ROWS,)):
+def recorded(form, engine, recorder, sizes=(ROWS,), grammars=False):
     """The graphs of a form for batches of these sizes."""
-    graphs = WindowGraphs(LoopForm(form), engine.model, engine.ops, engine.windows)
+    graphs = WindowGraphs(
+        LoopForm(form), engine.model, engine.ops, engine.windows, grammars=grammars
+    )
     for num_rows in sizes:
         graphs.record(recorder, num_rows)
     engine.model.begun = engine.model.forwards = 0
     return graphs
 
 
-def emitted():
+def emitted(grammars=False):
     """What the requests must emit."""
-    return [decoded(*request) for request in zip(PROMPTS, MAX_TOKENS, strict=True)]
+    return [decoded(*request, grammars) for request in zip(PROMPTS, MAX_TOKENS, strict=True)]
 
 
-def decoded(prompt, max_tokens):
+def decoded(prompt, max_tokens, grammars=False):
     """One token at a time, in plain Python."""
-    tokens = list(prompt)
+    tokens, state = list(prompt), 0
     while len(tokens) < min(len(prompt) + max_tokens, MAX_LEN):
-        tokens.append(next_token(tokens))
+        token = next_token(tokens)
+        if grammars and token % 3 == state:  # the likeliest of the others: the first
+            token = int(state == 0)
+        state = (state + token) % 3
+        tokens.append(token)
         if tokens[-1] == EOS:
             break
     return tokens[len(prompt) :]

@@ -87,6 +87,18 @@ def test_sampled_tokens_logprobs_are_recorded_with_the_step(engine, recorder, fo
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_grammars_are_recorded_with_the_step(engine, recorder, form):
+    """Masks and walks are at fixed addresses; a window goes on where the last one ended."""
+    graphs = recorded(form, engine, recorder, grammars=True)
+    engine.constrain()
+    for turn in range(18):
+        budget = [1 + (turn + row) % 7 for row in range(ROWS)]
+        engine.window(budget, graphs=graphs, logprobs=False, sampled_logprobs=turn % 2 == 0)
+    assert engine.model.begun == 0
+    assert engine.outputs == emitted(grammars=True) != emitted()
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_batch_takes_the_graph_of_its_adapters(engine, recorder, form):
     graphs = recorded(form, engine, recorder)
     engine.window([1] * ROWS, graphs=graphs, logprobs=False, num_loras=2)

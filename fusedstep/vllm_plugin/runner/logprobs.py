@@ -74,7 +74,8 @@ class Logprobs:
         n, step, width = slot.num_reqs, slot.steps_run, 1 + self.width
         if self.processing is not None:
             logits = self.processing.logits
-        scores = self.scores(logits[:n], slot.rows.sampled[:n], slot.rows.idx_mapping[:n])
+        sampled = slot.rows.sampled[:n].clamp(min=0)  # -1 in a row at rest, under grammars
+        scores = self.scores(logits[:n], sampled, slot.rows.idx_mapping[:n])
         slot.output.token_ids[step, :n, :width] = scores.logprob_token_ids
         slot.output.logprobs[step, :n, :width] = scores.logprobs
         slot.output.ranks[step, :n] = scores.selected_token_ranks
