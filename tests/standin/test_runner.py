@@ -38,6 +38,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(module.compat, "options", lambda _: SimpleNamespace(loop="auto"))
     monkeypatch.setattr(module, "PrefillSampler", lambda *_: None)
     monkeypatch.setattr(module, "Processing", lambda *_: None)
+    monkeypatch.setattr(module, "StockSteps", lambda *_: None)
     monkeypatch.setattr(module, "arrival_counter", lambda _: seen.events.append("counter"))
     monkeypatch.setattr(module, "allocate_buffers", lambda *args: seen.events.append(args))
 
@@ -55,7 +56,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     static = SimpleNamespace(overwritten=lambda: seen.events.append("overwritten"))
     tables = SimpleNamespace(state=SimpleNamespace(block_tables=()), static=static)
-    monkeypatch.setattr(module, "DeviceTables", lambda _: tables)
+    monkeypatch.setattr(module, "DeviceTables", lambda *_: tables)
+
+    def grammars(*shape: Any) -> Any:
+        seen.events.append("grammars")
+        return SimpleNamespace(state=shape)
+
+    monkeypatch.setattr(module, "Grammars", grammars)
     monkeypatch.setattr(module.dispatch, "load", lambda _: Step)
     monkeypatch.setattr(module.reasons, "cache_reason", lambda _: None)
     monkeypatch.setattr(module, "runner_reason", lambda _: None)
@@ -71,6 +78,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         no_windows=None,
         ops_choice=Choice("triton", ""),
         scratch=None,
+        grammars=None,
+        model_config=SimpleNamespace(skip_tokenizer_init=False),
         graph_memory={},
         max_num_reqs=3,
         vocab_size=11,
@@ -88,7 +97,8 @@ def test_scratch_is_made_while_vllm_measures_and_once(started: SimpleNamespace) 
     runner.profile_run()
     runner.initialize_kv_cache(None, is_profiling=True)
     runner.initialize_kv_cache(None)
-    assert started.events[:2] == ["scratch", "profile"] and started.events.count("scratch") == 1
+    assert started.events[:3] == ["scratch", "grammars", "profile"]
+    assert started.events.count("scratch") == started.events.count("grammars") == 1
     assert started.bound == [(3, 11, torch.device("cpu"))] * 2
 
 
@@ -104,7 +114,7 @@ def test_a_gpu_truncates_as_stock(started: SimpleNamespace) -> None:
     runner.profile_run()
     runner._step_class()(None)
     assert started.truncations == [truncate_as_stock]
-    assert started.events == ["scratch", ("all logits", "k", "p"), "profile"]
+    assert started.events == ["scratch", ("all logits", "k", "p"), "grammars", "profile"]
 
 
 def test_one_page_of_arrivals(started: SimpleNamespace) -> None:
