@@ -308,8 +308,8 @@ def _power_of_two(n: int) -> int:
 def _is_paired(dtype: torch.dtype, kv_cache: torch.Tensor, limits: DeviceLimits) -> bool:
     """May tiles of this cache be loaded as pairs of dims? float16 holds e4m3, not float32."""
     is_fp8 = kv_cache.dtype == torch.float8_e4m3fn and not limits.is_hip
-    places = (*kv_cache.stride()[:3], kv_cache.shape[3] // 2, kv_cache.data_ptr())
-    return is_fp8 and dtype.itemsize == 2 and not any(place % 2 for place in places)
+    in_pairs = (*kv_cache.stride()[:3], kv_cache.shape[3] // 2, kv_cache.data_ptr())
+    return is_fp8 and dtype.itemsize == 2 and not any(number % 2 for number in in_pairs)
 
 
 def _query_blocks(layer: AttentionLayer, query_len: int, dtype: torch.dtype) -> tuple[int, int]:
