@@ -99,6 +99,11 @@ class Engine:
     def go_on(self) -> None:
         os.killpg(self.process.pid, signal.SIGCONT)
 
+    def kill(self) -> None:
+        """At once, whatever it does: one that hangs answers nothing."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def close(self, *, at_once: bool = False) -> None:
         """End the engine and everything it started."""
         self.connection.close()

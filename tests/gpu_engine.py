@@ -51,7 +51,7 @@ class FakeEngine:
 
     def __init__(self, kind: str, clock: Clock, loop: str = "eager") -> None:
         self.kind, self.clock = kind, clock
-        self.process = SimpleNamespace(pid=0)
+        self.process = SimpleNamespace(pid=None)  # 0 would be the test's own group
         self.form = self.first = loop
         self.awake, self.dead, self.closed = True, False, False
         self.clock.now += self.seconds_per_call
@@ -119,6 +119,9 @@ class FakeEngine:
 
     def go_on(self) -> None:
         self.awake = True
+
+    def kill(self) -> None:
+        self.dead = True
 
     def close(self) -> None:
         self.closed = True

@@ -18,7 +18,6 @@ from fusedstep.bench.gpu_check import __main__ as gpu_check
 from fusedstep.bench.gpu_check import budget as gpu_budget
 from fusedstep.bench.gpu_check import device as gpu_device
 from fusedstep.bench.gpu_check import equality as gpu_equality
-from fusedstep.bench.gpu_check import measure as gpu_measure
 from fusedstep.bench.gpu_check import models as gpu_models
 from fusedstep.bench.gpu_check import report as gpu_report
 from fusedstep.bench.gpu_check import run as gpu_run
@@ -200,7 +199,7 @@ def test_engines_that_hang_are_killed(
 ) -> None:
     killed = threading.Event()
     monkeypatch.setitem(gpu_budget.LIMITS, "form", 0.05)
-    monkeypatch.setattr(gpu_measure.os, "killpg", lambda pid, signal: killed.set())
+    monkeypatch.setattr(FakeEngine, "kill", lambda engine: killed.set())
     answer = FakeEngine.use_loop
 
     def use_loop(engine: FakeEngine, loop: str) -> dict[str, str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -195,11 +193,10 @@ class Pair:
         return seconds, [_as_output(token_ids) for token_ids in tokens]
 
     def kill(self) -> None:
-        """End both at once, whatever they do: an engine that hangs answers nothing."""
+        """End both at once, whatever they do."""
         self.killed = True
         for engine in self.engines.values():
-            with suppress(ProcessLookupError):
-                os.killpg(engine.process.pid, signal.SIGKILL)
+            engine.kill()
 
     def alive(self) -> bool:
         """Do both still answer?"""
