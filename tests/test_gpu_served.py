@@ -131,7 +131,7 @@ def test_the_end_of_the_run_proves_nothing(
     """A part that is ended because the run's time is up has not hung."""
     killed = threading.Event()
     monkeypatch.setattr(gpu_budget.Budget, "limit", lambda *_: 0.05)
-    monkeypatch.setattr(gpu_measure.os, "killpg", lambda pid, signal: killed.set())
+    monkeypatch.setattr(FakeEngine, "kill", lambda engine: killed.set())
 
     def use_loop(engine: FakeEngine, loop: str) -> None:
         assert killed.wait(10)
