@@ -184,7 +184,13 @@ def test_command(url: str, page: Page, tmp_path: Path) -> None:
     counted(page)
     result = CliRunner().invoke(group, ["explain", "--url", url])
     assert result.exit_code == 0, result.output
-    for words in ("longest window", "structured output", "50%", "3 windows of 27.3 steps"):
+    for words in (
+        "longest window",
+        "structured output",
+        "50%",
+        "3 windows of 27.3 steps",
+        "2 requests failed",
+    ):
         assert words in result.output
     result = CliRunner().invoke(group, ["explain", "--url", url, "--json", "-"])
     assert json.loads(result.stdout)["early_exits"] == 1

@@ -19,7 +19,7 @@ _NOTHING_FORBIDDEN = np.int32(-1)
 
 @_kernel
 def _mask_row(row, mask, minus_inf):
-    """Without a branch for each bit: LLVM vectorises it, 80 us -> 5 for 49152 bfloat16."""
+    """Without a branch for each bit, so that LLVM vectorises it."""
     for word in range(len(row) // 32):
         bits = mask[word]
         if bits == _NOTHING_FORBIDDEN:

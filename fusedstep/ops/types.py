@@ -69,7 +69,7 @@ class RequestState:
     all_token_ids: Int32  # [R, max_model_len]
     prompt_bin_mask: Int32  # [R, ceil(V / 32)], one bit per token id
     output_bin_counts: Int32  # [R, V]
-    stopped: Bool  # [R], set by ``step``, cleared when a request enters the row
+    stopped: Bool  # [R], set by ``step`` and ``follow``, cleared when a request enters the row
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,6 @@ class StepOps(Protocol):
     ) -> None:
         """One token per active row, emitted; the stop rule; the next step's inputs."""
 
-    def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
-        """Mask what grammars forbid, as ``step`` does first: for those who change logits before."""
-
 
 class DecodeModel(Protocol):
     """A model that decodes one token per row from the static step inputs."""

@@ -58,6 +58,14 @@ def stock() -> Iterator[EngineChild]:
 
 
 @pytest.fixture(scope="session")
+def oracle() -> Iterator[EngineChild]:
+    """Stock vLLM's Model Runner V2, which promises a seed's tokens."""
+    child = FeatureChild("oracle")
+    yield child
+    child.close()
+
+
+@pytest.fixture(scope="session")
 def fused() -> Iterator[EngineChild]:
     """Triton is interpreted from the start: speculative decoding needs more than our kernels."""
     with pytest.MonkeyPatch.context() as patch:

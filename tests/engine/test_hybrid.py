@@ -45,13 +45,6 @@ AGAIN: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def stock() -> Iterator[EngineChild]:
-    child = FeatureChild("oracle")
-    yield child
-    child.close()
-
-
-@pytest.fixture(scope="module")
 def fused() -> Iterator[EngineChild]:
     child = FeatureChild("on")
     yield child
@@ -72,13 +65,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 @pytest.fixture
-def compare(stock: EngineChild, fused: EngineChild, models: Callable[[str], str]) -> Any:
+def compare(oracle: EngineChild, fused: EngineChild, models: Callable[[str], str]) -> Any:
     """Runs workloads on both; the tokens must be equal. Returns fusedstep's results."""
 
     def compare(name: str, options: dict[str, Any], *workloads: Workload) -> list[Any]:
         results = []
         for workload in workloads:
-            want = stock.call(workload_child.run, models(name), options, workload)
+            want = oracle.call(workload_child.run, models(name), options, workload)
             have = fused.call(workload_child.run, models(name), options, workload)
             assert not differing(have, want), workload
             assert have["counts"]["steps"] > have["counts"]["windows"] > 0
@@ -112,11 +105,11 @@ def test_mamba2(compare: Any, fused: EngineChild, models: Callable[[str], str]) 
 
 
 def test_mamba2_with_a_prefix_cache(
-    compare: Any, stock: EngineChild, fused: EngineChild, models: Callable[[str], str]
+    compare: Any, oracle: EngineChild, fused: EngineChild, models: Callable[[str], str]
 ) -> None:
     """Prompts that continue answers find the states that windows left; so few blocks that requests
     are preempted. A window fills at most one block."""
-    for child in (stock, fused):
+    for child in (oracle, fused):
         child.call(hybrid_child.no_checkpoints)
     few = CACHES | EVERY_32 | {"kv_cache_memory_bytes": 3 << 18}
     many = Workload(seed=6, num_requests=10, max_tokens=(30, 120), arrives_by=10, phases=1)
@@ -171,9 +164,9 @@ def test_short_convolution(compare: Any) -> None:
 @pytest.mark.parametrize("name", ["granite", "nemotron", "qwen3_next"])
 @pytest.mark.parametrize("options", [FORGETS, CACHES], ids=["none", "align"])
 def test_many_workloads(
-    compare: Any, stock: EngineChild, fused: EngineChild, name: str, options: dict[str, Any]
+    compare: Any, oracle: EngineChild, fused: EngineChild, name: str, options: dict[str, Any]
 ) -> None:
-    for child in (stock, fused):
+    for child in (oracle, fused):
         child.call(hybrid_child.no_checkpoints)
     for seed in range(6):
         compare(

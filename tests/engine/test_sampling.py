@@ -36,13 +36,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Iterator[EngineChild]:
-    child = FeatureChild("oracle")
-    yield child
-    child.close()
-
-
-@pytest.fixture(scope="module")
 def fused() -> Iterator[EngineChild]:
     child = FeatureChild("on")
     yield child

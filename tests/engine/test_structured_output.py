@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import structured_child
 from engine_child import EngineChild
-from features_child import OPTIONS, FeatureChild
+from features_child import OPTIONS
 from jsonschema import validate
 
 PERSON: dict[str, Any] = {
@@ -86,13 +85,6 @@ REQUESTS = [
 ]
 OUTSIDE = "structured output beyond its automaton"
 WHOLE = [0, 2, 8, 16, 17, 19]  # those that are about a person
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Iterator[EngineChild]:
-    child = FeatureChild("oracle")
-    yield child
-    child.close()
 
 
 @pytest.fixture(scope="module")

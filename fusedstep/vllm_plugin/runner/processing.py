@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,17 @@ from vllm.config.model import PROCESSED_LOGPROBS_MODES
 
 from fusedstep.ops.types import BatchNeeds, SamplingState, StepState, WindowRows
 from fusedstep.vllm_plugin.runner.parts import LOGITS_PROCESSORS
+from fusedstep.window.loop import StepOps
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.sampler import Sampler
 
-    from fusedstep.window.loop import StepOps
+
+class MaskingOps(StepOps, Protocol):
+    """Step operations that can mask before somebody else changes the logits."""
+
+    def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
+        """Mask what grammars forbid, as ``step`` does first."""
 
 
 class Processing:
@@ -30,7 +36,7 @@ class Processing:
         self,
         sampler: Sampler,
         state: StepState,
-        bind: Callable[[StepState], StepOps],  # our step operations
+        bind: Callable[[StepState], MaskingOps],  # our step operations
     ) -> None:
         self.sampler, self.inputs = sampler, state.inputs
         self.custom = sampler.logits_processors[len(LOGITS_PROCESSORS) :]
@@ -77,9 +83,6 @@ class Processing:
         self.logits = self._processed(logits)
         left = replace(BatchNeeds.none(), grammar=needs.grammar)
         self.ops.step(self.logits, rows, num_reqs, left)
-
-    def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
-        self.ops.constrain(logits, rows, num_reqs)
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits [num_rows, vocab_size] that stock would draw from."""
