@@ -4,6 +4,8 @@ Stock is vLLM's own Model Runner V2 (see ``OracleCpuPlatform``): its greedy toke
 runner's, its seeded tokens are the ones a seed promises. Real weights, float32, exact.
 """
 
+from collections import Counter
+
 import engine_child
 import pytest
 from engine_child import EngineChild
@@ -122,7 +124,9 @@ def test_equal_to_stock(engine, expected, decode_steps):
         assert steps == windows
     else:  # the test means something only if windows did the work
         assert steps > 1.2 * windows > 0
-    assert set(after["stock_steps"]) == {"prefill"}
+    reasons = Counter(after["stock_steps"]) - Counter(before["stock_steps"])
+    # Windows are off at 1: stock vLLM's scheduler, which masks for structured output.
+    assert set(reasons) - ({"structured output"} if decode_steps == 1 else set()) == {"prefill"}
     assert max(result["cached_tokens"]) >= 256
     assert expected["completions"][AT_MAX_MODEL_LEN][0]["finish_reason"] == "length"
 

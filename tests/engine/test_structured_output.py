@@ -126,7 +126,7 @@ def test_texts_obey(expected: dict[str, Any]) -> None:
 
 def test_preemption(fused: EngineChild, tiny: str, expected: dict[str, Any]) -> None:
     """A request that comes back is in its grammar where it was."""
-    few = OPTIONS | {"max_model_len": 96, "num_gpu_blocks_override": 6}
+    few = OPTIONS | {"max_model_len": 96, "num_gpu_blocks_override": 5}
     for decode_steps in (7, 64):
         have = fused.call(structured_child.run, tiny, few, REQUESTS, decode_steps)
         assert have["preemptions"] > 0
