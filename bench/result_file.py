@@ -1,4 +1,4 @@
-"""``--json FILE``: written whole or not at all, so that who is cut short keeps the last one."""
+"""Files of results: written whole or not at all, so that who is cut short keeps the last one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from fusedstep.errors import ConfigError
 
 
-def check(path: str) -> None:
+def check(path: str, option: str = "--json") -> None:
     """Find out before the work, not after it, and leave no file behind.
 
     Raises:
@@ -19,15 +19,15 @@ def check(path: str) -> None:
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise _cannot_write(path, "it is a folder")
+        raise _cannot_write(path, "it is a folder", option)
     if not target.parent.is_dir():
-        raise _cannot_write(path, "its folder does not exist")
+        raise _cannot_write(path, "its folder does not exist", option)
     try:
         if _is_plain(target):
             with tempfile.TemporaryFile(dir=target.parent):
                 pass
     except OSError as error:
-        raise _cannot_write(path, error.strerror) from None
+        raise _cannot_write(path, error.strerror, option) from None
 
 
 def as_json(result: object) -> str:
@@ -38,6 +38,11 @@ def as_json(result: object) -> str:
 
 
 def write(path: str, result: object, *, so_far: bool = False) -> None:
+    """Write JSON as ``write_text``."""
+    write_text(path, as_json(result), so_far=so_far)
+
+
+def write_text(path: str, text: str, *, so_far: bool = False, option: str = "--json") -> None:
     """Replace the file. What is ``so_far`` only goes to plain files, not to a pipe or a device.
 
     Raises:
@@ -47,21 +52,21 @@ def write(path: str, result: object, *, so_far: bool = False) -> None:
     try:
         if not _is_plain(target):
             if not so_far:
-                target.write_text(as_json(result), encoding="utf-8")
+                target.write_text(text, encoding="utf-8")
             return
         new = target.with_name(f"{target.name}.{os.getpid()}.new")
         try:
-            new.write_text(as_json(result), encoding="utf-8")
+            new.write_text(text, encoding="utf-8")
             new.replace(target)
         finally:
             new.unlink(missing_ok=True)
     except OSError as error:
-        raise _cannot_write(path, error.strerror) from None
+        raise _cannot_write(path, error.strerror, option) from None
 
 
 def _is_plain(target: Path) -> bool:
     return target.is_file() or not target.exists()
 
 
-def _cannot_write(path: str, reason: str | None) -> ConfigError:
-    return ConfigError(f"cannot write {path} ({reason}): name another file after --json")
+def _cannot_write(path: str, reason: str | None, option: str) -> ConfigError:
+    return ConfigError(f"cannot write {path} ({reason}): name another file after {option}")

@@ -50,15 +50,16 @@ def json_option(command: Command) -> Command:
         "--json",
         "json_path",
         metavar="FILE|-",
-        callback=_writable,
+        callback=writable,
         help="Write the result as JSON to FILE; '-' prints it instead of the table.",
     )
     return option(command)
 
 
-def _writable(ctx: click.Context, param: click.Parameter, json_path: str | None) -> str | None:
+def writable(ctx: click.Context, param: click.Parameter, json_path: str | None) -> str | None:
+    """Callback of options that name a file to write: found out before the work."""
     if json_path not in (None, "-"):
-        result_file.check(json_path)
+        result_file.check(json_path, param.opts[-1])
     return json_path
 
 

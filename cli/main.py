@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "fusedstep.cli.verify:verify",
     "bench": "fusedstep.cli.bench_serve:bench",  # the group, its last command added
     "explain": "fusedstep.cli.explain:explain",
+    "trace": "fusedstep.cli.trace:trace",
     "doctor": "fusedstep.cli.doctor:doctor",
 }
 # Kept here so that `fusedstep --help` imports no command.
@@ -26,6 +27,7 @@ SUMMARIES = {
     "verify": "Check that fused decoding gives the same tokens as stock vLLM.",
     "bench": "Measure fused decoding against stock vLLM.",
     "explain": "Say how long the windows of a running server are, and what limits them.",
+    "trace": "Record a server's turns as a picture, for Perfetto.",
     "doctor": "Say what this machine can do, and what is missing.",
 }
 

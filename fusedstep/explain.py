@@ -7,11 +7,17 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fusedstep.counts import WindowCounts
 from fusedstep.errors import ConfigError
 
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
 PREFIX = "fusedstep:"
+TRACE = f"{PREFIX}trace_info"  # there before the first turn
 TIMEOUT = 10.0  # seconds
 LOCAL, PORT = "127.0.0.1", 8000  # where `fusedstep serve` listens
 
@@ -27,6 +33,16 @@ def explain(url: str, seconds: float = 0.0) -> WindowCounts:
     began = time.monotonic()
     time.sleep(seconds)
     return read(url).since(before, time.monotonic() - began)
+
+
+def watch(url: str, seconds: float) -> Iterator[WindowCounts]:
+    """The windows of every ``seconds`` from now on, without a gap. Raises as ``explain``."""
+    before, began = read(url), time.monotonic()
+    while True:
+        time.sleep(seconds)
+        counts, now = read(url), time.monotonic()
+        yield counts.since(before, now - began)
+        before, began = counts, now
 
 
 def metrics_url(server: str) -> str:
@@ -75,22 +91,34 @@ def _fetch(url: str) -> str:
     raise ConfigError(f"no metrics at {url} ({words}): {advice}")
 
 
-def read(url: str) -> WindowCounts:
-    """Since the server's start."""
+def families(url: str) -> list[Metric]:
+    """Ours among the metrics of the server at ``url``.
+
+    Raises ConfigError when there is no such server, or it is not ours.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
     url = metrics_url(url)
     text = _fetch(url)
-    counts = WindowCounts()
-    is_ours = False
     try:
-        families = list(text_string_to_metric_families(text))
+        found = list(text_string_to_metric_families(text))
     except ValueError:
         raise ConfigError(f"no metrics at {url} (a page of another kind): is it vLLM?") from None
-    for family in families:
-        if not family.name.startswith(PREFIX):
-            continue
-        is_ours = True
+    ours = [family for family in found if family.name.startswith(PREFIX)]
+    if not ours and not any(family.name.startswith("vllm:") for family in found):
+        raise ConfigError(f"no metrics of vLLM at {url}: it is another server's page")
+    if not ours:
+        raise ConfigError(f"no windows in {url}: is it stock vLLM, or has it several API servers?")
+    return ours
+
+
+def read(url: str) -> WindowCounts:
+    """Since the server's start."""
+    counts = WindowCounts()
+    found = [family for family in families(url) if family.name != TRACE]
+    if not found:
+        raise ConfigError(f"no windows in {metrics_url(url)} yet: nothing has been asked")
+    for family in found:
         name = family.name.removeprefix(PREFIX)
         for sample in family.samples:
             if "reason" in sample.labels and sample.name.endswith("_total"):
@@ -101,8 +129,4 @@ def read(url: str) -> WindowCounts:
             elif sample.name.endswith("_total"):
                 number = type(getattr(counts, name))(sample.value)
                 setattr(counts, name, getattr(counts, name) + number)
-    if not is_ours:
-        if not any(family.name.startswith("vllm:") for family in families):
-            raise ConfigError(f"no metrics of vLLM at {url}: it is another server's page")
-        raise ConfigError(f"no windows in {url}: is it stock vLLM, or has nothing been asked yet?")
     return counts

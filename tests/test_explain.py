@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -127,7 +130,11 @@ def test_counts(page: Page) -> None:
 
 
 def test_prometheus(stat_logger: metrics.WindowStatLogger, page: Page) -> None:
-    assert generate_latest(metrics.REGISTRY) == b""  # nothing has happened
+    lines = generate_latest(metrics.REGISTRY).decode().splitlines()
+    name = stat_logger.trace.name  # nothing has happened: only who wants a trace is told
+    assert [x for x in lines if not x.startswith("#")] == [
+        f'fusedstep:trace_info{{engine="0",page="{name}"}} 1.0'
+    ]
     counted(page)
     text = generate_latest(metrics.REGISTRY).decode()
     for line in (
@@ -196,7 +203,37 @@ def test_command(url: str, page: Page, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["early_exits"] == 1
 
 
-def test_no_windows_to_explain(url: str) -> None:
+def test_watch_goes_on_until_it_is_interrupted(url: str, page: Page) -> None:
+    """A process of its own, as under a terminal: every table is of the time since the last."""
+    counts = counted(page)
+    command = ["-m", "fusedstep", "explain", "--url", url, "--watch", "--seconds", "0.5"]
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        lines: list[str] = []
+        while len(tables := [line for line in lines if "steps, " in line]) < 3:
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+            if len(tables) == 1:
+                counts.add_turn("fixed", 4, [4])
+                counts.publish(now=True)
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(10) == 130 and "Traceback" not in rest, rest
+    assert tables[0].startswith("0 windows")  # what was before it was called is not its time
+    assert sum(int(line.split()[0]) for line in tables) >= 1
+
+
+def test_watch_prints_no_json(url: str) -> None:
+    result = CliRunner().invoke(group, ["explain", "--url", url, "--watch", "--json", "-"])
+    assert result.exit_code == 2 and "leave out --json" in result.output
+
+
+def test_no_windows_to_explain(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="yet: nothing has been asked"):
+        explain(url)
+    monkeypatch.setattr(metrics, "REGISTRY", CollectorRegistry())
     with pytest.raises(ConfigError, match="is it stock vLLM"):
         explain(url)
     with pytest.raises(ConfigError, match=r"no metrics at http://127.0.0.1:1/metrics"):

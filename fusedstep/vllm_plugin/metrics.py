@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import REGISTRY
 from prometheus_client.core import (
     CounterMetricFamily,
+    GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
@@ -24,7 +25,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from fusedstep.counts import WindowCounts
 from fusedstep.vllm_plugin import compat
-from fusedstep.vllm_plugin.shared import counts_page
+from fusedstep.vllm_plugin.shared import counts_page, trace_path
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,7 +53,9 @@ class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
         if not self.is_ours:
             return
         self.page = counts_page(vllm_config, engine_index)
+        self.trace = trace_path(vllm_config, engine_index)
         atexit.register(self.page.unlink)  # an engine that was killed cannot
+        atexit.register(self.trace.unlink, missing_ok=True)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             REGISTRY.register(self)
 
@@ -84,6 +87,13 @@ class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
 
     def collect(self) -> Iterator[Metric]:
         """Called at every scrape."""
+        info = GaugeMetricFamily(
+            "fusedstep:trace_info",
+            "Shared memory by which `fusedstep trace` asks for a trace",
+            labels=["engine", "page"],
+        )
+        info.add_metric([self.engine, self.trace.name], 1)
+        yield info
         counts = self._read()
         if counts is None:
             return

@@ -1,7 +1,6 @@
 """All that fusedstep patches in vLLM or hangs on its objects, with the reason.
 
 tests/test_patches.py finds what is not listed here.
-
 Subclasses that vLLM is given by its own options (worker, scheduler, attention backend, platform)
 are not patches. Runner and scheduler meet here, so the accessors of hung attributes are here, too.
 """
@@ -118,17 +117,11 @@ PATCHES = (
     ),
     Patch(
         "patches.py",
-        "output.arrivals_seen",
+        "output.*",
         Kind.HUNG,
-        "SchedulerOutput",
-        "the worker ends a window when more requests have arrived than its scheduler had seen",
-    ),
-    Patch(
-        "patches.py",
-        "output.ends_at_stop",
-        Kind.HUNG,
-        "SchedulerOutput",
-        "requests wait for a row: the window ends at the first stop",
+        "SchedulerOutput.arrivals_seen, ends_at_stop, trace",
+        "a window ends when more requests have arrived than its scheduler had seen, or at the "
+        "first stop, as requests wait for a row; turns that are traced have numbers",
     ),
     Patch(
         "grammar_tables.py",
@@ -490,3 +483,18 @@ def stamp_of(output: SchedulerOutput) -> WindowStamp:
     if not hasattr(output, "arrivals_seen"):
         return WindowStamp(arrivals.NEVER_END, ends_at_stop=False)
     return WindowStamp(output.arrivals_seen, output.ends_at_stop)
+
+
+class TraceStamp(NamedTuple):
+    """Numbers of a traced turn, and of the file of its trace."""
+
+    file: int
+    turn: int
+
+
+def stamp_trace(output: SchedulerOutput, trace: TraceStamp) -> None:
+    output.trace = trace
+
+
+def trace_of(output: SchedulerOutput) -> TraceStamp | None:
+    return getattr(output, "trace", None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusedstep.window.arrivals import ArrivalCounter
-from fusedstep.window.page import Page
+from fusedstep.window.page import Page, shared_file
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -20,3 +21,8 @@ def arrival_counter(vllm_config: VllmConfig) -> ArrivalCounter:
 def counts_page(vllm_config: VllmConfig, engine_index: int) -> Page:
     """The page of this engine: its scheduler and its server open the same."""
     return Page(f"{vllm_config.instance_id}-{engine_index}-counts")
+
+
+def trace_path(vllm_config: VllmConfig, engine_index: int) -> Path:
+    """The page by which somebody may ask for a trace of this engine; its scheduler makes it."""
+    return shared_file(f"{vllm_config.instance_id}-{engine_index}-trace")

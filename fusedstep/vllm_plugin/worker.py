@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
 from fusedstep.guardian import shared_memory
 from fusedstep.processes import remove_at_end
+from fusedstep.reasons import Reason
+from fusedstep.vllm_plugin import patches
+from fusedstep.vllm_plugin.shared import trace_path
 
 if current_platform.is_cpu():
     # First of all: it replaces torch's stream and event types on the CPU.
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+
+    from fusedstep.vllm_plugin.runner.tracing import TracedStep
 
 
 class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
@@ -25,6 +33,7 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
     """
 
     runs_windows = True  # FusedStepScheduler looks for this
+    traced: TracedStep | None = None  # the step under way, of a turn that is traced
 
     def init_device(self) -> None:
         """vLLM 0.32's CPUWorker names its runner class inside this method: lend it ours."""
@@ -51,6 +60,36 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
         from fusedstep.vllm_plugin.runner.runner import FusedStepRunner
 
         return FusedStepRunner(self.vllm_config, self.device)
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """vLLM's own; for a turn that is traced the times are taken down."""
+        stamp = patches.trace_of(scheduler_output)
+        if stamp is None or not self.is_driver_worker:
+            return super().execute_model(scheduler_output)
+        from fusedstep.vllm_plugin.runner.tracing import TracedStep
+
+        rank = self.vllm_config.parallel_config.data_parallel_index
+        self.traced = step = TracedStep(trace_path(self.vllm_config, rank), stamp, self.device)
+        output = super().execute_model(scheduler_output)
+        step.end("execute")
+        if output is not None:  # nothing was scheduled
+            self.traced = None
+            step.write(reason="")
+        return output
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        step = self.traced
+        if step is None:
+            return super().sample_tokens(grammar_output)
+        self.traced = None
+        step.begin("sample")
+        output = super().sample_tokens(grammar_output)
+        step.end("sample")
+        if hasattr(output, "tell"):  # a window: its tokens are still to come
+            output.tell(step)
+        else:
+            step.write(reason=getattr(self.model_runner, "reason", Reason.MODEL_RUNNER_V1))
+        return output
 
     def no_windows_reason(self) -> str | None:
         """The reason that this worker runs no windows, for its scheduler, or None."""

@@ -238,7 +238,7 @@ _ENGINE = {
             scheduled_cached_reqs: CachedRequestData
             preempted_req_ids
             has_structured_output_requests, pending_structured_output_tokens
-            +arrivals_seen, ends_at_stop, grammars
+            +arrivals_seen, ends_at_stop, grammars, trace
         """,
         "NewRequestData": "req_id, prompt_len\nsampling_params: sampling_params.SamplingParams",
         "CachedRequestData": "req_ids, num_computed_tokens",
@@ -292,7 +292,7 @@ _ENGINE = {
         """,
         "ModelRunnerOutput": """
             (req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_)
-            sampled_token_ids
+            req_ids, sampled_token_ids
         """,
         "LogprobsLists": """
             (logprob_token_ids, logprobs, sampled_token_ranks, cu_num_generated_tokens)

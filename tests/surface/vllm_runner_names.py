@@ -42,6 +42,9 @@ RUNNER = {
         "Worker": """
             def init_device()
             def _make_model_runner()
+            def execute_model(scheduler_output)
+            def sample_tokens(grammar_output)
+            is_driver_worker
             device, use_v2_model_runner
             vllm_config: VllmConfig
             model_runner: GPUModelRunner
@@ -90,7 +93,7 @@ RUNNER = {
             kv_cache_config: KVCacheConfig
             req_states: gpu.states.RequestState
             sampler: gpu.sample.sampler.Sampler
-            +stats, use_form, stock_steps_reason, graph_memory
+            +stats, use_form, stock_steps_reason, graph_memory, reason
         """,
     },
     f"{GPU}.kv_connector": {"NO_OP_KV_CONNECTOR": ""},

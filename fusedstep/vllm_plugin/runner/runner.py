@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
+    from fusedstep.vllm_plugin.runner.tracing import TracedStep
+
 logger = logging.getLogger("vllm.fusedstep")
 
 # num_sampled and num_rejected, [num_reqs].
@@ -108,6 +110,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.graph_memory: dict[str, int] = {}  # bytes of the windows' graphs
         self.scratch: Any = None  # of the step operations, where they have some
         self.grammars: Grammars | None = None  # None: this engine takes no structured output
+        self.reason: str | None = None  # of the step under way
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
     @property
@@ -247,6 +250,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     ) -> ModelRunnerOutput | Any | None:
         """Stage a window if the batch can have one, else run a stock step."""
         reason = self._stock_reason(scheduler_output, dummy=kwargs.get("dummy_run", False))
+        self.reason = reason
         if reason is None:
             self._stage_window(scheduler_output)
             return None
@@ -433,9 +437,15 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         self.req_ids = list(scheduler_output.num_scheduled_tokens)
         self.fetched = Fetched(slot, copy_stream)
         self.live, self.counts = live, counts
+        self.trace: TracedStep | None = None
+
+    def tell(self, trace: TracedStep) -> None:
+        self.trace = trace
 
     def get_output(self) -> ModelRunnerOutput:
         result = self.fetched.tokens()
+        if self.trace is not None:
+            self.trace.write(reason=None, has_tokens=True)
         token_ids: list[list[int]] = [[] for _ in self.req_ids]
         counts = np.zeros(len(self.req_ids), dtype=np.int64)
         for index, tokens in zip(self.live.tolist(), result.token_ids, strict=True):

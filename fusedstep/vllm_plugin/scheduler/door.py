@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from fusedstep.vllm_plugin.scheduler.tracing import Tracing
 from fusedstep.window import arrivals
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ class Door:
     was scheduled.
     """
 
-    def __init__(self, counter: arrivals.ArrivalCounter) -> None:
+    def __init__(self, counter: arrivals.ArrivalCounter, tracing: Tracing | None = None) -> None:
         self.counter = counter
+        self.tracing = tracing or Tracing()
         self._is_set_up = False
         self.is_open = True  # a request that comes now can be admitted (the scheduler says)
         # Announced, not yet with the scheduler. An id may come again before its abort has.
@@ -50,14 +52,16 @@ class Door:
         """
         with self._lock:
             self.arriving[request_id] += 1
-        if self.is_open:
+        if is_open := self.is_open:
             self.end_windows()
+        self.tracing.announced("arrival", [request_id], ends_windows=is_open)
 
     def announce_abort(self, request_ids: Iterable[str]) -> None:
         """Input thread: aborts that windows end for are on their way to the scheduler."""
         with self._lock:
             self.leaving.update(request_ids)
         self.end_windows()
+        self.tracing.announced("abort", list(request_ids), ends_windows=True)
 
     def received(self, request_id: str) -> None:
         """The scheduler has the request."""

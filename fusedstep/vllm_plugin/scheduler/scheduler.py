@@ -31,8 +31,10 @@ from fusedstep.vllm_plugin.scheduler.door import Door
 from fusedstep.vllm_plugin.scheduler.grammars import Grammars
 from fusedstep.vllm_plugin.scheduler.in_flight import InFlight
 from fusedstep.vllm_plugin.scheduler.refusals import Refusals
-from fusedstep.vllm_plugin.shared import arrival_counter, counts_page
+from fusedstep.vllm_plugin.scheduler.tracing import Tracing
+from fusedstep.vllm_plugin.shared import arrival_counter, counts_page, trace_path
 from fusedstep.window.arrivals import ArrivalCounter
+from fusedstep.window.tracing import TracePage
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -78,6 +80,10 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         return PublishedCounts()
 
     @cached_property
+    def tracing(self) -> Tracing:
+        return Tracing()
+
+    @cached_property
     def in_flight(self) -> InFlight:
         return InFlight()
 
@@ -111,10 +117,11 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
         counter = arrival_counter(self.vllm_config)
         counter.unlink()  # the workers, started before, have it mapped
-        self.door = Door(counter)
+        rank = self.vllm_config.parallel_config.data_parallel_index
+        self.tracing = Tracing(TracePage(trace_path(self.vllm_config, rank), create=True))
+        self.door = Door(counter, self.tracing)
         executor = self.vllm_config.parallel_config.distributed_executor_backend
         self.shares_memory = executor != "ray"  # whose workers may be on another machine
-        rank = self.vllm_config.parallel_config.data_parallel_index
         self.counts.page = counts_page(self.vllm_config, rank)
         if self.engine_reason is not None:
             logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
@@ -135,6 +142,13 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
                 self.grammars = Grammars(self.structured_output_manager, model)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        since = self.tracing.begins()
+        output = self._schedule(throttle_prefills)
+        if since:
+            self.tracing.scheduled(since, output, self)
+        return output
+
+    def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
         with self.counts.on_host():
             if self.engine_reason is None and self.decode_steps.fixed != 1:
                 return self._schedule_window(throttle_prefills)
@@ -174,6 +188,10 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
+        scheduled, since = (
+            scheduler_output,
+            self.tracing.comes_back(scheduler_output, self.requests),
+        )
         with self.counts.on_host():
             batch = self.in_flight.returned(scheduler_output, model_runner_output)
             if batch is not None:
@@ -192,12 +210,17 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         )
         if self.counts.page is not None:
             self.counts.publish(now=not self.running)
+        if since:
+            num_arrivals = self.door.counter.count
+            self.tracing.returned(since, scheduled, batch, model_runner_output, num_arrivals)
         return outputs
 
     def shutdown(self) -> None:
         self.counts.publish(now=True)
         if self.counts.page is not None:
             self.counts.page.unlink()
+        if self.tracing.page is not None:
+            self.tracing.page.unlink()
         super().shutdown()
 
     def has_requests(self) -> bool:
@@ -396,6 +419,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         place_got_free = self.has_freed and self.admission.num_startable > 0
         if place_got_free or not self.running:
             self.door.end_windows()
+            self.tracing.announced("freed", [], ends_windows=True)
 
     def _take_back(self, output: SchedulerOutput, *, everything: bool) -> None:
         """A window gave way before its first step (``everything``), or rows sat it out, which left

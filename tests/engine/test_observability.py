@@ -1,0 +1,174 @@
+"""A running server's trace against its own counts, and the dashboard against its own metrics."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import chrome_trace
+import openai
+import pytest
+import yaml
+from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
+from serving import Server, wait_for
+
+from fusedstep import trace as library
+from fusedstep.cli.main import group
+from fusedstep.explain import TRACE, families, read
+
+GRAFANA = Path(__file__).resolve().parents[2] / "docs" / "grafana"
+MODEL = "SmolLM2-135M-Instruct"
+FUNCTIONS = {"sum", "max", "rate", "histogram_quantile", "by"}
+
+
+def complete(client: openai.OpenAI, n: int, **fields: Any) -> None:
+    prompt = f"A story of {n} animals by the sea:"
+    fields = {"max_tokens": 40, "temperature": 0, "extra_body": {"ignore_eos": True}} | fields
+    client.completions.create(model=MODEL, prompt=prompt, **fields)
+
+
+@pytest.fixture(scope="module")
+def traced(server: Server, client: openai.OpenAI) -> dict[str, Any]:
+    """A trace of six requests, three of which come while the first windows run, and the counts of
+    the same time."""
+    complete(client, 1)  # else there are no counts
+    before = read(server.url)
+    begun, over = threading.Event(), threading.Event()
+
+    def sleep(_: float) -> None:
+        """Instead of some seconds: until the requests have been answered, so that the server's
+        counts are of the same turns."""
+        begun.set()
+        over.wait(120)
+
+    clock = SimpleNamespace(sleep=sleep, monotonic_ns=time.monotonic_ns)
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as pool:
+        patch.setattr(library, "time", clock)
+        trace = pool.submit(library.trace, server.url, 120)
+        assert begun.wait(20)
+        asked = [pool.submit(complete, client, n, max_tokens=120) for n in range(3)]
+        wait_for("it decodes", lambda: server.gauge("vllm:num_requests_running") >= 1, 60)
+        asked += [pool.submit(complete, client, n) for n in range(3, 6)]
+        for one in asked:
+            one.result()
+        over.set()
+        found = trace.result()
+    wait_for("it publishes", lambda: read(server.url).tokens - before.tokens >= 480, 10)
+    return {"trace": found, "counts": read(server.url).since(before)}
+
+
+def test_slices_sum_up_to_what_explain_counts(traced: dict[str, Any]) -> None:
+    trace, counts = traced["trace"], traced["counts"]
+    slices = chrome_trace.read(trace.as_json())
+    windows = [s["args"] for s in slices["device"] if s["args"]["planned"] > 1 and s["args"]["run"]]
+    assert len(windows) == counts.windows == trace.windows > 0
+    assert sum(facts["run"] for facts in windows) == counts.steps == trace.steps
+    assert sum(facts["planned"] - facts["run"] for facts in windows) == counts.unused_steps
+    assert sum(s["args"]["tokens"] for s in slices["device"]) == counts.tokens == 480
+    limits = Counter(facts["no more because"] for facts in windows)
+    assert limits == +counts.limits
+    turns = [s["args"] for s in slices["device"] if s["args"]["planned"] == 1 and s["args"]["run"]]
+    reasons = Counter(facts["no more because"] for facts in turns)
+    assert reasons == +counts.one_step_turns == trace.one_step_turns
+    assert trace.stock_steps["prefill"] >= 1
+
+
+def test_arrivals_and_who_waited(traced: dict[str, Any]) -> None:
+    trace = traced["trace"]
+    assert (trace.arrivals, trace.first_tokens) == (6, 6)
+    events = [e for e in trace.events if e["ph"] == "i"]
+    arrived = {e["args"]["request"]: e["ts"] for e in events if e["name"] == "arrival"}
+    first = {e["args"]["request"]: e["ts"] for e in events if e["name"] == "first token"}
+    assert arrived.keys() == first.keys() and all(arrived[i] < first[i] for i in arrived)
+    waited = [w for e in trace.events for w in e.get("args", {}).get("who waited", [])]
+    assert waited and {words.partition(" ")[0] for words in waited} <= arrived.keys()
+
+
+def test_the_command_traces_a_server(server: Server, tmp_path: Path) -> None:
+    """At its end the file of records has gone, and nothing is asked for any more."""
+    file = tmp_path / "trace.json"
+    args = ["trace", "--url", server.url, "--seconds", "0.2", "-o", str(file)]
+    result = CliRunner().invoke(group, args, catch_exceptions=False)
+    assert result.exit_code == 0 and "0 windows" in result.output, result.output
+    assert set(chrome_trace.read(file.read_text())) == set(library.ROWS)
+    (page,) = library._pages(server.url)
+    assert page.words[0] == 0 and not list(page.path.parent.glob(f"{page.path.name}-*"))
+
+
+def queries() -> list[tuple[str, str]]:
+    """Each query of the dashboard, with the legend that names its labels."""
+    board = json.loads((GRAFANA / "dashboard.json").read_text("utf-8"))
+    return [
+        (target["expr"], target["legendFormat"])
+        for panel in board["panels"]
+        for target in panel.get("targets", ())
+    ]
+
+
+def names_of(query: str) -> set[str]:
+    bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|by \([^)]*\)", " ", query)
+    return set(re.findall(r"[a-zA-Z_:][\w:]*", bare)) - FUNCTIONS
+
+
+def labels_of(query: str, legend: str) -> set[str]:
+    groups = re.findall(r"by \(([^)]*)\)", query)
+    labels = {label.strip() for group in groups for label in group.split(",")}
+    return labels | set(re.findall(r"\{\{(\w+)\}\}", legend))
+
+
+def test_the_dashboard_asks_for_what_the_server_has(server: Server, traced: dict[str, Any]) -> None:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    have: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            have.setdefault(sample.name, set()).update(sample.labels)
+    asked = queries()
+    assert len(asked) > 15
+    for query, legend in asked:
+        names = names_of(query)
+        assert names, query
+        for name in names:
+            assert name in have, f"the server has no {name}"
+            assert labels_of(query, legend) <= have[name], f"{name} has {have[name]}"
+    ours = {name for query, _ in asked for name in names_of(query) if name.startswith("fusedstep:")}
+    published = {f.name for f in families(server.url)} - {TRACE}
+    suffixes = r"_(total|sum|count|bucket)$"
+    assert {re.sub(suffixes, "", name) for name in ours} == published  # none is forgotten
+
+
+def test_the_reader_of_queries_has_teeth() -> None:
+    query = 'histogram_quantile(0.5, sum by (le) (rate(a:b_bucket{job=~"$job"}[5m]))) / x_total'
+    assert names_of(query) == {"a:b_bucket", "x_total"}
+    assert labels_of(query, "{{reason}}") == {"le", "reason"}
+
+
+def test_compose_mounts_what_there_is() -> None:
+    """Also that Prometheus scrapes the server, and Grafana asks Prometheus, by their names."""
+    services = yaml.safe_load((GRAFANA / "compose.yaml").read_text())["services"]
+    assert set(services) == {"vllm", "prometheus", "grafana"}
+    inside: dict[str, str] = {}
+    for service in services.values():
+        for volume in service["volumes"]:
+            source, target = volume.split(":")[:2]
+            if source.startswith("."):
+                assert (GRAFANA / source).exists(), volume
+                inside[source] = target
+    scrape = yaml.safe_load((GRAFANA / "prometheus.yml").read_text())["scrape_configs"][0]
+    assert scrape["static_configs"][0]["targets"] == ["vllm:8000"]
+    provisioning = GRAFANA / "provisioning"
+    source = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())
+    assert source["datasources"][0]["url"] == "http://prometheus:9090"
+    boards = yaml.safe_load((provisioning / "dashboards" / "fusedstep.yml").read_text())
+    folder = boards["providers"][0]["options"]["path"]
+    assert Path(inside["./dashboard.json"]).parent == Path(folder)
+    assert inside["./provisioning"] == "/etc/grafana/provisioning"
