@@ -83,12 +83,13 @@ def test_the_simulated_engines_see_windows_end_for_many_reasons(tmp_path: Path) 
 def test_nobody_asks_and_nothing_is_written(
     page: TracePage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing is allocated: a turn costs two calls that find 0 and an empty dict."""
+    """Nor allocated, nor is the clock read: a turn costs two calls that find 0 and an empty dict."""
 
     def append(*_: Any) -> None:
         pytest.fail("written")
 
     monkeypatch.setattr(tracing, "append", append)
+    monkeypatch.setattr("fusedstep.vllm_plugin.scheduler.tracing.time", None)
     engine = busy_engine(0)
     engine.scheduler.tracing = engine.scheduler.door.tracing = quiet = Tracing(page)
     engine.run()
