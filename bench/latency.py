@@ -69,6 +69,7 @@ class Row:
     tokens_per_s: float
     idle_share: float  # share of a decode step in which no forward ran
     same_tokens: bool  # greedy outputs equal to stock's (True when it samples)
+    repeats_ms: tuple[float, ...]  # ms per step of each repeat
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def _point(
     same = temperature > 0 or tokens["stock"] == tokens["fusedstep"]
     rows = []
     for kind in KINDS:
-        spread = Spread.of([1e3 * s for s in seconds[kind]])
+        repeats_ms = [1e3 * s for s in seconds[kind]]
+        spread = Spread.of(repeats_ms)
         rows.append(
             Row(
                 engine=kind,
@@ -186,6 +188,7 @@ def _point(
                 tokens_per_s=1e3 * batch_size / spread.p50,
                 idle_share=idle_share[kind],
                 same_tokens=same,
+                repeats_ms=tuple(repeats_ms),
             )
         )
     return rows

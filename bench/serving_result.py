@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -40,6 +40,24 @@ class Quantiles:
 
 
 @dataclass(frozen=True)
+class Request:
+    """One request of a run, as a client saw it; without an answer ``ttft_ms`` is None."""
+
+    start_s: float  # of the tool's clock
+    ttft_ms: float | None
+    e2el_ms: float
+    output_tokens: int
+    repeat: int = 0
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Time per token but the first; None where there are no others."""
+        if self.ttft_ms is None or self.output_tokens < 2:
+            return None
+        return (self.e2el_ms - self.ttft_ms) / (self.output_tokens - 1)
+
+
+@dataclass(frozen=True)
 class Run:
     """One run of the tool. Times are (p50, p99) in milliseconds; see ``Row``."""
 
@@ -53,6 +71,7 @@ class Run:
     tokens_per_chunk: float
     output_tokens: int
     failed: int
+    requests: tuple[Request, ...] = ()
 
     @classmethod
     def parse(cls, result: dict[str, Any]) -> Run:
@@ -86,12 +105,19 @@ class Run:
                 tokens_per_chunk=result["total_output_tokens"] / max(len(pooled) + len(gaps), 1),
                 output_tokens=int(result["total_output_tokens"]),
                 failed=int(result["failed"]),
+                requests=tuple(_requests(result)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FusedStepError(
                 f"vllm bench serve wrote a JSON that we do not know ({error!r}): "
                 "this vLLM is not supported by bench serve"
             ) from None
+
+
+def _requests(result: dict[str, Any]) -> Iterator[Request]:
+    names = ("start_times", "ttfts", "latencies", "output_lens", "errors")
+    for start, ttft, latency, tokens, error in zip(*(result[n] for n in names), strict=True):
+        yield Request(start, None if error else 1e3 * ttft, 1e3 * latency, tokens)
 
 
 def chunk_gaps_ms(gaps: list[float]) -> list[float]:
@@ -128,6 +154,7 @@ class Row:
     tokens_per_chunk: Spread
     output_tokens: tuple[int, ...]  # per repeat
     failed: int
+    requests: tuple[Request, ...] = ()  # of all repeats; not in JSON
 
     @classmethod
     def of(cls, engine: Kind, rate: float, concurrency: float, runs: list[Run]) -> Row:
@@ -154,6 +181,9 @@ class Row:
             tokens_per_chunk=spread("tokens_per_chunk"),
             output_tokens=tuple(run.output_tokens for run in runs),
             failed=sum(run.failed for run in runs),
+            requests=tuple(
+                replace(one, repeat=n) for n, run in enumerate(runs) for one in run.requests
+            ),
         )
 
     def figures(self) -> Iterator[tuple[str, str, Spread]]:

@@ -52,6 +52,7 @@ def bench() -> None:
 @lora_option
 @window_options
 @console.json_option
+@console.html_option
 def latency(
     batch_size: tuple[int, ...],
     temperature: tuple[float, ...],
@@ -64,6 +65,7 @@ def latency(
     lora_modules: tuple[str, ...],
     options: Options,
     json_path: str | None,
+    html_path: str | None,
     vllm_args: tuple[str, ...],
 ) -> None:
     """Decode cost per step of stock vLLM and of fusedstep, alternating.
@@ -71,7 +73,7 @@ def latency(
     Prefill and constant costs cancel: each point is measured at two output lengths. Every other
     option (--load-format, --hf-overrides, --enforce-eager, ...) goes to both vLLM engines.
     """
-    from fusedstep.bench import adapters
+    from fusedstep.bench import adapters, report
     from fusedstep.bench import latency as library
     from fusedstep.bench.images import find
 
@@ -91,6 +93,8 @@ def latency(
         result = library.measure(model, plan, options, vllm_args, progress)
     if json_path is not None:
         console.write_json(json_path, {"complete": True} | result.as_dict())
+    if html_path is not None:
+        console.write_html(html_path, report.of_latency(result))
     if json_path != "-":
         _print(result)
 

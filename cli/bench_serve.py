@@ -88,6 +88,7 @@ class Bounds(click.ParamType[tuple[float, ...]]):
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True)
 @window_options
 @console.json_option
+@console.html_option
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -102,6 +103,7 @@ def serve(
     repeats: int,
     options: Options,
     json_path: str | None,
+    html_path: str | None,
     vllm_args: tuple[str, ...],
 ) -> None:
     """Latency and throughput of stock and fusedstep servers under load.
@@ -109,6 +111,7 @@ def serve(
     The load is that of `vllm bench serve`; every other option goes to both servers. Without MODEL
     the bundled one is served. Exits with 1 when requests failed.
     """
+    from fusedstep.bench import report
     from fusedstep.bench import serving as library
 
     if (dataset == "file") != (dataset_path is not None):
@@ -128,6 +131,8 @@ def serve(
         result = library.measure(plan, options, vllm_args, progress)
     if json_path is not None:
         console.write_json(json_path, {"complete": True} | result.as_dict())
+    if html_path is not None:
+        console.write_html(html_path, report.of_serving(result))
     if json_path != "-":
         _print(result)
     ctx.exit(1 if result.failed else 0)

@@ -56,6 +56,31 @@ def json_option(command: Command) -> Command:
     return option(command)
 
 
+def html_option(command: Command) -> Command:
+    """Add ``--html FILE`` to a command, as its parameter ``html_path`` (None without it)."""
+    option = click.option(
+        "--html",
+        "html_path",
+        metavar="FILE",
+        callback=_can_draw,
+        help="Write pictures to FILE, one page that needs nothing beside it. Needs plotly.",
+    )
+    return option(command)
+
+
+def _can_draw(ctx: click.Context, param: click.Parameter, path: str | None) -> str | None:
+    if path is not None:
+        from fusedstep.bench import report
+
+        report.check()
+    return writable(ctx, param, path)
+
+
+def write_html(path: str, page: str) -> None:
+    """Raises ConfigError where the file cannot be written."""
+    result_file.write_text(path, page, option="--html")
+
+
 def writable(ctx: click.Context, param: click.Parameter, json_path: str | None) -> str | None:
     """Callback of options that name a file to write: found out before the work."""
     if json_path not in (None, "-"):

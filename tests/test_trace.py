@@ -83,7 +83,7 @@ def test_the_simulated_engines_see_windows_end_for_many_reasons(tmp_path: Path) 
 def test_nobody_asks_and_nothing_is_written(
     page: TracePage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor allocated, nor is the clock read: a turn costs two calls that find 0 and an empty dict."""
+    """Nor allocated, nor is the clock read: a turn costs two calls that find nothing."""
 
     def append(*_: Any) -> None:
         pytest.fail("written")
