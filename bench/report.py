@@ -265,10 +265,10 @@ def _page(title: str, env: Data, figures: list[Figure], notes: list[str]) -> str
     from plotly.offline import get_plotlyjs
 
     escape = html.escape
-    data = [
+    data: list[Data] = [
         {
             "traces": figure.traces,
-            "layout": {"template": "none", "margin": {"t": 30}, **figure.layout},
+            "layout": figure.layout | {"template": "none", "margin": {"t": 30}},
         }
         for figure in figures
     ]

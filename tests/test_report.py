@@ -127,6 +127,12 @@ def test_a_page_needs_nothing_and_lets_nothing_in(text: Any) -> None:
         assert sum(t.get("showlegend", True) for t in figure["traces"]) == 2
 
 
+def test_text_in_the_data_ends_no_script() -> None:
+    trace = {"type": "bar", "name": NASTY, "y": [1]}
+    page = Page(report._page("t", {}, [report.Figure("f", "", [trace], {})], []))
+    assert page.tags.count("script") == 3 and page.figures[0]["traces"][0]["name"] == NASTY
+
+
 def test_no_picture_hides_that_outputs_differ() -> None:
     texts = Page(report.of_latency(latency_result(same=False))).texts
     assert "Outputs differ at batch 1, batch 8: no speed-up." in texts["strong"]
