@@ -48,7 +48,6 @@ class Reason(StrEnum):
     TOKENS_PER_STEP = "a model of several tokens per step"
     ADAPTIVE_VERIFICATION = "adaptive verification"
     REJECTION_SAMPLER = "rejection sampler"
-    PIECEWISE = "piecewise CUDA graphs only"
     HOST_PLAN = "attention planned on the host by"  # and which backends
     NO_OPS = "no step operations"  # and why
 

@@ -40,6 +40,7 @@ INFERENCE = "recording outside inference mode"
 DEVICES = "pinned buffers on the default device; a device without index"
 SCRATCH = "the sampler's scratch outside vLLM's memory profile, made twice"
 SPINS = "waits that keep a core busy"
+NO_GRAPHS = "windows without graphs where vLLM's steps have some"
 FIRST_ERROR = "the first error hides behind the next one"
 BELOW = "blocks below a sliding window, which others may write, with a NaN"
 MODULES = "the driver's module kept when its kernel is not found"
@@ -50,6 +51,7 @@ COPIES = "a result that is copied before the steps have run"
 STATE = "fusedstep/window/state.py"
 OUTPUT = "fusedstep/window/output.py"
 RECORDER = "fusedstep/window/recorder.py"
+DECODE_MODEL = "fusedstep/vllm_plugin/runner/decode_model.py"
 RECORDING = "fusedstep/vllm_plugin/runner/recording.py"
 RUNNER_PY = "fusedstep/vllm_plugin/runner/runner.py"
 
@@ -173,18 +175,31 @@ MUTATIONS = (
     ),
     *(
         Mutation(
-            "windows without graphs where stock's steps have piecewise ones",
+            NO_GRAPHS,
             RECORDING,
-            "if loop != LoopForm.EAGER and piecewise:",
-            "if False:",
+            "if graph.cg_mode != CUDAGraphMode.NONE:",
+            "if graph.cg_mode == CUDAGraphMode.FULL:",
             test,
-            "keep_stock_steps",
+            name,
         )
-        for test in (FORMS, ENGINE)
+        for test, name in ((FORMS, "above_the_full_graphs"), (ENGINE, "no_capture_size"))
+    ),
+    *(
+        Mutation(NO_GRAPHS, DECODE_MODEL, old, new, ENGINE, "no_capture_size")
+        for old, new in (
+            (
+                "if graph.cg_mode != CUDAGraphMode.NONE:",
+                "if graph.cg_mode == CUDAGraphMode.FULL:",
+            ),
+            (
+                "self.graph, self.num_tokens = graph, graph.num_tokens",
+                "self.num_tokens = min(graph.num_tokens, runner.max_num_reqs)",
+            ),
+        )
     ),
     Mutation(
         "`cudagraph_mode=FULL` with sizes above `max_num_seqs`",
-        "fusedstep/vllm_plugin/runner/decode_model.py",
+        DECODE_MODEL,
         "return min(int(graph.num_tokens), max_num_reqs)",
         "return int(graph.num_tokens)",
         FORMS,

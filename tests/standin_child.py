@@ -93,12 +93,20 @@ def use_timing(seed: int | None) -> None:
     GPU.random = None if seed is None else random.Random(seed)
 
 
-def num_pieces() -> int:
-    """Pieces of vLLM's piecewise graphs that were replayed: graphs between calls in Python."""
-    pieces = getattr(engine_child.runner().cudagraph_manager, "breakable_cg_runner", None)
+def num_replays() -> dict[str, int]:
+    """Graphs that were replayed: vLLM's full ones, pieces of its piecewise ones (graphs between
+    calls in Python), and those of windows."""
+    runner = engine_child.runner()
+    manager, ours = runner.cudagraph_manager, runner.graph_store.graphs
+    pieces = getattr(manager, "breakable_cg_runner", None)
     captures = [] if pieces is None else [entry.capture for entry in pieces.entries.values()]
-    graphs = [getattr(part, "__self__", None) for capture in captures for part in capture.segments]
-    return sum(graph.replays for graph in graphs if graph is not None)
+    parts = [getattr(part, "__self__", None) for capture in captures for part in capture.segments]
+    windows = [] if ours is None else [*ours._single.values(), *ours._many.values()]
+    return {
+        "full": sum(graph.replays for graph in manager.graphs.values()),
+        "pieces": sum(graph.replays for graph in parts if graph is not None),
+        "windows": sum(graph.replays for graph in windows),
+    }
 
 
 def device_state() -> dict[str, Any]:

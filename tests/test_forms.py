@@ -19,15 +19,17 @@ from fusedstep.window import recorder
 from fusedstep.window.proof import WrongTokensError
 
 SIZES = (1, 2, 4, 8)
+PIECES: tuple[int, ...] = ()
 STEP_BYTES = 1000  # a recorded batch of n rows takes n times as much
 
 
 class Manager:
-    """vLLM's graph manager: full decode graphs for SIZES."""
+    """vLLM's graph manager: full decode graphs for SIZES, piecewise ones for PIECES."""
 
     def dispatch(self, num_reqs: int, num_tokens: int, num_active_loras: int, **_: Any) -> Any:
-        size = next((s for s in SIZES if s >= num_tokens), None)
-        mode = CUDAGraphMode.NONE if size is None else CUDAGraphMode.FULL
+        size = next((s for s in (*SIZES, *PIECES) if s >= num_tokens), None)
+        mode = CUDAGraphMode.PIECEWISE if size in PIECES else CUDAGraphMode.FULL
+        mode = CUDAGraphMode.NONE if size is None else mode
         return SimpleNamespace(
             cg_mode=mode, num_tokens=size or num_tokens, num_active_loras=num_active_loras
         )
@@ -233,22 +235,29 @@ def test_no_more_rows_than_requests(
     assert padded_rows(SimpleNamespace(num_tokens=104), 100) == 100
 
 
+def test_batches_above_the_full_graphs_are_recorded(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten rows: vLLM's graph for nine or ten is a piecewise one of 16 tokens."""
+    monkeypatch.setitem(globals(), "PIECES", (16,))
+    store = graph_store(Form(LoopForm.REPLAY, ""))
+    store.record(profile_only=False)
+    assert [num_rows for _, num_rows in machine.recorded] == [10, 8, 4, 2, 1]
+
+
 @pytest.mark.parametrize(
-    ("engine", "loop", "words"),
+    ("engine", "words"),
     [
-        ({}, "auto", None),
-        ({"mode": CUDAGraphMode.NONE}, "auto", None),
-        ({"mode": CUDAGraphMode.PIECEWISE}, "auto", "piecewise CUDA graphs only"),
-        ({"mode": CUDAGraphMode.PIECEWISE}, "eager", None),
-        ({"mode": CUDAGraphMode.PIECEWISE, "device": "cpu"}, "auto", None),
-        ({"in_place": (True, False)}, "auto", None),
-        ({"in_place": (False,), "name": "FLASHINFER"}, "auto", "planned on the host by FLASHINFER"),
-        ({"in_place": (True,), "name": "FLASHINFER"}, "auto", None),
+        ({}, None),
+        ({"mode": CUDAGraphMode.NONE}, None),
+        ({"mode": CUDAGraphMode.PIECEWISE}, None),
+        ({"in_place": (True, False)}, None),
+        ({"in_place": (False,), "name": "FLASHINFER"}, "planned on the host by FLASHINFER"),
+        ({"in_place": (False,), "name": "FLASHINFER", "device": "cpu"}, None),
+        ({"in_place": (True,), "name": "FLASHINFER"}, None),
     ],
 )
-def test_engines_that_keep_stock_steps(
-    engine: dict[str, Any], loop: str, words: str | None
-) -> None:
-    """Where windows would be slower than stock's steps, or wrong."""
-    reason = forms.no_windows_reason(runner(**engine), loop)
+def test_engines_that_keep_stock_steps(engine: dict[str, Any], words: str | None) -> None:
+    """Where windows would be wrong."""
+    reason = forms.no_windows_reason(runner(**engine))
     assert reason is None if words is None else words in str(reason)

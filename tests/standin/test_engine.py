@@ -12,10 +12,9 @@ import engine_child
 import pytest
 import standin_child
 import standin_faults
-from standin.mixture import ABORT, ARRIVE, MOST_STEPS, OPTIONS, REQUESTS, assert_same
+from engine_child import EngineChild
+from standin.mixture import ABORT, ARRIVE, MOST_STEPS, OPTIONS, REQUESTS, asked, assert_same
 from standin_child import StandInChild
-
-from fusedstep.reasons import Reason
 
 LATE = None  # the device works as late as the program allows; else at random times, of this seed
 # Graphs for prefills, too; one of them has more rows than there can be, which are no size of these.
@@ -32,17 +31,23 @@ def engine(tiny_model: str) -> Iterator[StandInChild]:
     child.close()
 
 
-def run(engine: StandInChild, decode_steps: object, seed: int | None) -> tuple[Any, Any]:
-    """The mixture's results, and the worker's counts since."""
+def run(
+    engine: StandInChild,
+    decode_steps: object,
+    seed: int | None,
+    what: tuple[Any, ...] = (REQUESTS, ARRIVE, ABORT, MOST_STEPS),
+) -> tuple[Any, Any]:
+    """The results of the mixture, or of ``what``, and the worker's counts since."""
     engine.call(standin_child.use_timing, seed)
     engine.call(engine_child.set_decode_steps, decode_steps)
     engine.call(engine_child.reset_prefix_cache)
-    before, pieces = engine.call(engine_child.window_stats), engine.call(standin_child.num_pieces)
-    got = engine.call(engine_child.run, REQUESTS, ARRIVE, ABORT, MOST_STEPS)
+    before, replays = engine.call(engine_child.window_stats), engine.call(standin_child.num_replays)
+    got = engine.call(engine_child.run, *what)
     stats = engine.call(engine_child.window_stats)
     for name in ("windows", "steps", "tokens"):
         stats[name] -= before[name]
-    return got, stats | {"pieces": engine.call(standin_child.num_pieces) - pieces}
+    after = engine.call(standin_child.num_replays)
+    return got, stats | {"replays": {name: after[name] - n for name, n in replays.items()}}
 
 
 def test_start(engine: StandInChild) -> None:
@@ -74,7 +79,7 @@ def test_tokens(
     assert_same(got, expected)
     assert stats["steps"] > 1.5 * stats["windows"] > 0
     assert set(stats["stock_steps"]) == {"prefill"}
-    assert stats["pieces"] > 0, "prefills take vLLM's piecewise graphs"
+    assert stats["replays"]["pieces"] > 0, "prefills take vLLM's piecewise graphs"
     assert got["preemptions"] and sum(got["cached_tokens"])
     assert 0 < engine.call(standin_child.device_state)["unseen"] <= UNSEEN
 
@@ -97,16 +102,33 @@ def test_start_and_tokens(
     assert_same(got, expected)
 
 
-def test_piecewise_graphs_alone_keep_stock_steps(
-    engine: StandInChild, expected: dict[str, Any]
+@pytest.mark.parametrize(
+    ("mode", "form", "kind", "graphs"),
+    [
+        ("FULL_AND_PIECEWISE", "while", "pieces", 3),
+        ("FULL", "while", "full", 1),
+        ("PIECEWISE", "eager", "pieces", 3),
+    ],
+)
+def test_batches_of_no_capture_size(
+    engine: StandInChild, cpu_engine: EngineChild, mode: str, form: str, kind: str, graphs: int
 ) -> None:
-    """Those of decodes, too: a window's would have none."""
-    engine.become({"cudagraph_mode": "PIECEWISE"}, **OPTIONS)
-    got, stats = run(engine, 7, LATE)
-    assert (stats["loop"], stats["windows"]) == ("eager", 0)
-    assert set(stats["stock_steps"]) == {"prefill", str(Reason.PIECEWISE)}
-    assert stats["pieces"] > 2 * stats["stock_steps"][str(Reason.PIECEWISE)] > 0
-    assert_same(got, expected)
+    """Three rows, between the sizes 2 and 8: vLLM's steps have graphs of this ``kind``, so many for
+    a forward. A window's steps are recorded, or have vLLM's (here for their logprobs)."""
+    engine.become({"cudagraph_mode": mode, "capture_sizes": (1, 2, 8, 32)}, **OPTIONS)
+    for logprobs in (None, 2):
+        requests = [
+            asked(4 + n, temperature=n / 2, seed=n, logprobs=logprobs, max_tokens=20)
+            for n in range(3)
+        ]
+        got, stats = run(engine, 7, LATE, (requests,))
+        assert_same(got, cpu_engine.call(engine_child.run, requests))
+        assert (stats["loop"], set(stats["stock_steps"])) == (form, {"prefill"})
+        recorded = logprobs is None and form != "eager"
+        forwards = 1 if recorded else 1 + stats["steps"]  # the prefill's, too
+        replays = {"full": 0, "pieces": 0, "windows": recorded * stats["windows"]}
+        assert stats["steps"] == 19 and stats["windows"] == 3
+        assert stats["replays"] == replays | {kind: graphs * forwards}
 
 
 def test_stale_parameters_are_seen(engine: StandInChild, expected: dict[str, Any]) -> None:

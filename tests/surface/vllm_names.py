@@ -59,7 +59,7 @@ _CONFIG = {
     },
     "vllm.config.compilation": {
         "CompilationConfig": "cudagraph_mode: CUDAGraphMode",
-        "CUDAGraphMode": "FULL, PIECEWISE\ndecode_mode()",
+        "CUDAGraphMode": "FULL, NONE, PIECEWISE\ndecode_mode()",
     },
     "vllm.envs": {
         "VLLM_USE_MODELSCOPE": "",

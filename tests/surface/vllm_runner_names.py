@@ -14,8 +14,8 @@ RUNNER = {
     "vllm.forward_context": {
         "BatchDescriptor": "(num_tokens=_, has_lora=_, num_active_loras=_)",
         "set_forward_context": """
-            (attn_metadata, vllm_config, num_tokens=_, batch_descriptor=_, slot_mapping=_,
-             is_padding=_)
+            (attn_metadata, vllm_config, num_tokens=_, cudagraph_runtime_mode=_,
+             batch_descriptor=_, slot_mapping=_, is_padding=_)
         """,
     },
     "vllm.v1.attention.backend": {
@@ -157,6 +157,7 @@ RUNNER = {
             dispatch(num_reqs, num_tokens, uniform_token_count=_, num_active_loras=_,
              max_query_len=_) -> BatchExecutionDescriptor
             run_fullgraph(desc)
+            run_pw_graph(model, model_inputs)
         """,
         "BatchExecutionDescriptor": "cg_mode, num_tokens, num_active_loras",
         "prepare_inputs_to_capture": """

@@ -44,7 +44,7 @@ def decode_graph(runner: GPUModelRunner, num_reqs: int, num_loras: int) -> Any:
 def padded_rows(graph: Any, max_num_reqs: int) -> int:
     """Rows of a batch that takes this graph of vLLM's.
 
-    Graphs for prefills and decodes alike (cudagraph_mode FULL) have sizes above max_num_reqs.
+    Graphs for prefills, too (PIECEWISE, or cudagraph_mode FULL) have sizes above max_num_reqs.
     """
     return min(int(graph.num_tokens), max_num_reqs)
 
@@ -54,8 +54,8 @@ class VllmDecodeModel:
 
     The forward context is entered once per window. Per step only the attention metadata moves: in
     place where every backend can, as vLLM's drafters do it; else each group's builder plans again
-    from the ``seq_lens`` that the step wrote. Where vLLM has captured a decode graph for the padded
-    batch, that is the forward of a step that is not recorded itself.
+    from the ``seq_lens`` that the step wrote. The forward of a step that is not recorded itself is
+    what vLLM's own step has for such a batch: its full graph, its piecewise one, or plain calls.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class VllmDecodeModel:
         self.recurrent = RecurrentState(runner, recurrent, rows) if recurrent else None
         self.num_reqs = 0  # without padding
         self.num_rows = 0  # with it
+        self.num_tokens = 0  # of the forward: those of the rows, then those of a larger graph
         self.graph: Any = None  # of vLLM, for this window's padded batch
         self.common: list[CommonAttentionMetadata] = []
         self.attn_metadata: dict[str, Any] = {}
@@ -110,15 +111,14 @@ class VllmDecodeModel:
         """
         self.num_reqs = num_reqs = len(seq_lens)
         self.graph = None
-        num_rows, runner = num_reqs, self.runner
-        num_loras = self.adapters.num_active
+        self.num_tokens = num_rows = num_reqs
+        runner, num_loras = self.runner, self.adapters.num_active
         if self.use_graphs and num_reqs and runner.cudagraph_manager is not None:
             graph = decode_graph(runner, num_reqs, num_loras)
             num_loras = graph.num_active_loras
-            if graph.cg_mode == CUDAGraphMode.FULL:
+            if graph.cg_mode != CUDAGraphMode.NONE:
+                self.graph, self.num_tokens = graph, graph.num_tokens
                 num_rows = padded_rows(graph, runner.max_num_reqs)
-                # vLLM's own may be of more tokens than there can be rows.
-                self.graph = graph if graph.num_tokens == num_rows else None
         self.seq_lens_upper_bound[:num_reqs] = seq_lens
         self.seq_lens_upper_bound[num_reqs:num_rows] = 0
         if self.updates_in_place:  # planned once: for the last step's lengths
@@ -129,9 +129,9 @@ class VllmDecodeModel:
         runner, buffers = self.runner, self.buffers
         if self.recurrent is not None:
             self.recurrent.begin()
-        slot_mappings = runner.block_tables.slot_mappings[:, :num_reqs]
+        slot_mappings = runner.block_tables.slot_mappings[:, : self.num_tokens]
         upper_bound = torch.from_numpy(self.seq_lens_upper_bound[:num_reqs])
-        self._describe_rows(num_reqs)
+        self._describe_rows(num_reqs, self.num_tokens)
         self.adapters.apply()
         self.common = [
             CommonAttentionMetadata(
@@ -145,7 +145,7 @@ class VllmDecodeModel:
                 max_query_len=1,
                 block_table_tensor=block_table[:num_reqs],
                 slot_mapping=slot_mapping,
-                positions=buffers.positions[:num_reqs],
+                positions=buffers.positions[: self.num_tokens],
                 is_prefilling=self.is_prefilling[:num_reqs],
             )
             for block_table, slot_mapping in zip(
@@ -179,9 +179,11 @@ class VllmDecodeModel:
         self.model_inputs.write(self.num_rows)
         if self.graph is None:
             hidden_states = self.model(**self.inputs)
+        elif self.graph.cg_mode == CUDAGraphMode.PIECEWISE:
+            hidden_states = self.runner.cudagraph_manager.run_pw_graph(self.model, self.inputs)
         else:
             hidden_states = self.runner.cudagraph_manager.run_fullgraph(self.graph)
-        logits: torch.Tensor = self.model.compute_logits(hidden_states)
+        logits: torch.Tensor = self.model.compute_logits(hidden_states[: self.num_rows])
         return logits
 
     def forget_states(self, num_blocks: int) -> None:
@@ -214,7 +216,7 @@ class VllmDecodeModel:
             full_cudagraph=True,
             max_query_len=1,
         )
-        self.graph = None
+        self.graph, self.num_tokens = None, num_reqs
         self._enter(num_reqs, slots_by_layer)
         try:
             yield
@@ -222,33 +224,37 @@ class VllmDecodeModel:
             self.end()
 
     def begin_captured(self, num_reqs: int) -> None:
-        self._describe_rows(num_reqs)
+        self._describe_rows(num_reqs, num_reqs)
         self.adapters.apply()
         for group in self.groups:
             group.map_to_kernel_block_table(
                 self.runner.block_tables.input_block_tables[group.kv_cache_group_id][:num_reqs]
             )
 
-    def _describe_rows(self, num_rows: int) -> None:
-        """One token per row, and which rows are padding."""
+    def _describe_rows(self, num_rows: int, num_tokens: int) -> None:
+        """One token per row, and which tokens are padding."""
         self.buffers.query_start_loc[: num_rows + 1] = self.query_start_loc[: num_rows + 1]
         self.buffers.is_padding[: self.num_reqs].fill_(False)
-        self.buffers.is_padding[self.num_reqs : num_rows].fill_(True)
+        self.buffers.is_padding[self.num_reqs : num_tokens].fill_(True)
 
     def _enter(self, num_reqs: int, slots_by_layer: dict[str, torch.Tensor]) -> None:
         self.num_rows = num_reqs
-        self.inputs = self.model_inputs.views(num_reqs)
+        self.inputs = self.model_inputs.views(self.num_tokens)
+        mode, num_loras = CUDAGraphMode.NONE, self.adapters.num_active
+        if self.graph is not None and self.graph.cg_mode == CUDAGraphMode.PIECEWISE:
+            mode, num_loras = self.graph.cg_mode, self.graph.num_active_loras
         self.context = set_forward_context(
             self.attn_metadata,
             self.runner.vllm_config,
-            num_tokens=num_reqs,
+            num_tokens=self.num_tokens,
+            cudagraph_runtime_mode=mode,
             batch_descriptor=BatchDescriptor(
-                num_tokens=num_reqs,
+                num_tokens=self.num_tokens,
                 has_lora=self.adapters.enabled,
-                num_active_loras=self.adapters.num_active,
+                num_active_loras=num_loras,
             ),
             slot_mapping=slots_by_layer,
-            is_padding=self.buffers.is_padding[:num_reqs],
+            is_padding=self.buffers.is_padding[: self.num_tokens],
         )
         self.context.__enter__()
 

@@ -103,14 +103,10 @@ def _planners(runner: GPUModelRunner) -> set[str]:
     return {g.backend.get_name() for g in groups if is_recurrent(g) or not in_place(g)}
 
 
-def no_windows_reason(runner: GPUModelRunner, loop: str) -> str | None:
+def no_windows_reason(runner: GPUModelRunner) -> str | None:
     """The reason that decode batches take stock steps, although the step operations run here."""
     if runner.device.type == "cpu":
         return None
-    mode = runner.compilation_config.cudagraph_mode
-    piecewise = mode is not None and mode.decode_mode() == CUDAGraphMode.PIECEWISE
-    if loop != LoopForm.EAGER and piecewise:
-        return Reason.PIECEWISE  # its steps have graphs, those of a window would have none
     planners = _planners(runner)
     if planners & reasons.PLAN_FROM_BOUND:
         return f"{Reason.HOST_PLAN} {', '.join(sorted(planners))}"
@@ -220,12 +216,13 @@ class GraphStore:
         return self.parts.model.stage(seq_lens, num_steps)
 
     def _batches(self) -> list[tuple[int, int]]:
-        """Padded rows and LoRA adapters of vLLM's own decode graphs, the largest first."""
+        """Padded rows and LoRA adapters of the batches for which vLLM has a graph, the largest
+        first. Its full ones end below a ``max_num_seqs`` that is none of their sizes."""
         batches = set()
         for num_loras in self.parts.model.adapters.graph_cases:
             for num_reqs in range(1, self.runner.max_num_reqs + 1):
                 graph = decode_graph(self.runner, num_reqs, num_loras)
-                if graph.cg_mode == CUDAGraphMode.FULL:
+                if graph.cg_mode != CUDAGraphMode.NONE:
                     batches.add((padded_rows(graph, self.runner.max_num_reqs), num_loras))
         return sorted(batches, reverse=True)
 

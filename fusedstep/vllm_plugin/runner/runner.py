@@ -201,11 +201,11 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def _choose_form(self, loop: str) -> None:
         form = choose(self, loop)
-        self.no_windows = no_windows_reason(self, loop)
+        self.no_windows = no_windows_reason(self)
         rows = self.windows.rows
         model_inputs = ModelInputs(self, self.tables, rows.idx_mapping)
         self.decode_model = VllmDecodeModel(
-            self, model_inputs, rows, use_graphs=form.name.is_recorded
+            self, model_inputs, rows, use_graphs=loop != LoopForm.EAGER
         )
         parts = LoopParts(
             self.decode_model,
