@@ -36,6 +36,7 @@ START_SECONDS = 900.0  # a large model on a GPU is loaded, compiled and captured
 END_SECONDS = 30.0
 OURS = ("--host", "--port", "--uds")  # the options of the server that are not the caller's
 COMMAND = (sys.executable, "-P", "-c", "from fusedstep.cli import main; main()", "serve")
+VERBOSE = "--verbose"  # the log is read here
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
@@ -58,7 +59,7 @@ class Server:
         args = [*vllm_args, *(["--stock"] if kind == "stock" else ours)]
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (see ``close``)
         self.process = subprocess.Popen(
-            [*COMMAND, *args, "--host", HOST, "--port", str(self.port)],
+            [*COMMAND, VERBOSE, *args, "--host", HOST, "--port", str(self.port)],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -54,7 +54,7 @@ class Server:
         self,
         log: Path,
         *args: str,
-        command: Sequence[str] = (FUSEDSTEP, "serve"),
+        command: Sequence[str] = (FUSEDSTEP, "serve", "--verbose"),
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.port = free_port()
@@ -105,8 +105,14 @@ class Server:
             wait_for("its processes end", lambda: not any(map(_alive, children)), END_SECONDS)
         finally:
             self.kill()
-        assert "Traceback" not in self.log.read_text(), self.tail()
+        logs = [self.log, *([log] if (log := self.vllm_log()) else [])]
+        assert not any("Traceback" in each.read_text() for each in logs), self.tail()
         return code
+
+    def vllm_log(self) -> Path | None:
+        """Where vLLM's output goes, if it is not shown: the panel says so."""
+        found = re.search(r"│ log +(\S+\.log)", self.log.read_text())
+        return Path(found[1]) if found else None
 
     def kill(self) -> None:
         """Whatever happened: nothing of this server goes on."""

@@ -16,15 +16,17 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fusedstep import processes
 from fusedstep.errors import INTERRUPTED, ConfigError, FusedStepError
+from fusedstep.vllm_plugin import compat
 
 REASON_FILE = "FUSEDSTEP_REASON_FILE"
 FAILURES = ("EngineCore failed to start", "WorkerProc failed to start")
+SCHEDULER_CONFIG = "vllm.config.scheduler"
 PROCESSES = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 
 
@@ -77,6 +79,18 @@ def report_failures() -> None:
         logging.getLogger(name).addFilter(hand_over)
 
 
+def hush_our_scheduler() -> None:
+    """vLLM warns of every scheduler that is not its own: ours is made for this version of it."""
+    logging.getLogger(SCHEDULER_CONFIG).addFilter(_is_not_about_ours)
+
+
+def _is_not_about_ours(record: logging.LogRecord) -> bool:
+    return not (
+        str(record.msg).startswith("Using custom scheduler class")
+        and compat.SCHEDULER_CLS in map(str, record.args or ())
+    )
+
+
 def end_quietly() -> None:
     """For a server that is about to start: when it is interrupted, it just ends; SIGHUP is SIGTERM.
 
@@ -93,7 +107,7 @@ def end_quietly() -> None:
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
-def end_on_signals() -> dict[int, Any]:
+def end_on_signals(before_end: Callable[[], None]) -> dict[int, Any]:
     """While the engine starts, SIGINT and SIGTERM end it at once; a running server has its own way.
 
     vLLM 0.32 catches a KeyboardInterrupt while it waits for its engine (zmq_socket_ctx).
@@ -101,6 +115,7 @@ def end_on_signals() -> dict[int, Any]:
     """
 
     def end(*_: Any) -> NoReturn:
+        before_end()
         os._exit(INTERRUPTED)
 
     return {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}

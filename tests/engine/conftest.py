@@ -13,13 +13,17 @@ import openai
 import pytest
 from engine_child import EngineChild
 from features_child import CONFIG, OPTIONS, Ask, FeatureChild
-from serving import KV_CACHE, SMALL, TOOLS, Server
+from serving import FUSEDSTEP, KV_CACHE, SMALL, TOOLS, Server
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """``fusedstep serve`` without MODEL; SIGINT to its main process alone ends it, cleanly."""
-    server = Server(tmp_path_factory.mktemp("server") / "log", *SMALL, *KV_CACHE, *TOOLS)
+    server = Server(
+        tmp_path_factory.mktemp("server") / "log",
+        *(*SMALL, *KV_CACHE, *TOOLS),
+        command=(FUSEDSTEP, "serve"),
+    )
     try:
         server.wait_until_up()
         yield server

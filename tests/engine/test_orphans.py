@@ -52,7 +52,7 @@ class Command:
 
 def commands(model: str) -> dict[str, Command]:
     serve = (FUSEDSTEP, "serve", model, *SMALL_ARGS)
-    up = {"word": "Application startup complete"}
+    up = {"word": "fusedstep serve is ready"}
     bench = (sys.executable, "-P", "-m")
     llm, two = {"model": model, **SMALL}, (("VLLM_CPU_OMP_THREADS_BIND", "0|1"),)
     said = {"word": "GENERATED"}

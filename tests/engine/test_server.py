@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import socket
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,24 @@ def complete(client: openai.OpenAI, prompt: str = PROMPT, **fields: Any) -> Any:
     """A completion, greedy unless told otherwise."""
     fields = {"temperature": 0, "max_tokens": 24} | fields
     return client.completions.create(model=MODEL, prompt=prompt, **fields)
+
+
+def test_the_start_is_told_in_a_few_lines(server: Server) -> None:
+    """Stages, one panel, a request that works; all else is in vLLM's log, and nothing alarms."""
+    wait_for("the panel is there", lambda: "curl " in server.log.read_text(), 10)
+    text = server.log.read_text()
+    assert len(text.splitlines()) < 30 and "WARNING" not in text and "INFO" not in text
+    stages = re.findall(r"^\[ +\d+\.\d s\] (.*)$", text, re.MULTILINE)
+    assert stages[0] == "loading vLLM" and "loading the weights" in stages
+    assert text.count("fusedstep serve is ready") == 1 and f"{server.url}/v1" in text
+    log = server.vllm_log()
+    assert log is not None and "Application startup complete" in log.read_text()
+    assert "Using custom scheduler class" not in log.read_text()
+    curl = shlex.split(next(line for line in text.splitlines() if line.startswith("curl ")))
+    url, header, body = curl[2], curl[4], curl[6]
+    request = urllib.request.Request(url, body.encode(), dict([header.split(": ")]))
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert "Paris" in json.load(answer)["choices"][0]["text"]
 
 
 def test_answers_to_the_name_of_the_bundled_model(client: openai.OpenAI) -> None:

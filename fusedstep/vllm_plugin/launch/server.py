@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shlex
 import signal
+import socket
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fusedstep import demo, processes
+from fusedstep.errors import ConfigError
 from fusedstep.loop_forms import LoopForm
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
 from fusedstep.vllm_plugin.compat import SWITCH
-from fusedstep.vllm_plugin.launch import arguments, early, wiring
+from fusedstep.vllm_plugin.launch import arguments, cores, early, quiet, wiring
 
 CLIENT_SECONDS = 2
 # What vLLM's server returns to be awaited when no signal has ended it: its engine has died.
@@ -25,7 +31,7 @@ ENDED_BY_ITSELF = "dummy_shutdown"
 
 @dataclass(frozen=True)
 class Banner:
-    """Facts to show before the server starts; ``ops`` and ``loop`` are empty for stock."""
+    """Facts to show when the server is up; ``ops`` and ``loop`` are empty for stock."""
 
     model: str
     device: str
@@ -36,12 +42,21 @@ class Banner:
     kv_cache: str
     versions: str
     url: str
+    curl: str  # a first request, to paste
+
+
+class Display(quiet.Display, Protocol):
+    """What ``quiet`` shows, and of which server."""
+
+    def about(self, banner: Banner) -> None: ...
 
 
 def serve(
-    options: Options, stock: bool, vllm_args: Sequence[str], announce: Callable[[Banner], None]
+    options: Options, stock: bool, vllm_args: Sequence[str], display: Display, *, verbose: bool
 ) -> None:
     """Run the server until it is interrupted. ``vllm_args``: [MODEL] and ``vllm serve``'s options.
+
+    vLLM's output goes to a log file, unless ``verbose``.
 
     Raises:
         ConfigError: anything that keeps the server from starting, in one line.
@@ -57,13 +72,97 @@ def serve(
         os.environ.pop(SWITCH, None)
     else:
         wiring.switch_on(options)
+    alone = processes.folder() is None  # a measurement compares servers on the same cores
+    crowded = cores.settle() if alone and not stock and wiring.is_cpu_build() else None
+    if crowded:
+        display.warn(crowded)
     os.environ |= processes.environment()
-    with startup.one_line_errors():
-        args = _parse(options, stock, vllm_args)
-        if not args.uds:  # where to listen may be in a file of vLLM's --config
-            early.check_port(args.host, args.port)
-        announce(_banner(args, stock))
-        _run(args)
+    log = None if verbose or _asks_for_output(vllm_args) else quiet.log_file(_name(vllm_args))
+    started: list[str] = []
+    try:
+        with quiet.output_to(log) if log else contextlib.nullcontext():
+            _serve(options, stock, vllm_args, display, log, started)
+    except (ConfigError, SystemExit) as error:
+        if log is not None and started:
+            _tell_end(display, log, str(error))
+        raise
+
+
+def _serve(
+    options: Options,
+    stock: bool,
+    vllm_args: Sequence[str],
+    display: Display,
+    log: Path | None,
+    started: list[str],
+) -> None:
+    """``started`` gets a word when vLLM itself runs, and has something to say."""
+    watch = quiet.Watch(display, log)
+    try:
+        display.say("loading vLLM")
+        with startup.one_line_errors():
+            args = _parse(options, stock, vllm_args)
+            if not args.uds:  # where to listen may be in a file of vLLM's --config
+                early.check_port(args.host, args.port)
+            display.about(_banner(args, stock))
+            watch.until(partial(_answers, args))
+            display.say("starting the engine")
+            started.append("vLLM")
+            _run(args, display)
+    finally:
+        watch.end()
+        display.restore()
+
+
+def _tell_end(display: Display, log: Path, error: str) -> None:
+    """The end of the log where the error alone says too little, and where the rest is."""
+    if "root cause" in error or "has died" in error:
+        for line in quiet.tail(log):
+            display.warn(line)
+    display.warn(f"vLLM's log: {log}")
+
+
+def _asks_for_output(vllm_args: Sequence[str]) -> bool:
+    """Is it help that is wanted, debugging output, or an engine without a server?"""
+    words = ("--help", "-h", "--version", "-v", "--headless")
+    asked = any(arg.partition("=")[0] in words for arg in vllm_args)
+    return asked or os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG"
+
+
+def _name(vllm_args: Sequence[str]) -> str:
+    """A name for this server's log: one server at a time has it."""
+    uds = early.value_of(vllm_args, "--uds")
+    name = uds or early.value_of(vllm_args, "--port") or str(early.PORT)
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-")
+
+
+def _answers(args: Namespace) -> bool:
+    """Does somebody listen? vLLM binds its socket at once, and listens when it is up."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", None: "127.0.0.1"}.get(args.host, args.host)
+    try:
+        if args.uds:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(args.uds)
+        else:
+            socket.create_connection((host, args.port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _curl(args: Namespace) -> str:
+    """A first request. A completion: not every model has a chat template."""
+    name = (args.served_model_name or [args.model])[-1]
+    body: dict[str, Any] = {"model": name, "prompt": "The capital of France is"}
+    body |= {"max_tokens": 16, "temperature": 0}
+    scheme = "https" if args.ssl_certfile else "http"
+    where = f"{scheme}://{args.host}:{args.port}".replace("0.0.0.0", "127.0.0.1")
+    words = ["curl", "-s", f"{where}/v1/completions"]
+    if args.uds:
+        words[2:] = ["--unix-socket", args.uds, "http://localhost/v1/completions"]
+    words += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    line = shlex.join(words)
+    return f'{line} -H "Authorization: Bearer $VLLM_API_KEY"' if args.api_key else line
 
 
 def _parse(options: Options, stock: bool, vllm_args: Sequence[str]) -> Namespace:
@@ -94,7 +193,7 @@ def _parse(options: Options, stock: bool, vllm_args: Sequence[str]) -> Namespace
     return args
 
 
-def _run(args: Namespace) -> None:
+def _run(args: Namespace, display: Display) -> None:
     """vLLM's server until it ends, which SIGINT and SIGTERM bring about at any time.
 
     vLLM's first action is to set a handler for SIGTERM: ours comes after that. At the end vLLM
@@ -110,7 +209,7 @@ def _run(args: Namespace) -> None:
     handlers: dict[int, Any] = {}
 
     def set_up(*args: Any, **kwargs: Any) -> Any:
-        handlers.update(startup.end_on_signals())
+        handlers.update(startup.end_on_signals(display.restore))
         return setup_server(*args, **kwargs)
 
     def wait(*args: Any, **kwargs: Any) -> Any:
@@ -129,7 +228,7 @@ def _run(args: Namespace) -> None:
     startup.end_quietly()
     cli.ServeSubcommand.cmd(args)
     if ENDED_BY_ITSELF in ended:
-        raise SystemExit("fusedstep: the engine has died; its error is above")
+        raise SystemExit("fusedstep: the engine has died: its error is in the log")
 
 
 def _banner(args: Namespace, stock: bool) -> Banner:
@@ -159,4 +258,5 @@ def _banner(args: Namespace, stock: bool) -> Banner:
         versions=f"vLLM {compat.vllm_version()}, torch {torch.__version__}, "
         f"Python {sys.version.split()[0]}",
         url=args.uds or f"http://{args.host}:{args.port}/v1",
+        curl=_curl(args),
     )
