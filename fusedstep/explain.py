@@ -108,7 +108,10 @@ def families(url: str) -> list[Metric]:
     if not ours and not any(family.name.startswith("vllm:") for family in found):
         raise ConfigError(f"no metrics of vLLM at {url}: it is another server's page")
     if not ours:
-        raise ConfigError(f"no windows in {url}: is it stock vLLM, or has it several API servers?")
+        raise ConfigError(
+            f"no windows in {url}: fusedstep is off there (is it stock vLLM? start it with "
+            "FUSEDSTEP=on), or the server has several API servers"
+        )
     return ours
 
 

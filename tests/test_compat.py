@@ -1,12 +1,15 @@
 """What decodes in windows and what does not, and which settings win."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fusedstep.errors import ConfigError, UnsupportedError
-from fusedstep.vllm_plugin import compat, reasons
+from fusedstep.errors import ConfigError, FusedStepError, UnsupportedError
+from fusedstep.options import Options
+from fusedstep.vllm_plugin import compat, reasons, register
+from fusedstep.vllm_plugin.launch import wiring
 
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.33.4", "0.33.0+cpu"])
@@ -141,3 +144,59 @@ def test_options_are_no_part_of_the_key_of_compiled_models(monkeypatch: pytest.M
     for loop in ("eager", "while"):
         assert key({"fusedstep": {"loop": loop}}) == before[0]
         assert key({"fusedstep": {"loop": loop}, "x": 1}) == before[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "found", "is_on", "words"),
+    (
+        ("", "0.32.0", False, None),
+        ("off", "0.32.0", False, None),
+        ("off", "0.31.0", False, None),
+        ("on", "0.32.0", True, None),
+        (" On", "0.32.0", True, None),
+        ("auto", "0.32.0", True, None),
+        ("auto", "0.31.0", False, None),
+        ("on", "0.31.0", True, "fusedstep needs vLLM >=0.32,<0.34, found 0.31.0"),
+        ("yes", "0.32.0", False, "FUSEDSTEP must be on, auto or off, not 'yes'"),
+    ),
+)
+def test_the_switch(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    value: str,
+    found: str,
+    is_on: bool,
+    words: str | None,
+) -> None:
+    """A mistake ends any program of vLLM's, in one line; but a handler for errors gets it."""
+    switched: list[bool] = []
+    monkeypatch.setenv("FUSEDSTEP", value)
+    monkeypatch.delenv("FUSEDSTEP_COMMAND", raising=False)
+    monkeypatch.setattr(compat, "vllm_version", lambda: found)
+    monkeypatch.setattr(register, "_switch_on", lambda: switched.append(True))
+    monkeypatch.setattr(register, "attention_backend", lambda _: None)
+    assert compat.is_on() is is_on
+    if words is None:
+        register.register()
+        assert bool(switched) is is_on
+        return
+    with pytest.raises(ConfigError, match=f"^{re.escape(words)}") as error:
+        register.register()
+    assert isinstance(error.value, SystemExit) and error.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"fusedstep: {words}") and err.count("\n") == 1
+    monkeypatch.setenv("FUSEDSTEP_COMMAND", "/a/folder")  # our command prints its errors itself
+    with pytest.raises(FusedStepError, match=f"^{re.escape(words)}") as error:
+        register.register()
+    assert not isinstance(error.value, SystemExit) and capsys.readouterr().err == ""
+
+
+def test_vllm_plugins_may_leave_us_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for allowed, out in ((None, False), ("x,fusedstep", False), ("x", True), ("", True)):
+        if allowed is None:
+            monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        else:
+            monkeypatch.setenv("VLLM_PLUGINS", allowed)
+        assert compat.is_left_out() is out
+    with pytest.raises(ConfigError, match="VLLM_PLUGINS leaves fusedstep out: add fusedstep"):
+        wiring.switch_on(Options.parse({}))

@@ -230,6 +230,16 @@ def test_watch_prints_no_json(url: str) -> None:
     assert result.exit_code == 2 and "leave out --json" in result.output
 
 
+def test_several_engines_of_a_server(monkeypatch: pytest.MonkeyPatch, page: Page) -> None:
+    """Their metrics have the same names, before anything is asked, too."""
+    monkeypatch.setattr(metrics, "counts_page", lambda *_: page)
+    monkeypatch.setattr(metrics, "REGISTRY", CollectorRegistry(auto_describe=True))
+    for engine in range(2):
+        metrics.WindowStatLogger(config(), engine)
+    text = generate_latest(metrics.REGISTRY).decode()
+    assert text.count("fusedstep:trace_info{") == 2
+
+
 def test_no_windows_to_explain(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="yet: nothing has been asked"):
         explain(url)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from enum import StrEnum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from fusedstep.errors import UnsupportedError
+from fusedstep.errors import ConfigError, UnsupportedError
 from fusedstep.options import Options, config_key
 
 if TYPE_CHECKING:
@@ -15,11 +17,44 @@ if TYPE_CHECKING:
 SUPPORTED = ((0, 32), (0, 34))  # at least, below; what we use of them: tests/surface
 WORKER_CLS = "fusedstep.vllm_plugin.worker.FusedStepWorker"
 SCHEDULER_CLS = "fusedstep.vllm_plugin.scheduler.FusedStepScheduler"
-# Set by ``fusedstep serve`` and ``fusedstep.LLM``; inherited by every engine and worker process.
-#   on: fusedstep's platform on the CPU;  oracle: stock Model Runner V2 made to run on the CPU.
+# Set by users of plain vLLM, ``fusedstep serve`` and ``fusedstep.LLM``; every process inherits it.
 SWITCH = "FUSEDSTEP"
+PLUGIN = "fusedstep"  # the name of our entry points, for VLLM_PLUGINS
 BACKEND = "FUSEDSTEP"  # for --attention-backend, of `vllm serve` too; also registered as CUSTOM
 BACKEND_CLS = "fusedstep.vllm_plugin.attention.FusedStepAttentionBackend"
+
+
+class Switch(StrEnum):
+    """Values of the variable ``SWITCH``."""
+
+    ON = "on"
+    AUTO = "auto"  # on where windows can run
+    OFF = "off"
+    ORACLE = "oracle"  # for tests and `verify`: stock Model Runner V2 made to run on a CPU
+
+
+def switch() -> Switch:
+    """The variable's value, off without one. Raises ConfigError for anything else."""
+    given = os.environ.get(SWITCH, "")
+    try:
+        return Switch(given.strip().lower() or Switch.OFF)
+    except ValueError:
+        raise ConfigError(f"{SWITCH} must be on, auto or off, not {given!r}") from None
+
+
+def is_on() -> bool:
+    """Is fusedstep switched on in this process? ``auto`` is off for a vLLM out of range."""
+    try:
+        value = switch()
+        return value is Switch.ON or (value is Switch.AUTO and bool(check_vllm_version()))
+    except (ConfigError, UnsupportedError):  # which ``register`` tells
+        return False
+
+
+def is_left_out() -> bool:
+    """Does the user's VLLM_PLUGINS keep vLLM from loading us?"""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    return allowed is not None and PLUGIN not in allowed.split(",")
 
 
 def vllm_version() -> str | None:
@@ -75,16 +110,23 @@ def options(vllm_config: VllmConfig) -> Options:
     return options
 
 
+@cache
+def reserves_windows(scheduler_cls: str | type | None) -> bool:
+    """Is it our scheduler, or one made from it?"""
+    if isinstance(scheduler_cls, str):
+        if scheduler_cls == SCHEDULER_CLS:
+            return True
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        scheduler_cls = resolve_obj_by_qualname(scheduler_cls)
+    return getattr(scheduler_cls, "reserves_windows", False)
+
+
 def hands_over_windows(vllm_config: VllmConfig) -> bool:
     """Is the scheduler ours, and an output of several tokens therefore a window?
 
     With speculative decoding and diffusion it is vLLM's own, and stays what it is.
     """
     scheduler: Any = vllm_config.scheduler_config.scheduler_cls
-    if isinstance(scheduler, str) and scheduler != SCHEDULER_CLS:
-        from vllm.utils.import_utils import resolve_obj_by_qualname
-
-        scheduler = resolve_obj_by_qualname(scheduler)
-    ours = scheduler == SCHEDULER_CLS or getattr(scheduler, "reserves_windows", False)
     own = vllm_config.speculative_config is not None or vllm_config.model_config.is_diffusion
-    return bool(ours and not own)
+    return reserves_windows(scheduler) and not own

@@ -85,6 +85,10 @@ class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
             reasons or "none",
         )
 
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: several engines of a server give metrics of the same names."""
+        yield from ()
+
     def collect(self) -> Iterator[Metric]:
         """Called at every scrape."""
         info = GaugeMetricFamily(

@@ -82,17 +82,10 @@ PATCHES = (
     ),
     Patch(
         "scheduler/admission.py",
-        "scheduler.lora_config",
+        "scheduler.lora_config*",
         Kind.LENT,
-        "AsyncScheduler.lora_config",
+        "AsyncScheduler.lora_config, and max_loras of a copy",
         "a newcomer must not take the place of an adapter whose requests sit a turn out",
-    ),
-    Patch(
-        "scheduler/admission.py",
-        "scheduler.lora_config.max_loras",
-        Kind.LENT,
-        "LoRAConfig.max_loras",
-        "of a copy, for one turn",
     ),
     Patch(
         "scheduler/scheduler.py",
@@ -252,6 +245,21 @@ PATCHES = (
         "a process of vLLM's that fails to start",
         "multiprocessing prints the traceback once more",
     ),
+    # The frontend: engine arguments, where FUSEDSTEP is on.
+    Patch(
+        "frontend/engine_args.py",
+        "EngineArgs.create_engine_config",
+        Kind.REPLACED,
+        "EngineArgs.create_engine_config",
+        "whoever starts an engine gets our worker, scheduler and options, without a word",
+    ),
+    Patch(
+        "frontend/engine_args.py",
+        "setattr",
+        Kind.SET,
+        "EngineArgs.worker_cls and what goes with it",
+        "the same, before vLLM makes its configuration of them",
+    ),
     # The frontend: a window's output is unfolded into steps of one token (frontend/unfold.py).
     Patch(
         "frontend/unfold.py",
@@ -318,17 +326,10 @@ PATCHES = (
     ),
     Patch(
         "frontend/steps.py",
-        "outputs.outputs",
+        "*.outputs",
         Kind.SET,
         "EngineCoreOutputs.outputs",
-        "a window's outputs become those of its first step",
-    ),
-    Patch(
-        "frontend/steps.py",
-        "step.outputs",
-        Kind.SET,
-        "EngineCoreOutputs.outputs",
-        "a step without the requests that have ended",
+        "a window's outputs become those of its first step; requests that have ended leave a step",
     ),
     Patch(
         "frontend/steps.py",
@@ -438,17 +439,10 @@ PATCHES = (
     ),
     Patch(
         "launch/server.py",
-        "entry.setup_server",
+        "*.setup_server",
         Kind.REPLACED,
-        "api_server.entry.setup_server",
-        "vLLM's first action is a handler for SIGTERM: ours comes after it",
-    ),
-    Patch(
-        "launch/server.py",
-        "cli.setup_server",
-        Kind.REPLACED,
-        "entrypoints.cli.serve.setup_server",
-        "the same where the command has several API servers",
+        "api_server.entry.setup_server, entrypoints.cli.serve.setup_server",
+        "its first action is a handler for SIGTERM, which ours follows; also with several servers",
     ),
     Patch(
         "launch/server.py",

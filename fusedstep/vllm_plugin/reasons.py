@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusedstep.ops.types import SamplingState
 from fusedstep.reasons import Reason
-from fusedstep.vllm_plugin.compat import SWITCH
+from fusedstep.vllm_plugin import compat
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -45,7 +45,7 @@ def switch_reason() -> str | None:
 
     Else nobody announces arrivals to a window, and nobody unfolds one for vLLM's frontend.
     """
-    return None if os.environ.get(SWITCH) == "on" else Reason.NOT_SWITCHED_ON
+    return None if compat.is_on() else Reason.NOT_SWITCHED_ON
 
 
 def engine_reason(vllm_config: VllmConfig) -> str | None:

@@ -5,37 +5,56 @@ The attention backend is there for plain vLLM too, by name; its module is import
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import logging
 import os
 from typing import Any
 
-from fusedstep.vllm_plugin.compat import BACKEND, BACKEND_CLS, SWITCH
+from fusedstep.vllm_plugin.compat import BACKEND, BACKEND_CLS, SWITCH, Switch, is_on
 
 REGISTRY = "vllm.v1.attention.backends.registry"
 
 
 def register() -> None:
-    """``vllm.general_plugins``: called in every vLLM process, more than once."""
+    """``vllm.general_plugins``: called in every vLLM process, more than once.
+
+    Raises Refused for a wrong FUSEDSTEP, or FUSEDSTEP=on beside a vLLM out of range.
+    """
     from fusedstep import processes
-    from fusedstep.errors import UnsupportedError
+    from fusedstep.errors import ConfigError, UnsupportedError
     from fusedstep.vllm_plugin import compat, startup
-    from fusedstep.vllm_plugin.frontend import dead_engine, limits
+    from fusedstep.vllm_plugin.frontend import dead_engine, engine_args
 
     processes.belong()
     startup.report_failures()
-    with contextlib.suppress(UnsupportedError):  # plain vLLM of another version stays as it is
+    try:
+        mode = compat.switch()
         compat.check_vllm_version()
-        attention_backend(BACKEND)
-        limits.refuse_what_cannot_be_held()
+    except ConfigError as error:
+        engine_args.refuse(error)
+    except UnsupportedError as error:
+        if mode is compat.Switch.ON:
+            engine_args.refuse(error)
+        return  # plain vLLM of another version stays as it is
+    attention_backend(BACKEND)
+    if processes.folder() is not None:  # stock vLLM under a command of ours, too
         dead_engine.tell_who_waits()
-    if os.environ.get(SWITCH) != "on":
-        return
+    if compat.is_on():
+        _switch_on()
+
+
+def _switch_on() -> None:
+    """Hang all that windows need into this process's vLLM."""
+    from fusedstep.vllm_plugin import startup
     from fusedstep.vllm_plugin.compile_cache import leave_options_out
+    from fusedstep.vllm_plugin.frontend import dead_engine, engine_args, limits
     from fusedstep.vllm_plugin.frontend.unfold import unfold_windows
     from fusedstep.vllm_plugin.scheduler.door import announce_arrivals
 
+    engine_args.complete()
+    startup.hush_our_scheduler()
+    dead_engine.tell_who_waits()
+    limits.refuse_what_cannot_be_held()
     limits.refuse_ids_in_use()
     announce_arrivals()
     unfold_windows()
@@ -51,8 +70,8 @@ def platform() -> str | None:
     from fusedstep import processes
 
     processes.belong()
-    mode = os.environ.get(SWITCH)
-    if mode not in ("on", "oracle"):
+    oracle = os.environ.get(SWITCH) == Switch.ORACLE
+    if not (oracle or is_on()):
         return None
     from vllm.platforms import cpu_platform_plugin
 
@@ -61,7 +80,7 @@ def platform() -> str | None:
     from fusedstep.vllm_plugin.cpu import triton_stand_in as triton_cpu
 
     triton_cpu.install()
-    name = "FusedStepCpuPlatform" if mode == "on" else "OracleCpuPlatform"
+    name = "OracleCpuPlatform" if oracle else "FusedStepCpuPlatform"
     return f"fusedstep.vllm_plugin.cpu.platform.{name}"
 
 

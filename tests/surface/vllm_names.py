@@ -37,7 +37,9 @@ _CONFIG = {
             cache_config: CacheConfig
             mamba_config: MambaConfig
         """,
-        "CacheConfig": "kv_sharing_fast_prefill, mamba_cache_mode, use_replayssm",
+        "CacheConfig": """
+            kv_cache_memory_bytes, kv_sharing_fast_prefill, mamba_cache_mode, use_replayssm
+        """,
         "MambaConfig": "enable_stochastic_rounding",
         "ModelConfig": """
             runner_type, is_encoder_decoder, supports_multimodal_inputs
@@ -116,13 +118,13 @@ _FRONTEND = {
         """,
     },
     "vllm.entrypoints.common.cli_args": {
-        "FrontendArgs": "host, port, uds since 0.33\n+model_tag since 0.33",
+        "FrontendArgs": "host, port, uds, api_key, ssl_certfile since 0.33\n+model_tag since 0.33",
         "make_arg_parser": "(parser) since 0.33",
         "validate_parsed_serve_args": "(args) since 0.33",
     },
     "vllm.entrypoints.common.startup": {"cli_env_setup": "() since 0.33"},
     "vllm.entrypoints.launchers.cli_args": {
-        "FrontendArgs": "host, port, uds until 0.33\n+model_tag until 0.33",
+        "FrontendArgs": "host, port, uds, api_key, ssl_certfile until 0.33\n+model_tag until 0.33",
         "make_arg_parser": "(parser) until 0.33",
         "validate_parsed_serve_args": "(args) until 0.33",
     },
@@ -148,7 +150,9 @@ _PLATFORM = {
         "current_platform": ": Platform",
         "_current_platform": "",
     },
-    "vllm.platforms.interface": {"Platform": "is_cpu()\nget_device_name()\ndevice_type"},
+    "vllm.platforms.interface": {
+        "Platform": "is_cpu()\nis_cuda_alike()\nget_device_name()\ndevice_type"
+    },
     "vllm.platforms.cpu": {
         "CpuPlatform": """
             def register_triton_kernel_overrides()
@@ -331,11 +335,14 @@ ENVIRONMENT = (
     "VLLM_CACHE_ROOT",
     "VLLM_COMPUTE_NANS_IN_LOGITS",
     "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_CPU_OMP_THREADS_BIND",
     "VLLM_ENABLE_V1_MULTIPROCESSING",
     "VLLM_LOGGING_LEVEL",
     "VLLM_LOGGING_STREAM",
     "VLLM_NO_USAGE_STATS",
+    "VLLM_PLUGINS",
     "VLLM_USE_RUST_FRONTEND",
+    "VLLM_USE_V2_MODEL_RUNNER",
 )
 # What a module must say in its source: messages and errors that we look for, entry points.
 SAYS = {
@@ -344,4 +351,5 @@ SAYS = {
     "vllm.v1.engine.exceptions": ("class EngineDeadError",),
     "vllm.plugins": ("vllm.platform_plugins", "vllm.general_plugins"),
     "vllm.entrypoints.launchers.launcher": ("dummy_shutdown",),
+    "vllm.config.scheduler": ("Using custom scheduler class",),
 }

@@ -33,12 +33,14 @@ def switch_on(options: Options) -> None:
 
     Raises:
         UnsupportedError: this vLLM version is not supported.
-        ConfigError: it is too late.
+        ConfigError: it is too late, or the user's VLLM_PLUGINS forbids it.
     """
     compat.check_vllm_version()
+    if compat.is_left_out():
+        raise ConfigError(f"VLLM_PLUGINS leaves fusedstep out: add {compat.PLUGIN} to it")
     platforms = sys.modules.get("vllm.platforms")
     chosen = platforms is not None and platforms.__dict__.get("_current_platform") is not None
-    if chosen and is_cpu_build() and os.environ.get(SWITCH) != "on":
+    if chosen and is_cpu_build() and not compat.is_on():
         raise ConfigError(
             "vLLM has already chosen its platform: import fusedstep.LLM before vllm, "
             f"or set {SWITCH}=on in the environment"
