@@ -23,7 +23,7 @@ from fusedstep.options import Options
 CLIENTS = 6
 MAX_TOKENS = (8, 160)  # of a request
 PAUSE_SECONDS = 0.2  # of a client between two requests, on average
-STREAMS = 0.2  # share of requests
+STREAMS = 0.05  # share of requests: while one streams, windows are short
 LEAD_SECONDS = 0.3  # of the trace, before the first requests
 
 
