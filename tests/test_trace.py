@@ -35,10 +35,16 @@ def page(tmp_path: Path) -> TracePage:
     return TracePage(tmp_path / "fusedstep-test-trace", create=True)
 
 
+def lend(engine: Engine, other: Tracing) -> None:
+    """In place of the scheduler's own, whose page goes."""
+    engine.scheduler.tracing.page.unlink()
+    engine.scheduler.tracing = engine.scheduler.door.tracing = other
+
+
 def traced(engine: Engine, path: Path) -> list[dict[str, Any]]:
     """The records of a simulated engine from its start to its end, which takes the page away."""
     page = TracePage(path, create=True)
-    engine.scheduler.tracing = engine.scheduler.door.tracing = Tracing(page)
+    lend(engine, Tracing(page))
     with tracing.asking(page, 600) as file:
         engine.run()
         assert page.words[2] == 0  # all turns have come back
@@ -91,7 +97,7 @@ def test_nobody_asks_and_nothing_is_written(
     monkeypatch.setattr(tracing, "append", append)
     monkeypatch.setattr("fusedstep.vllm_plugin.scheduler.tracing.time", None)
     engine = busy_engine(0)
-    engine.scheduler.tracing = engine.scheduler.door.tracing = quiet = Tracing(page)
+    lend(engine, quiet := Tracing(page))
     engine.run()
     assert not quiet.under_way and quiet._last == 0
     quiet.begins()
