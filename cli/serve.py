@@ -90,7 +90,7 @@ class Display:
         self.print(words, style="yellow")
 
     def about(self, banner: Banner) -> None:
-        """What the server will be."""
+        """The server that is about to start, in words."""
         self.banner = banner
 
     def ready(self, log: Path | None, warnings: int) -> None:

@@ -46,7 +46,7 @@ class Banner:
 
 
 class Display(quiet.Display, Protocol):
-    """What ``quiet`` shows, and of which server."""
+    """The lines that ``quiet`` shows, and whose they are."""
 
     def about(self, banner: Banner) -> None: ...
 
