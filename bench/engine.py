@@ -101,8 +101,7 @@ class Engine:
 
     def kill(self) -> None:
         """At once, whatever it does: one that hangs answers nothing."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        processes.end_session(self.process.pid)  # but for what cleans up shared memory
 
     def close(self, *, at_once: bool = False) -> None:
         """End the engine and everything it started."""

@@ -94,6 +94,9 @@ def _table(windows: WindowCounts) -> Group:
         f"tokens; {windows.early_exits} ended early, {windows.unused_steps} reserved steps were "
         f"not used; {windows.host_ms_per_token:.3f} ms of the scheduler per token"
     ]
+    if windows.drafts:
+        held = windows.accepted_drafts / windows.drafts
+        lines.append(f"{windows.drafts} drafts were verified: {held:.0%} held, the others did not")
     if windows.refused_tokens:
         lines.append(
             f"{windows.refused_tokens} requests failed: the host's grammar refused a token that "

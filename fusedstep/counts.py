@@ -23,6 +23,8 @@ class WindowCounts:
     unused_steps: int = 0  # reserved for a window that ended before them
     early_exits: int = 0  # windows with unused steps
     tokens: int = 0  # of all turns
+    drafts: int = 0  # speculative tokens that were verified, of all turns
+    accepted_drafts: int = 0  # that held
     refused_tokens: int = 0  # that the device gave, and the host's grammar refused: 0, or a fault
     host_seconds: float = 0.0  # in the scheduler, of all turns
     one_step_turns: Counter[str] = field(default_factory=Counter)  # by reason

@@ -51,7 +51,7 @@ def no_blocks(num_steps: int) -> int:
 class Turn:
     """The scheduler's view when a turn begins."""
 
-    # Tokens that each request which decodes can still take, in-flight ones taken off; all >= 1.
+    # Steps that each request which decodes can still take, in-flight ones taken off; all >= 1.
     remaining: Sequence[int]
     prefill_in_flight: bool = False  # a running request still has prompt tokens to compute
     may_admit: bool = False  # a waiting request may join in this turn
@@ -71,6 +71,9 @@ class Turn:
     free_blocks: int = 1 << 30  # KV-cache blocks that are free
     blocks_for: Callable[[int], int] = no_blocks  # at most these are taken by so many steps
     state_block: int = 1 << 30  # tokens of a block of recurrent state: vLLM adds one per turn
+    # A step is a speculative round: it reserves so many tokens, its drafts and one more.
+    tokens_per_step: int = 1
+    room: int = 1 << 30  # tokens that every request may reserve
 
 
 @dataclass(frozen=True)
@@ -98,20 +101,22 @@ def decide(config: DecodeSteps, turn: Turn) -> Decision:
     if turn.may_admit or turn.tokens_ahead == 0:
         return Decision(1, Reason.MAY_ADMIT)
 
-    limits = [
+    tokens = [
         (config.fixed or MAX_STEPS, Reason.FIXED if config.fixed else Reason.LONGEST),
-        (max(turn.remaining), Reason.REMAINING),
         (turn.token_budget // len(turn.remaining), Reason.TOKEN_BUDGET),
         (turn.state_block, Reason.STATE_BLOCK),
+        (turn.room, Reason.MAX_MODEL_LEN),
     ]
     if turn.logprobs:
-        limits.append((MAX_LOGPROBS // turn.logprobs, Reason.LOGPROBS))
+        tokens.append((MAX_LOGPROBS // turn.logprobs, Reason.LOGPROBS))
     if turn.tokens_ahead is not None:
-        limits.append((turn.tokens_ahead // 4, Reason.HELD_AHEAD))
+        tokens.append((turn.tokens_ahead // 4, Reason.HELD_AHEAD))
+    if config.fixed is None and turn.host_stops:
+        tokens.append((MAX_STEPS_HOST_STOPS, Reason.STOP_STRINGS))
+    limits = [(max(turn.remaining), Reason.REMAINING)]
+    limits += [(limit // turn.tokens_per_step, reason) for limit, reason in tokens]
     if config.fixed is None:
         limits += _waiting_limits(turn)
-        if turn.host_stops:
-            limits.append((MAX_STEPS_HOST_STOPS, Reason.STOP_STRINGS))
     num_steps, reason = min(limits, key=lambda limit: limit[0])
     num_steps = max(num_steps, 1)
     fitting = _fitting(turn, num_steps)

@@ -59,8 +59,11 @@ class Reason(StrEnum):
     PARAMETER = "sampling parameter"  # and which
     BATCH_WITH = "a batch with"  # and what
 
+    WITH_DRAFTS = "speculative decoding with"  # and what
+
     # The batch of this turn.
     PREFILL = "prefill"
+    FEWER_DRAFTS = "fewer drafts than configured"
     NOTHING_DECODES = "nothing decodes"
     MAY_ADMIT = "a waiting request may be admitted"
     FIXED_AT_1 = "fixed at 1"
@@ -70,6 +73,7 @@ class Reason(StrEnum):
     LONGEST = "longest window"
     REMAINING = "longest-remaining request"
     TOKEN_BUDGET = "token budget"
+    MAX_MODEL_LEN = "room up to max_model_len"
     HELD_AHEAD = "blocks held ahead are used first"
     LOGPROBS = "room for logprobs"
     STOP_STRINGS = "a request has stop strings"

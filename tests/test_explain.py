@@ -34,11 +34,12 @@ def page(tmp_path: Path) -> Iterator[Page]:
 
 def counted(page: Page | None = None) -> PublishedCounts:
     counts = PublishedCounts(page)
-    counts.add_turn("longest window", 64, [64, 64])
-    counts.add_turn("longest window", 64, [10, 0, 10])
-    counts.add_turn("a request streams", 8, [8])
-    counts.add_turn("structured output", 1, [1])
-    counts.add_turn("prefill", 1, [0])
+    counts.drafts, counts.accepted_drafts = 40, 14
+    counts.add_turn("longest window", 64, 64, 128)
+    counts.add_turn("longest window", 64, 10, 20)
+    counts.add_turn("a request streams", 8, 8, 8)
+    counts.add_turn("structured output", 1, 1, 1)
+    counts.add_turn("prefill", 1, 0, 0)
     counts.host_seconds = 0.5
     counts.refused_tokens = 2
     counts.publish(now=True)
@@ -122,6 +123,8 @@ def test_counts(page: Page) -> None:
         "early_exits": 1,
         "refused_tokens": 2,
         "tokens": 157,
+        "drafts": 40,
+        "accepted_drafts": 14,
         "host_seconds": 0.5,
         "one_step_turns": {"structured output": 1},
         "limits": {"longest window": 2, "a request streams": 1},
@@ -157,7 +160,7 @@ def test_log_line_tells_what_is_new(
         counts = counted(page)
         stat_logger.log()
         stat_logger.log()
-        counts.add_turn("fixed", 4, [4])
+        counts.add_turn("fixed", 4, 4, 4)
         counts.publish(now=True)
         stat_logger.log()
     finally:
@@ -197,6 +200,7 @@ def test_command(url: str, page: Page, tmp_path: Path) -> None:
         "50%",
         "3 windows of 27.3 steps",
         "2 requests failed",
+        "40 drafts were verified: 35% held",
     ):
         assert words in result.output
     result = CliRunner().invoke(group, ["explain", "--url", url, "--json", "-"])
@@ -216,7 +220,7 @@ def test_watch_goes_on_until_it_is_interrupted(url: str, page: Page) -> None:
             lines.append(process.stdout.readline())
             assert lines[-1], lines
             if len(tables) == 1:
-                counts.add_turn("fixed", 4, [4])
+                counts.add_turn("fixed", 4, 4, 4)
                 counts.publish(now=True)
         process.send_signal(signal.SIGINT)
         rest = process.stdout.read()

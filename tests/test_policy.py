@@ -142,3 +142,21 @@ def test_step_times():
     for _ in range(30):
         times.add(6, 8, 80.0)
     assert times.get(6)[0] == pytest.approx(10.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "seen", "num_steps", "reason"),
+    [
+        (DecodeSteps(64), turn(99, tokens_per_step=4), 16, "fixed"),
+        (AUTO, turn(99, tokens_per_step=4), 16, "longest window"),
+        (AUTO, turn(2, 5, tokens_per_step=4), 5, "longest-remaining request"),  # in rounds
+        (AUTO, turn(99, tokens_per_step=4, room=11), 2, "room up to max_model_len"),
+        (AUTO, turn(99, tokens_per_step=4, room=3), 1, "room up to max_model_len"),
+        (AUTO, turn(99, 99, tokens_per_step=4, token_budget=40), 5, "token budget"),
+        (AUTO, turn(99, tokens_per_step=4, host_stops=True), 2, "a request has stop strings"),
+        (AUTO, turn(99, tokens_per_step=4, streams=True, step_ms=10.0), 5, "a request streams"),
+    ],
+)
+def test_speculative_rounds(config, seen, num_steps, reason):
+    """Times are of rounds, places of tokens: a round reserves those of all its drafts."""
+    assert decide(config, seen) == Decision(num_steps, reason)

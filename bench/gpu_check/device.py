@@ -22,15 +22,15 @@ from fusedstep.loop_forms import BEST, LoopForm
 from fusedstep.ops import dispatch
 from fusedstep.ops.types import StepInputs
 from fusedstep.window.arrivals import NEVER_END, ArrivalCounter
-from fusedstep.window.graphs import VARIANTS, Recorder, WindowGraphs
-from fusedstep.window.loop import DecodeModel, run_window
+from fusedstep.window.graphs import VARIANTS, RecordableModel, Recorder, WindowGraphs
+from fusedstep.window.loop import run_window
 from fusedstep.window.pace import AheadPace, Pace
 from fusedstep.window.recorder import CudaRecorder, missing
 from fusedstep.window.state import Fetched, WindowState
 
 ROWS, STEPS = 2, 24
 MAX_LEN, BLOCK_SIZE = 2048, 16
-Make = Callable[[StepInputs, torch.device], DecodeModel]
+Make = Callable[[StepInputs, torch.device], RecordableModel]
 
 
 class FlashModel(SmallModel):

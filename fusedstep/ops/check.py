@@ -78,6 +78,18 @@ def check_logits(
     _check_device("logits", logits, device)
 
 
+def check_round(
+    tokens: torch.Tensor, num_tokens: torch.Tensor, num_reqs: int, device: torch.device
+) -> None:
+    """Raise TensorError unless these are the tokens of ``num_reqs`` rows, and their numbers."""
+    _check("tokens", tokens, device, torch.int64)
+    _check("num_tokens", num_tokens, device, torch.int32)
+    if tokens.dim() != 2 or len(tokens) != num_reqs:
+        shape = tuple(tokens.shape)
+        raise TensorError(f"tokens: shape {shape}, expected ({num_reqs}, 1 + drafts)")
+    _expect("num_tokens", num_tokens, 0, num_reqs)
+
+
 def check_num_reqs(rows: WindowRows, num_reqs: int) -> None:
     """Raise TensorError unless ``rows`` has room for so many."""
     if num_reqs > len(rows.idx_mapping):

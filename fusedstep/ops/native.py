@@ -18,6 +18,7 @@ from fusedstep.ops import native_grammar, native_rows, native_sample
 from fusedstep.ops.check import (
     check_logits,
     check_num_reqs,
+    check_round,
     check_rows,
     check_state,
 )
@@ -206,6 +207,22 @@ class NativeStep:
         views = self._views_of(rows, num_reqs)
         native_grammar.follow_rows(num_reqs, views, self._requests, self._grammar)
 
+    def accept(
+        self, tokens: torch.Tensor, num_tokens: torch.Tensor, rows: WindowRows, num_reqs: int
+    ) -> None:
+        """Take the tokens of a speculative round: of row b the first ``num_tokens[b]``.
+
+        ``tokens`` is [num_reqs, 1 + drafts] int64, ``num_tokens`` [num_reqs] int32; the latter
+        becomes 0 for a row that is not active. A row takes all of them also where one is a stop
+        token or the last that it may have, as in vLLM's own step: it ends with this round, and the
+        host cuts its output.
+        """
+        check_round(tokens, num_tokens, num_reqs, CPU)
+        views = self._views_of(rows, num_reqs)
+        native_rows.accept_rows(
+            num_reqs, tokens.numpy(), num_tokens.numpy(), views, self._requests, self._stop
+        )
+
     def _map_slots(self, views: Any, num_reqs: int) -> None:
         for group in self._groups:
             native_rows.map_slots(
@@ -239,6 +256,7 @@ def warm_up(vocab_size: int, dtype: torch.dtype, num_groups: int = 1) -> None:
     logits = torch.zeros(1, vocab_size, dtype=dtype)
     step.prepare(rows, 1)
     step.step(logits, rows, 1, BatchNeeds(logprobs=True))
+    step.accept(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), rows, 1)
 
 
 def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, WindowRows]:

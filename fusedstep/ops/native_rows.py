@@ -94,6 +94,26 @@ def _must_stop(req, token, total_len, stop):
 
 
 @_kernel
+def accept_rows(num_reqs, tokens, num_tokens, rows, requests, stop):
+    """Takes each active row's tokens of a speculative round, and stops the row at any of them."""
+    for batch_idx in range(num_reqs):
+        if not rows.active[batch_idx]:
+            num_tokens[batch_idx] = 0
+            continue
+        req = rows.idx_mapping[batch_idx]
+        must_stop = False
+        for i in range(num_tokens[batch_idx]):
+            _accept(req, tokens[batch_idx, i], requests)
+            if _must_stop(req, tokens[batch_idx, i], requests.total_len[req], stop):
+                must_stop = True
+        rows.num_sampled[batch_idx] += num_tokens[batch_idx]
+        if must_stop:
+            requests.stopped[req] = True
+            rows.active[batch_idx] = False
+            rows.num_active[0] -= rows.stop_weight[0]
+
+
+@_kernel
 def advance_rows(num_reqs, rows, requests, stop, inputs):
     """Takes each active row's token, stops the row or places its next input."""
     for batch_idx in range(num_reqs):

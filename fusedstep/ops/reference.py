@@ -91,6 +91,24 @@ class ReferenceStep:
                 rows.logprobs[batch_idx] = row.log_softmax(-1)[token]
                 rows.ranks[batch_idx] = (row >= row[token]).sum()
 
+    def accept(
+        self, tokens: torch.Tensor, num_tokens: torch.Tensor, rows: WindowRows, num_reqs: int
+    ) -> None:
+        """Take the first ``num_tokens[b]`` of ``tokens[b]`` for each active row b; 0 for others."""
+        for batch_idx in range(num_reqs):
+            if not rows.active[batch_idx]:
+                num_tokens[batch_idx] = 0
+                continue
+            req, stops = int(rows.idx_mapping[batch_idx]), False
+            for token in tokens[batch_idx, : int(num_tokens[batch_idx])].tolist():
+                self._take(req, token)
+                stops |= must_stop(token, int(self.requests.total_len[req]), req, self.stop)
+            rows.num_sampled[batch_idx] += num_tokens[batch_idx]
+            if stops:
+                self.requests.stopped[req] = True
+                rows.active[batch_idx] = False
+                rows.num_active.sub_(rows.stop_weight)
+
     def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
         """Mask, in place, what the requests' grammars forbid. No row has sampled a token yet."""
         grammar = self.grammar
@@ -136,11 +154,7 @@ class ReferenceStep:
             req, token = int(rows.idx_mapping[batch_idx]), int(rows.sampled[batch_idx])
             rows.out_tokens[rows.num_sampled[batch_idx], batch_idx] = token
             rows.num_sampled[batch_idx] += 1
-            requests.last_sampled_tokens[req, 0] = token
-            requests.all_token_ids[req, requests.total_len[req]] = token
-            requests.total_len[req] += 1
-            requests.num_computed_tokens[req] += 1
-            requests.output_bin_counts[req, token] += 1
+            self._take(req, token)
             if must_stop(token, int(requests.total_len[req]), req, self.stop):
                 requests.stopped[req] = True
                 rows.active[batch_idx] = False
@@ -151,6 +165,15 @@ class ReferenceStep:
             else:
                 self._place_input(batch_idx, req)
         self._map_slots(rows, num_reqs)
+
+    def _take(self, req: int, token: int) -> None:
+        """Append a token to its request."""
+        requests = self.requests
+        requests.last_sampled_tokens[req, 0] = token
+        requests.all_token_ids[req, requests.total_len[req]] = token
+        requests.total_len[req] += 1
+        requests.num_computed_tokens[req] += 1
+        requests.output_bin_counts[req, token] += 1
 
     def _place_input(self, batch_idx: int, req: int) -> None:
         position = int(self.requests.num_computed_tokens[req])

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedstep.kernels.accept import accept_kernel
 from fusedstep.kernels.draw import draw_kernel
 from fusedstep.kernels.grammar import constrain_kernel, follow_kernel
 from fusedstep.kernels.rank import rank_kernel
@@ -27,6 +28,7 @@ from fusedstep.kernels.truncate import truncate_kernel
 from fusedstep.ops.check import (
     check_logits,
     check_num_reqs,
+    check_round,
     check_rows,
     check_state,
 )
@@ -215,6 +217,30 @@ class TritonStep:
         """
         for launch in self.follow_launches(rows, num_reqs, ends_rows=False):
             launch()
+
+    def accept(
+        self, tokens: torch.Tensor, num_tokens: torch.Tensor, rows: WindowRows, num_reqs: int
+    ) -> None:
+        """Take the tokens of a speculative round: of row b the first ``num_tokens[b]``."""
+        for launch in self.accept_launches(tokens, num_tokens, rows, num_reqs):
+            launch()
+
+    def accept_launches(
+        self, tokens: torch.Tensor, num_tokens: torch.Tensor, rows: WindowRows, num_reqs: int
+    ) -> Sequence[Launch]:
+        """The kernel that ``accept`` launches; none for no rows."""
+        check_round(tokens, num_tokens, num_reqs, self._device)
+        arguments, strides = self._arguments_of(rows, num_reqs)
+        args = {
+            "tokens_ptr": tokens,
+            "num_tokens_ptr": num_tokens,
+            "width": tokens.shape[1],
+            "rows": arguments,
+            "requests": self._requests,
+            "stop": self._stop,
+            "strides": strides,
+        }
+        return (Launch(accept_kernel, (num_reqs,), args, {}, num_warps=1),) * (num_reqs > 0)
 
     def constrain_launches(
         self, logits: torch.Tensor, rows: WindowRows, num_reqs: int

@@ -38,6 +38,8 @@ COUNTERS = {
     "unused_steps": "Steps that were reserved for windows which ended before them",
     "early_exits": "Windows that ended before their last reserved step",
     "tokens": "Sampled tokens, all turns",
+    "drafts": "Speculative tokens that were verified, all turns",
+    "accepted_drafts": "Speculative tokens that held, all turns",
     "refused_tokens": "Tokens of structured output that the host's grammar refused: a fault",
     "host_seconds": "Time in the scheduler, all turns",
 }

@@ -1,19 +1,13 @@
 """All that fusedstep patches in vLLM or hangs on its objects, with the reason.
 
-tests/test_patches.py finds what is not listed here.
-Subclasses that vLLM is given by its own options (worker, scheduler, attention backend, platform)
-are not patches. Runner and scheduler meet here, so the accessors of hung attributes are here, too.
+tests/test_patches.py finds what is not listed. Subclasses that vLLM is given by its own options
+(worker, scheduler, attention backend, platform) are not patches.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
-
-from fusedstep.window import arrivals
-
-if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+from typing import NamedTuple
 
 
 class Kind(StrEnum):
@@ -109,12 +103,20 @@ PATCHES = (
         "a window that gave way before its first step: vLLM takes drafts back only beside a token",
     ),
     Patch(
-        "patches.py",
+        "stamps.py",
         "output.*",
         Kind.HUNG,
-        "SchedulerOutput.arrivals_seen, ends_at_stop, trace",
+        "SchedulerOutput.arrivals_seen, ends_at_stop, trace; ModelRunnerOutput.rounds",
         "a window ends when more requests have arrived than its scheduler had seen, or at the "
-        "first stop, as requests wait for a row; turns that are traced have numbers",
+        "first stop, as requests wait for a row; turns that are traced have numbers; vLLM counts "
+        "drafts by round, of which a window has several",
+    ),
+    Patch(
+        "scheduler/rounds.py",
+        "request.spec_decode_metrics",
+        Kind.SET,
+        "Request.spec_decode_metrics",
+        "a window comes back as one batch: ours takes it for as many as it had rounds",
     ),
     Patch(
         "grammar_tables.py",
@@ -165,6 +167,13 @@ PATCHES = (
         Kind.SET,
         "MambaHybridModelState._mamba_state_idx_gpu",
         "the same values, with room behind them for rows that stand still",
+    ),
+    Patch(
+        "runner/rounds.py",
+        "batch.*",
+        Kind.SET,
+        "InputBatch (our own instance)",
+        "where the logits of a round are, and how long its rows may be",
     ),
     Patch(
         "runner/decode_model.py",
@@ -459,36 +468,3 @@ PATCHES = (
         "a time-out for clients at the end, and whether the engine has died",
     ),
 )
-
-
-class WindowStamp(NamedTuple):
-    """A window's terms, from the scheduler to the worker, on vLLM's SchedulerOutput."""
-
-    arrivals_seen: int
-    ends_at_stop: bool
-
-
-def stamp(output: SchedulerOutput, window: WindowStamp) -> None:
-    output.arrivals_seen, output.ends_at_stop = window
-
-
-def stamp_of(output: SchedulerOutput) -> WindowStamp:
-    """Batches that were scheduled with K fixed at 1 bear none: they run to their end."""
-    if not hasattr(output, "arrivals_seen"):
-        return WindowStamp(arrivals.NEVER_END, ends_at_stop=False)
-    return WindowStamp(output.arrivals_seen, output.ends_at_stop)
-
-
-class TraceStamp(NamedTuple):
-    """Numbers of a traced turn, and of the file of its trace."""
-
-    file: int
-    turn: int
-
-
-def stamp_trace(output: SchedulerOutput, trace: TraceStamp) -> None:
-    output.trace = trace
-
-
-def trace_of(output: SchedulerOutput) -> TraceStamp | None:
-    return getattr(output, "trace", None)

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from fusedstep.ops.types import SamplingState
+from fusedstep.policy import MAX_STEPS
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat
 
@@ -35,6 +36,8 @@ PARAMETERS = {
     *("repetition_detection", "routed_experts_prompt_start", "trace_decode_token_ids"),
 }
 MAX_STOP_TOKEN_IDS = 128
+SPECULATION_METHODS = ("draft_model", "eagle", "eagle3", "ngram", "ngram_gpu")
+MOST_DRAFTS = MAX_STEPS // 2 - 1  # so that a window has room for two rounds
 # Attention backends that take the host's upper bound of a length for the length: after a window
 # that ended early it is too high.
 PLAN_FROM_BOUND = frozenset({"FLASHINFER"})
@@ -63,7 +66,7 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (model.enable_trace_replay, Reason.TRACE_REPLAY),
         (model.use_fp64_gumbel, Reason.FP64_GUMBEL),
         (vllm_config.watermark_config is not None, Reason.WATERMARK),
-        (vllm_config.speculative_config is not None, Reason.SPECULATION),
+        *_speculation_reasons(vllm_config),
         (vllm_config.kv_transfer_config is not None, Reason.KV_CONNECTOR),
         (vllm_config.ec_transfer_config is not None, Reason.EC_CONNECTOR),
         (vllm_config.aux_output_config.enabled, Reason.AUX_OUTPUT),
@@ -81,6 +84,21 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
     return next((words for applies, words in reasons if applies), None)
 
 
+def _speculation_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
+    """Configurations that speculative rounds in a window do not know."""
+    spec = vllm_config.speculative_config
+    if spec is None:
+        return ()
+    return (
+        (spec.method not in SPECULATION_METHODS, f"{Reason.SPECULATION} by {spec.method}"),
+        (spec.num_speculative_tokens > MOST_DRAFTS, f"more than {MOST_DRAFTS} drafts"),
+        (spec.parallel_drafting, f"{Reason.WITH_DRAFTS} parallel drafting"),
+        (spec.enable_adaptive_verification, Reason.ADAPTIVE_VERIFICATION),
+        (spec.uses_dynamic_speculative_decoding(), f"{Reason.WITH_DRAFTS} dynamic lengths"),
+        (vllm_config.lora_config is not None, f"{Reason.WITH_DRAFTS} LoRA"),
+    )
+
+
 def cache_reason(kv_cache_config: KVCacheConfig) -> str | None:
     """The reason that no batch on this KV cache can decode in a window, or None."""
     for group in kv_cache_config.kv_cache_groups:
@@ -94,10 +112,21 @@ def cache_reason(kv_cache_config: KVCacheConfig) -> str | None:
     return None
 
 
-def request_reason(params: SamplingParams | None) -> str | None:
-    """The reason that a batch with this request takes a stock step, or None."""
+def request_reason(params: SamplingParams | None, *, drafts: bool = False) -> str | None:
+    """The reason that a batch with this request takes a stock step, or None.
+
+    ``drafts``: the engine decodes speculatively.
+    """
     if params is None:
         return Reason.POOLING_REQUEST
+    if drafts:
+        others = (
+            (params.num_logprobs is not None, "logprobs"),
+            (params.structured_outputs is not None, Reason.STRUCTURED_OUTPUT),
+            (params.thinking_token_budget is not None, "a thinking budget"),
+        )
+        if words := next((words for applies, words in others if applies), None):
+            return f"{Reason.WITH_DRAFTS} {words}"
     if len(params.stop_token_ids or ()) > MAX_STOP_TOKEN_IDS:
         return Reason.STOP_TOKEN_IDS
     return _unknown_parameter(params)

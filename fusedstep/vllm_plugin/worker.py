@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from fusedstep.guardian import shared_memory
 from fusedstep.processes import remove_at_end
 from fusedstep.reasons import Reason
-from fusedstep.vllm_plugin import patches
+from fusedstep.vllm_plugin import stamps
 from fusedstep.vllm_plugin.shared import trace_path
 
 if current_platform.is_cpu():
@@ -63,7 +63,7 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """vLLM's own; for a turn that is traced the times are taken down."""
-        stamp = patches.trace_of(scheduler_output)
+        stamp = stamps.trace_of(scheduler_output)
         if stamp is None or not self.is_driver_worker:
             return super().execute_model(scheduler_output)
         from fusedstep.vllm_plugin.runner.tracing import TracedStep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
 
@@ -22,6 +23,17 @@ GRAMMAR = BatchNeeds(logprobs=True, grammar=True)
 UNROLLED_STEPS = 8
 
 Key = tuple[int, int, BatchNeeds]  # rows with padding, adapters, variant
+
+
+class RecordableModel(DecodeModel, Protocol):
+    """A model whose steps can be recorded."""
+
+    def capturing(self, num_reqs: int, num_loras: int) -> AbstractContextManager[None]:
+        """``plan`` and ``forward`` are about to be recorded for batches of ``num_reqs`` rows with
+        ``num_loras`` adapters."""
+
+    def begin_captured(self, num_reqs: int) -> None:
+        """A window of recorded steps starts: what they read beside the step inputs."""
 
 
 class Graph(Protocol):
@@ -66,7 +78,7 @@ class WindowGraphs:
     def __init__(
         self,
         form: LoopForm,
-        model: DecodeModel,
+        model: RecordableModel,
         ops: StepOps,
         state: WindowState,
         *,
@@ -101,13 +113,18 @@ class WindowGraphs:
                 with capturing():
                     self._many[key] = recorder.record(partial(_repeat, step))
 
-    def steps(self, slot: WindowSlot) -> Steps | None:
-        """The steps that ``run_window`` enqueues for this window's batch, or None."""
+    def begin(self, slot: WindowSlot) -> Steps | None:
+        """A window starts: the steps that are enqueued for its batch, or None."""
         key = slot.num_rows, slot.num_loras, variant(slot.needs)
         single, many = self._single.get(key), self._many.get(key)
-        if self.form is LoopForm.WHILE:
-            return None if many is None else partial(_whole_window, many)
-        return None if single is None else partial(_one_or_more, single, many)
+        steps: Steps | None = None
+        if self.form is LoopForm.WHILE and many is not None:
+            steps = partial(_whole_window, many)
+        elif single is not None:
+            steps = partial(_one_or_more, single, many)
+        if steps is not None:
+            self.model.begin_captured(slot.num_rows)
+        return steps
 
     def _idle_rows(self, rows: WindowRows, num_rows: int) -> None:
         """Only padding: what is run before the recording touches no request and no KV slot."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -33,7 +33,7 @@ class StepOps(Protocol):
 
 
 class DecodeModel(Protocol):
-    """A model that decodes one token per row from the static step inputs."""
+    """A model that decodes the coming step of each row from what the device has reached."""
 
     def begin(self, num_reqs: int) -> None:
         """A window of eager steps starts: describe the batch to the attention."""
@@ -47,19 +47,12 @@ class DecodeModel(Protocol):
     def end(self) -> None:
         """The window is over."""
 
-    def capturing(self, num_reqs: int, num_loras: int) -> AbstractContextManager[None]:
-        """``plan`` and ``forward`` are about to be recorded for batches of ``num_reqs`` rows with
-        ``num_loras`` adapters."""
-
-    def begin_captured(self, num_reqs: int) -> None:
-        """A window of recorded steps starts: what they read beside the step inputs."""
-
 
 class Graphs(Protocol):
     """Decode steps that were recorded before (``fusedstep.window.graphs``)."""
 
-    def steps(self, slot: WindowSlot) -> Steps | None:
-        """Those for this window's batch, or None."""
+    def begin(self, slot: WindowSlot) -> Steps | None:
+        """A window starts: the steps for its batch, or None."""
 
 
 def run_window(
@@ -112,9 +105,8 @@ def _steps(
     record: Record | None,
 ) -> Iterator[Steps]:
     """Recorded steps where there are some for this batch, else eager ones."""
-    recorded = None if graphs is None or record is not None else graphs.steps(slot)
+    recorded = None if graphs is None or record is not None else graphs.begin(slot)
     if recorded is not None:
-        model.begin_captured(slot.num_rows)
         yield recorded
         return
 

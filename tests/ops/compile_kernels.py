@@ -77,6 +77,11 @@ def cases(world: World, targets: Collection[str]) -> Iterator[Case]:
             yield Case(f"constrain {where}", launch)
     for launch in step.follow_launches(rows, 64, ends_rows=True):
         yield Case("follow", launch)
+    for num_reqs in (1, 64):
+        tokens = torch.zeros(num_reqs, 4, dtype=torch.int64)
+        counts = torch.zeros(num_reqs, dtype=torch.int32)
+        for launch in step.accept_launches(tokens, counts, rows, num_reqs):
+            yield Case(f"accept n={num_reqs}", launch)
     unaligned = strided(torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16), VOCAB_SIZE + 3, 1)
     for launch in step.launches(unaligned, rows, 1, EVERYTHING, True):
         yield Case("step everything bfloat16 n=1 unaligned", launch)

@@ -166,6 +166,30 @@ def grammar_case(*, block_sizes: tuple[int, ...] = (16,), seed: int = 0) -> Case
     return Case(f"step-grammar-{len(block_sizes)}", run)
 
 
+def accept_case(*, seed: int = 0) -> Case:
+    """Two speculative rounds: some tokens come twice, two rows stop in one round."""
+
+    def run() -> Tensors:
+        n = 5
+        generator = torch.Generator().manual_seed(seed)
+        world = build_world(VOCAB_SIZE, n, padding=(1,), seed=seed)
+        world.stop.max_len[:] = 90
+        for row in (0, 3):
+            req = world.rows.idx_mapping[row]
+            world.stop.max_len[req] = world.requests.total_len[req] + 4
+        world.stop.num_stop_token_ids[:] = 2
+        step = world.bind(TritonStep)
+        step.prepare(world.rows, n)
+        counts = []
+        for _ in range(2):
+            tokens = torch.randint(0, 3, (n, 4), generator=generator)
+            counts.append(torch.randint(2, 5, (n,), generator=generator).int())
+            step.accept(tokens, counts[-1], world.rows, n)
+        return world.tensors() | {f"counts {i}": each for i, each in enumerate(counts)}
+
+    return Case("accept", run)
+
+
 def attention_case(
     query_len: int,
     *,
@@ -213,6 +237,7 @@ def cases() -> list[Case]:
         *(step_case(kind, rows, advance=True) for kind, rows in ROWS.items()),
         step_case("everything", ROWS["everything"], advance=False, block_sizes=(16, 32)),
         grammar_case(block_sizes=(16, 32)),
+        accept_case(),
         step_case("truncation", ROWS["truncation"], advance=True, hands_over=True),
         step_case("everything", ROWS["everything"], advance=True, hands_over=True),
         *(
@@ -244,6 +269,7 @@ def all_cases() -> list[Case]:
             for seed in range(3)
             for hands_over in ((False, True) if NEEDS[kind].truncation else (False,))
         ),
+        *(accept_case(seed=seed) for seed in range(6)),
         *(grammar_case(block_sizes=s, seed=i) for s in ((16,), (16, 32)) for i in range(6)),
         *(
             attention_case(query_len, dtype=dtype, programs=programs, **options)

@@ -42,6 +42,7 @@ def test_race_is_named(mutant: Mutant, tmp_path: Path) -> None:
 
 # Which case shows the barriers of a file; if it does not, one of the others must.
 SHOWS = {
+    "accept.py": "accept",
     "adjust.py": "step-adjustment",
     "grammar.py": "step-grammar-2",
     "truncate.py": "step-truncation",

@@ -160,7 +160,7 @@ def test_without_init() -> None:
     assert turn(scheduler)
     scheduler.finish_requests(["1"], RequestStatus.FINISHED_ABORTED)
     assert [reason for _, reason in run(scheduler, [])] == [FinishReason.LENGTH]
-    assert scheduler.make_spec_decoding_stats(None) is None
+    assert scheduler.make_spec_decoding_stats(None, 3, 1, None, "1") is None
     scheduler.shutdown()
 
 

@@ -79,6 +79,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ops_choice=Choice("triton", ""),
         scratch=None,
         grammars=None,
+        speculator=None,
+        rounds=None,
         model_config=SimpleNamespace(skip_tokenizer_init=False),
         graph_memory={},
         max_num_reqs=3,

@@ -57,6 +57,11 @@ UNFOLDING = {
         "AsyncMPClient": "def get_output_async()\n+steps",
     },
     "vllm.v1.metrics.stats": {
+        "RequestSpecDecodeMetrics": """
+            def observe(num_draft_tokens, num_accepted, detailed=False)
+            new(num_spec_tokens)
+            num_spec_tokens
+        """,
         "IterationStats": "num_generation_tokens, inter_token_latencies_iter",
         "SchedulerStats": """
             (num_running_reqs=_, num_waiting_reqs=_, num_skipped_waiting_reqs=_,

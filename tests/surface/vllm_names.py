@@ -20,6 +20,7 @@ from surface.vllm_attention_names import ATTENTION
 from surface.vllm_frontend_names import UNFOLDING
 from surface.vllm_grammar_names import STRUCTURED
 from surface.vllm_runner_names import GPU, KERNELS, RUNNER, SAMPLING, STATE_KERNELS
+from surface.vllm_speculation_names import SPECULATION
 
 _CONFIG = {
     "vllm.config": {
@@ -27,7 +28,7 @@ _CONFIG = {
             ()
             additional_config, compute_hash, instance_id, use_v2_model_runner
             watermark_config
-            speculative_config, kv_transfer_config, ec_transfer_config
+            lora_config, speculative_config, kv_transfer_config, ec_transfer_config
             structured_outputs_config
             model_config: ModelConfig
             parallel_config: ParallelConfig
@@ -74,7 +75,7 @@ _CONFIG = {
             (**params)
             (seed=_, **params)
             verify(model_config, speculative_config, structured_outputs_config, tokenizer)
-            eos_token_id, logprob_token_ids, logprobs, max_tokens, output_kind, stop
+            num_logprobs, eos_token_id, logprob_token_ids, logprobs, max_tokens, output_kind, stop
             stop_token_ids, structured_outputs, thinking_token_budget, repetition_detection
             temperature, top_p, top_k, repetition_penalty, frequency_penalty, presence_penalty
             allowed_token_ids, all_stop_token_ids, bad_words_token_ids, logit_bias, min_tokens, n
@@ -202,6 +203,7 @@ _ENGINE = {
             is_prefill_chunk, max_tokens, next_decode_eligible_step, num_computed_tokens
             num_output_placeholders, num_output_tokens, num_prompt_tokens, num_stale_output_tokens
             num_tokens, request_id, spec_token_ids, status
+            spec_decode_metrics
             client_index, lora_request, prompt_token_ids, resumable, streaming_queue
             output_token_ids, structured_output_request, use_structured_output
             sampling_params: sampling_params.SamplingParams
@@ -219,7 +221,8 @@ _ENGINE = {
             def shutdown()
             def add_request(request)
             def finish_requests(request_ids, finished_status) -> Request
-            def make_spec_decoding_stats(*args, **kwargs)
+            def make_spec_decoding_stats(spec_decoding_stats, num_draft_tokens,
+                                         num_accepted_tokens, num_invalid_spec_tokens, request_id)
             def get_grammar_bitmask(scheduler_output)
             structured_output_manager: StructuredOutputManager
             def _free_request(request, *args, **kwargs)
@@ -296,7 +299,9 @@ _ENGINE = {
         """,
         "ModelRunnerOutput": """
             (req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_)
+            (req_ids=_, req_id_to_index=_, sampled_token_ids=_)
             req_ids, sampled_token_ids
+            +rounds
         """,
         "LogprobsLists": """
             (logprob_token_ids, logprobs, sampled_token_ranks, cu_num_generated_tokens)
@@ -323,6 +328,7 @@ _PARTS = (
     ATTENTION,
     UNFOLDING,
     STRUCTURED,
+    SPECULATION,
 )
 for _part in _PARTS:
     for _module, _names in _part.items():

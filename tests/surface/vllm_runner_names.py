@@ -12,10 +12,12 @@ RUNNER = {
         "is_global_first_rank": "()",
     },
     "vllm.forward_context": {
-        "BatchDescriptor": "(num_tokens=_, has_lora=_, num_active_loras=_)",
+        "BatchDescriptor": "(num_tokens=_, has_lora=_, num_active_loras=_)\n(num_tokens=_)",
         "set_forward_context": """
             (attn_metadata, vllm_config, num_tokens=_, cudagraph_runtime_mode=_,
              batch_descriptor=_, slot_mapping=_, is_padding=_)
+            (attn_metadata, vllm_config, num_tokens=_, batch_descriptor=_, slot_mapping=_,
+             is_padding=_)
         """,
     },
     "vllm.v1.attention.backend": {
@@ -63,7 +65,7 @@ RUNNER = {
             def load_model(*args, **kwargs)
             def initialize_kv_cache(kv_cache_config, *args, **kwargs)
             adaptive_verification, aux_output_connector, fast_prefill, kv_connector, pcp_manager
-            pooling_runner, pp_handler, rejection_sampler, speculator, ubatch_runner
+            pooling_runner, pp_handler, speculator, ubatch_runner
             def shutdown()
             def add_requests(scheduler_output)
             def execute_model(scheduler_output, *args, **kwargs)
@@ -75,6 +77,9 @@ RUNNER = {
             free_states(scheduler_output)
             update_requests(scheduler_output)
             get_model()
+            prepare_attn(input_batch)
+            rejection_sampler: RejectionSampler
+            draft_tokens_handler, num_speculative_steps, use_aux_hidden_state_outputs
             maybe_setup_dummy_loras(lora_config)
             _set_active_loras(prompt_lora_mapping, token_lora_mapping, lora_requests)
             lora_config, lora_capture_cases
@@ -100,6 +105,8 @@ RUNNER = {
     f"{GPU}.model_states.default": {
         "DefaultModelState": """
             dummy_inputs_embeds(num_tokens)
+            prepare_attn(input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups,
+                         kv_cache_config)
             num_new_sampled_tokens_per_step, supports_mm_inputs
             encoder_runner: EncoderRunner
             rope_state: RopeState
@@ -168,8 +175,16 @@ RUNNER = {
     f"{GPU}.input_batch": {
         "InputBatch": """
             make_dummy(num_reqs, num_tokens, input_buffers) -> InputBatch
+            (req_ids=_, num_reqs=_, num_reqs_after_padding=_, idx_mapping=_, idx_mapping_np=_,
+             expanded_idx_mapping=_, expanded_local_pos=_, num_scheduled_tokens=_, num_tokens=_,
+             num_tokens_after_padding=_, num_draft_tokens=_, num_draft_tokens_per_req=_,
+             query_start_loc=_, query_start_loc_np=_, seq_lens=_, seq_lens_cpu_upper_bound=_,
+             dcp_local_seq_lens=_, num_computed_tokens_np=_, prefill_len_np=_,
+             num_computed_prefill_tokens_np=_, is_prefilling_np=_, has_prefill=_,
+             decode_graph_eligible=_, input_ids=_, positions=_, is_padding=_, logits_indices=_,
+             cu_num_logits=_, cu_num_logits_np=_, has_structured_output_reqs=_, prompt_lens=_)
             cu_num_logits, idx_mapping, idx_mapping_np, logits_indices, num_reqs, positions
-            query_start_loc, seq_lens
+            query_start_loc, seq_lens, num_tokens, seq_lens_cpu_upper_bound, input_ids, is_padding
         """,
         "InputBuffers": """
             (max_num_reqs, max_num_tokens, device)
@@ -194,6 +209,7 @@ RUNNER = {
             add_request(req_id, prompt_len, all_token_ids, num_computed_tokens, max_tokens=_)
             apply_staged_writes()
             draft_tokens, free_indices, last_sampled_tokens, num_computed_tokens_np
+            next_prefill_tokens
             req_id_to_index, index_to_req_id
             all_token_ids, num_computed_tokens, total_len: StagedWriteTensor
             prefill_len, prompt_len: UvaBackedTensor

@@ -22,6 +22,10 @@ from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin.runner.recurrent import STATE_INDICES, is_recurrent
@@ -39,6 +43,8 @@ INPUT_PARTS = {
 MODEL_STATES = (DefaultModelState, MambaHybridModelState)
 # In this order. Behind them come the user's, which a window calls in every step.
 LOGITS_PROCESSORS = [LogitBiasState, PenaltiesState, BadWordsState]
+# Drafters that a round can ask as a stock step does.
+SPECULATORS = (EagleSpeculator, NgramGPUSpeculator, StandaloneARSpeculator)
 # Builders of attention metadata that plan a decode step from the lengths and block tables alone.
 BUILDERS = {
     "AiterFlashAttentionMetadataBuilder",
@@ -91,6 +97,8 @@ def runner_reason(runner: GPUModelRunner) -> str | None:
         return f"{Reason.SAMPLER} {type(sampler.thinking_budget_state).__name__}"
     if runner.kv_connector is not NO_OP_KV_CONNECTOR:
         return Reason.KV_CONNECTOR
+    if (reason := _speculation_reason(runner)) is not None:
+        return reason
     others = (
         (runner.adaptive_verification, Reason.ADAPTIVE_VERIFICATION),
         (runner.aux_output_connector, Reason.AUX_OUTPUT),
@@ -98,11 +106,28 @@ def runner_reason(runner: GPUModelRunner) -> str | None:
         (runner.pcp_manager, Reason.PREFILL_CONTEXT_PARALLEL),
         (runner.pooling_runner, Reason.POOLING_MODEL),
         (runner.pp_handler, Reason.PIPELINE_PARALLEL),
-        (runner.rejection_sampler, Reason.REJECTION_SAMPLER),
-        (runner.speculator, Reason.SPECULATION),
         (runner.ubatch_runner, Reason.DBO),
     )
     return next((words for part, words in others if part is not None), None)
+
+
+def _speculation_reason(runner: GPUModelRunner) -> str | None:
+    """The reason that speculative rounds would leave something out, or None."""
+    speculator, sampler = runner.speculator, runner.rejection_sampler
+    if speculator is None and sampler is None:
+        return None
+    if type(sampler) is not RejectionSampler:
+        return f"{Reason.REJECTION_SAMPLER} {type(sampler).__name__}"
+    if type(speculator) not in SPECULATORS:
+        return f"{Reason.SPECULATION} by {type(speculator).__name__}"
+    others = (
+        (runner.device.type != "cpu", "a device that is not a CPU"),
+        (type(runner.model_state) is not DefaultModelState, "recurrent states"),
+        (runner.uses_inputs_embeds, "embeddings as inputs"),
+        (runner.model_state.rope_state is not None, "M-RoPE"),
+        (len(runner.sampler.logits_processors) > len(LOGITS_PROCESSORS), "custom processors"),
+    )
+    return next((f"{Reason.WITH_DRAFTS} {words}" for applies, words in others if applies), None)
 
 
 def _inputs_reason(state: DefaultModelState) -> str | None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -21,15 +20,17 @@ from fusedstep.ops import dispatch, native
 from fusedstep.ops.types import BatchNeeds
 from fusedstep.policy import MAX_STEPS
 from fusedstep.reasons import Reason
-from fusedstep.vllm_plugin import compat, patches, reasons
-from fusedstep.vllm_plugin.grammar_tables import bring_grammars, grammars_of
+from fusedstep.vllm_plugin import compat, reasons, stamps
+from fusedstep.vllm_plugin.grammar_tables import grammars_of
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.grammars import Grammars, StockSteps
 from fusedstep.vllm_plugin.runner.logprobs import Logprobs
 from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
+from fusedstep.vllm_plugin.runner.output import WindowOutput, one_step_each
 from fusedstep.vllm_plugin.runner.parts import batch_reason, metadata_reason, runner_reason
 from fusedstep.vllm_plugin.runner.processing import Processing
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
+from fusedstep.vllm_plugin.runner.rounds import Rounds, RoundsOutput
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
 from fusedstep.vllm_plugin.runner.truncation import allocate_buffers, truncate_as_stock
 from fusedstep.vllm_plugin.shared import arrival_counter
@@ -37,16 +38,16 @@ from fusedstep.window import arrivals
 from fusedstep.window.graphs import variant
 from fusedstep.window.loop import StepOps, run_window
 from fusedstep.window.pace import AheadPace, HostPace, Pace
-from fusedstep.window.state import Fetched, WindowSlot, WindowState
+from fusedstep.window.state import WindowSlot, WindowState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    from fusedstep.vllm_plugin.runner.tracing import TracedStep
 
 logger = logging.getLogger("vllm.fusedstep")
 
@@ -111,6 +112,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.scratch: Any = None  # of the step operations, where they have some
         self.grammars: Grammars | None = None  # None: this engine takes no structured output
         self.reason: str | None = None  # of the step under way
+        self.rounds: Rounds | None = None  # of speculative decoding
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
     @property
@@ -150,7 +152,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         return partial(step_class, scratch=self.scratch, truncation=truncation)
 
     def _allocate_grammars(self) -> None:
-        if self.grammars is None and not self.model_config.skip_tokenizer_init:
+        has_text = self.speculator is None and not self.model_config.skip_tokenizer_init
+        if self.grammars is None and has_text:
             self.grammars = Grammars(self.max_num_reqs, self.vocab_size, self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -177,13 +180,17 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         on_cpu = self.device.type == "cpu"
         self.pace: Pace = HostPace() if on_cpu else AheadPace()
         self.copy_stream = None if on_cpu else self.output_copy_stream
+        if self.speculator is not None:
+            self.rounds = Rounds(self, self.ops, self.windows.rows)
+            self.stats.loop_reason = "speculative rounds are not recorded"
+            return
         self._choose_form(compat.options(self.vllm_config).loop)
 
     @torch.inference_mode()
     def capture_model(self, profile_only: bool = False) -> int:
         """vLLM's graphs, then those of the windows; bytes of device memory for both."""
         size: int = super().capture_model(profile_only=profile_only)
-        if self.engine_reason is None:
+        if self.engine_reason is None and self.rounds is None:
             taken = self.graph_store.record(profile_only=profile_only)
             self.graph_memory["estimated" if profile_only else "taken"] = taken
             size += taken
@@ -194,7 +201,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     @torch.inference_mode()
     def use_form(self, loop: str) -> None:
         """Change to another form of the loop between requests, for measurements."""
-        if self.engine_reason is None:
+        if self.engine_reason is None and self.rounds is None:
             self._choose_form(loop)
             self.graph_store.record(profile_only=False, prove=False)
             self._note_form()
@@ -256,8 +263,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return None
         if reason:
             self.stats.add_stock_step(reason)
-        if self.vllm_config.speculative_config is None:  # else placeholders are vLLM's drafts
-            scheduler_output = one_token_each(scheduler_output)
+        scheduler_output = one_step_each(scheduler_output, self.num_speculative_steps)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     @torch.inference_mode()
@@ -267,6 +273,12 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return super().sample_tokens(grammar_output)
         staged, self.staged = self.staged, None
         slot, is_ours = staged.slot, staged.ops is self.ops
+        if self.rounds is not None:
+            cut_short = self._cut_short(slot.arrivals_seen)
+            run_window(self.rounds, self.rounds, slot, cut_short, self.pace)
+            self.stats.counts.windows += 1
+            output, counts = self.rounds.output, self.stats.counts
+            return RoundsOutput(staged.scheduler_output, output, staged.live, counts)
         run_window(
             self.decode_model,
             staged.ops,
@@ -289,7 +301,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     ) -> Sampled:
         """A stock step's sampling, by the window's own sampler wherever it can."""
         rows = input_batch.idx_mapping_np
-        if self.engine_reason is not None:
+        if self.engine_reason is not None or self.rounds is not None:
             plain: Sampled = super().sample(hidden_states, input_batch, grammar_output)
             return plain
         on_device = self.grammars is not None and self.grammars.any_of(rows)
@@ -350,6 +362,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return next(r for r in map(self.tables.reasons.get, rows) if r)
         if scheduler_output.has_structured_output_requests:
             return Reason.STRUCTURED_OUTPUT  # by the host's masks
+        if self.rounds is not None and not self.rounds.are_whole(scheduler_output):
+            return Reason.FEWER_DRAFTS
         return batch_reason(scheduler_output)
 
     def _stage_window(self, scheduler_output: SchedulerOutput) -> None:
@@ -370,6 +384,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         live = np.flatnonzero(~self.tables.stopped_np[rows])
         rows, steps_allowed = rows[live], steps_allowed[live]
         self.tables.static.refresh()
+        if self.rounds is not None:
+            self._stage_rounds(scheduler_output, rows, steps_allowed, live)
+            return
         seq_lens = self.req_states.num_computed_tokens_np[rows] + 1
         processing = self.processing if self.processing.is_wanted(rows) else None
         if processing is not None:
@@ -385,7 +402,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             -1 if logprobs is None else logprobs.width,
             self._needs(rows, logprobs=in_step),
             num_rows,
-            *patches.stamp_of(scheduler_output),
+            *stamps.stamp_of(scheduler_output),
             num_loras=num_loras,
             gives_way=self.decode_model.gives_way,
         )
@@ -396,6 +413,21 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             processing or self.ops,
             None if in_step else logprobs,
         )
+
+    def _stage_rounds(
+        self,
+        scheduler_output: SchedulerOutput,
+        rows: np.ndarray,  # [num_reqs] int64
+        num_tokens: np.ndarray,  # [num_reqs] int32, reserved for each
+        live: np.ndarray,  # [num_reqs] int64, place in the scheduled batch
+    ) -> None:
+        assert self.rounds is not None
+        req_ids = list(scheduler_output.num_scheduled_tokens)
+        self.rounds.stage([req_ids[index] for index in live.tolist()], rows)
+        slot = self.windows.next_slot()
+        stamp = stamps.stamp_of(scheduler_output)
+        slot.stage(rows, num_tokens // self.rounds.width, -1, BatchNeeds.none(), None, *stamp)
+        self.staged = StagedWindow(scheduler_output, slot, live, self.ops, None)
 
     def _needs(self, rows: np.ndarray, *, logprobs: bool = False) -> BatchNeeds:
         """Work that a batch asks of a step; compiled kernels exist of few combinations."""
@@ -421,72 +453,3 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return bool(came)
 
         return agreed
-
-
-class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
-    """A window's tokens in vLLM's form; requests left out of the batch get none."""
-
-    def __init__(
-        self,
-        scheduler_output: SchedulerOutput,
-        slot: WindowSlot,
-        live: np.ndarray,  # [num_reqs of the window] int64, place in the scheduled batch
-        counts: WindowCounts,
-        copy_stream: torch.cuda.Stream | None,
-    ) -> None:
-        self.req_ids = list(scheduler_output.num_scheduled_tokens)
-        self.fetched = Fetched(slot, copy_stream)
-        self.live, self.counts = live, counts
-        self.trace: TracedStep | None = None
-
-    def tell(self, trace: TracedStep) -> None:
-        self.trace = trace
-
-    def get_output(self) -> ModelRunnerOutput:
-        result = self.fetched.tokens()
-        if self.trace is not None:
-            self.trace.write(reason=None, has_tokens=True)
-        token_ids: list[list[int]] = [[] for _ in self.req_ids]
-        counts = np.zeros(len(self.req_ids), dtype=np.int64)
-        for index, tokens in zip(self.live.tolist(), result.token_ids, strict=True):
-            token_ids[index] = tokens
-        counts[self.live] = result.num_sampled
-        self.counts.tokens += int(counts.sum())
-        self.counts.steps += result.num_steps
-        logprobs = None
-        if result.logprobs is not None:
-            logprobs = LogprobsLists(
-                result.logprob_token_ids,
-                result.logprobs,
-                result.ranks,
-                np.concatenate(([0], np.cumsum(counts))).tolist(),
-            )
-        return ModelRunnerOutput(
-            req_ids=self.req_ids,
-            req_id_to_index={req_id: i for i, req_id in enumerate(self.req_ids)},
-            sampled_token_ids=token_ids,
-            logprobs=logprobs,
-        )
-
-    def get_kv_connector_output(self) -> None:
-        """vLLM 0.33 asks when ``get_output`` failed; a window has none."""
-        return None
-
-
-def one_token_each(scheduler_output: SchedulerOutput) -> SchedulerOutput:
-    """Take the placeholders off: a stock step computes one token per decoding request."""
-    placeholders = scheduler_output.scheduled_spec_decode_tokens
-    if not any(-1 in tokens for tokens in placeholders.values()):
-        return scheduler_output
-    scheduled = {
-        req_id: n - len(placeholders.get(req_id, ()))
-        for req_id, n in scheduler_output.num_scheduled_tokens.items()
-    }
-    single = replace(
-        scheduler_output,
-        num_scheduled_tokens=scheduled,
-        total_num_scheduled_tokens=sum(scheduled.values()),
-        scheduled_spec_decode_tokens={},
-    )
-    bring_grammars(single, grammars_of(scheduler_output))
-    return single

@@ -116,6 +116,7 @@ class DeviceTables:
         self.req_states = state = runner.req_states
         self.sampler = sampler = runner.sampler
         self.max_model_len = runner.max_model_len
+        self.has_drafts = runner.speculator is not None
         device, max_num_reqs = runner.device, runner.max_num_reqs
         self.static = static = StaticTensors(device)
         bias, penalties, bad_words = sampler.logits_processors[:3]
@@ -203,7 +204,7 @@ class DeviceTables:
         """
         row: int = self.req_states.req_id_to_index[new_request.req_id]
         params = new_request.sampling_params
-        reason = reasons.request_reason(params)
+        reason = reasons.request_reason(params, drafts=self.has_drafts)
         self.needs_stock[row] = reason is not None
         self.reasons.pop(row, None)
         self.requests.stopped[row] = False

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fusedstep.vllm_plugin.patches import TraceStamp
+from fusedstep.vllm_plugin.stamps import TraceStamp
 from fusedstep.window import tracing
 
 

@@ -30,15 +30,14 @@ class PublishedCounts(WindowCounts):
         finally:
             self.host_seconds += time.perf_counter() - since
 
-    def add_turn(self, reason: str, reserved: int, num_tokens: list[int]) -> None:
-        """A batch gave each of its requests so many tokens in up to ``reserved`` steps.
+    def add_turn(self, reason: str, reserved: int, steps: int, num_tokens: int) -> None:
+        """A batch gave its requests so many tokens in ``steps`` of up to ``reserved`` steps.
 
         ``reason``: why no more steps. A batch that gave none, as chunks of prompts do, is no turn.
         """
-        steps = max(num_tokens, default=0)
         if steps == 0:
             return
-        self.tokens += sum(num_tokens)
+        self.tokens += num_tokens
         if reserved == 1:
             self.one_step_turns[reason] += 1
         else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fusedstep.policy import Decision, StepTimes
+from fusedstep.vllm_plugin.stamps import rounds_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -25,6 +26,11 @@ class Batch:
     num_steps: int  # that were reserved
     timed_size: int  # requests of a batch that decodes on the device, else 0
     since: float  # seconds
+    tokens_per_step: int = 1  # above 1 they are speculative rounds
+
+    def steps_of(self, result: ModelRunnerOutput) -> int:
+        """Its steps that gave tokens."""
+        return steps_of(result, self.tokens_per_step)
 
     def output_for(self, known: Mapping[str, Any]) -> SchedulerOutput:
         """The output as it was scheduled, for the requests that the scheduler knows now.
@@ -45,7 +51,9 @@ class Batch:
 class InFlight:
     """The batches that are under way, oldest first: one, or two with the batch queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens_per_step: int = 1) -> None:
+        """``tokens_per_step``: above 1 the steps are speculative rounds."""
+        self.tokens_per_step = tokens_per_step
         self.step_times = StepTimes()
         self._batches: deque[Batch] = deque()
         self._last_returned = 0.0
@@ -66,10 +74,12 @@ class InFlight:
     ) -> None:
         """``on_device``: it can be a window; else it takes one step, whose time does not count."""
         scheduled = output.num_scheduled_tokens
-        steps = max(scheduled.values(), default=0) if on_device else 1
+        reserved = max(scheduled.values(), default=0)
+        steps = -(-reserved // self.tokens_per_step) if on_device else 1
         size = len(scheduled) if on_device else 0
         requests = {request_id: known[request_id] for request_id in scheduled}
-        self._batches.append(Batch(output, requests, decision, steps, size, since))
+        batch = Batch(output, requests, decision, steps, size, since, self.tokens_per_step)
+        self._batches.append(batch)
 
     def returned(self, output: SchedulerOutput, result: ModelRunnerOutput) -> Batch | None:
         """Note its time from completion to completion; what was idle before does not count.
@@ -83,7 +93,16 @@ class InFlight:
             batch = self._batches.popleft()
         now = time.monotonic()
         since, self._last_returned = max(batch.since, self._last_returned), now
-        steps = max(map(len, result.sampled_token_ids), default=0)
+        steps = batch.steps_of(result)
         if batch.timed_size and steps:
             self.step_times.add(batch.timed_size, steps, 1000 * (now - since))
         return batch
+
+
+def steps_of(result: ModelRunnerOutput, tokens_per_step: int) -> int:
+    """Steps of a batch that gave tokens; ``tokens_per_step``: above 1 they are rounds."""
+    rounds = rounds_of(result)
+    if rounds is not None:
+        return max(map(len, rounds), default=0)
+    num_tokens = max(map(len, result.sampled_token_ids), default=0)
+    return num_tokens if tokens_per_step == 1 else min(num_tokens, 1)

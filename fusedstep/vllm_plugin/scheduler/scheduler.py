@@ -22,15 +22,16 @@ from vllm.v1.request import RequestStatus
 from fusedstep.errors import ConfigError
 from fusedstep.policy import MAX_STEPS, Decision, DecodeSteps, Turn, decide
 from fusedstep.reasons import Reason
-from fusedstep.vllm_plugin import compat, patches, reasons
+from fusedstep.vllm_plugin import compat, reasons, stamps
 from fusedstep.vllm_plugin.grammar_tables import bring_grammars
 from fusedstep.vllm_plugin.scheduler.admission import Admission
 from fusedstep.vllm_plugin.scheduler.blocks import Blocks
 from fusedstep.vllm_plugin.scheduler.counts import PublishedCounts
 from fusedstep.vllm_plugin.scheduler.door import Door
 from fusedstep.vllm_plugin.scheduler.grammars import Grammars
-from fusedstep.vllm_plugin.scheduler.in_flight import InFlight
+from fusedstep.vllm_plugin.scheduler.in_flight import InFlight, steps_of
 from fusedstep.vllm_plugin.scheduler.refusals import Refusals
+from fusedstep.vllm_plugin.scheduler.rounds import Rounds
 from fusedstep.vllm_plugin.scheduler.tracing import Tracing
 from fusedstep.vllm_plugin.shared import arrival_counter, counts_page, trace_path
 from fusedstep.window.arrivals import ArrivalCounter
@@ -69,6 +70,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     engine_reason: str | None = None
     has_freed = False  # a request has ended since the last turn
     grammars: Grammars | None = None  # None: stock vLLM masks for structured output
+    rounds: Rounds | None = None  # None: no speculative decoding
 
     @cached_property
     def stock_reasons(self) -> dict[str, str]:
@@ -85,7 +87,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
     @cached_property
     def in_flight(self) -> InFlight:
-        return InFlight()
+        return InFlight(self.tokens_per_step)
 
     @cached_property
     def admission(self) -> Admission:
@@ -114,6 +116,10 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         )
         self.vocab_size = self.vllm_config.model_config.get_vocab_size()
         self.last_decision = Decision(1, Reason.NOTHING_DECODES)
+        spec = self.vllm_config.speculative_config
+        if spec is not None:
+            more_places = spec.max_num_new_slots_for_drafting
+            self.rounds = Rounds(self.num_spec_tokens, more_places, self.max_model_len)
         self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
         counter = arrival_counter(self.vllm_config)
         counter.unlink()  # the workers, started before, have it mapped
@@ -138,7 +144,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
                 logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
                 return
             model = self.vllm_config.model_config
-            if not model.skip_tokenizer_init:
+            if not model.skip_tokenizer_init and self.rounds is None:
                 self.grammars = Grammars(self.structured_output_manager, model)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -173,9 +179,9 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.admission.record_turn(scheduler_output, self.blocks.num_free, tokens_ahead)
         self.door.is_open = self.admission.is_open
         self.has_freed = False
-        patches.stamp(
+        stamps.stamp(
             scheduler_output,
-            patches.WindowStamp(self.door.seen(count), self.last_decision.ends_at_stop),
+            stamps.WindowStamp(self.door.seen(count), self.last_decision.ends_at_stop),
         )
         decision = self.last_decision
         if scheduler_output.scheduled_new_reqs:
@@ -196,6 +202,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             batch = self.in_flight.returned(scheduler_output, model_runner_output)
             if batch is not None:
                 scheduler_output = batch.output_for(self.requests)
+            if self.rounds is not None:
+                self.rounds.come_back(scheduler_output, model_runner_output, self.requests)
             if batch and batch.timed_size:
                 gave_way = batch.num_steps > 1 and not any(model_runner_output.sampled_token_ids)
                 self._take_back(scheduler_output, everything=gave_way)
@@ -206,7 +214,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.counts.add_turn(
             batch.decision.reason if batch else self.engine_reason or Reason.FIXED_AT_1,
             batch.num_steps if batch else 1,
-            [len(tokens) for tokens in model_runner_output.sampled_token_ids],
+            steps_of(model_runner_output, self.tokens_per_step),
+            sum(map(len, model_runner_output.sampled_token_ids)),
         )
         if self.counts.page is not None:
             self.counts.publish(now=not self.running)
@@ -232,7 +241,10 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             return
         super().add_request(request)
         self.admission.on_queued(request)
-        reason = reasons.request_reason(request.sampling_params)
+        if self.rounds is not None:
+            self.rounds.enter(request)
+        drafts = self.rounds is not None
+        reason = reasons.request_reason(request.sampling_params, drafts=drafts)
         if request.use_structured_output and self.grammars is None:
             reason = reason or Reason.STRUCTURED_OUTPUT
         if reason is not None:
@@ -261,11 +273,28 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             scheduler_output = replace(scheduler_output, scheduled_spec_decode_tokens={})
         return super().get_grammar_bitmask(scheduler_output)
 
-    def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> SpecDecodingStats | None:
-        """None for windows: their placeholders are not drafts."""
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> SpecDecodingStats | None:
+        """By round; None without speculation: a window's placeholders are not drafts."""
         if self.num_spec_tokens == 0:
             return None
-        return super().make_spec_decoding_stats(*args, **kwargs)
+        stats = spec_decoding_stats
+        verified = [(num_draft_tokens, num_accepted_tokens)]
+        if self.rounds is not None:
+            verified = self.rounds.verified(request_id, num_draft_tokens, num_accepted_tokens)
+        for drafts, accepted in verified:
+            self.counts.drafts += drafts
+            self.counts.accepted_drafts += accepted
+            stats = super().make_spec_decoding_stats(
+                stats, drafts, accepted, num_invalid_spec_tokens, request_id
+            )
+        return stats
 
     def _handle_stopped_request(self, request: Request) -> bool:
         self.refusals.refuse_pieces(request)
@@ -275,6 +304,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.refusals.forget(request)
         self.stock_reasons.pop(request.request_id, None)
+        if self.rounds is not None:
+            self.rounds.leave(request)
         if self.grammars is not None and self.grammars.leave(request):
             # vLLM's matcher follows the device's tokens: it fails a request for one reason alone.
             self.counts.refused_tokens += request.status == RequestStatus.FINISHED_ERROR
@@ -351,6 +382,11 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             # reservation comes back and so does the request.
             request.next_decode_eligible_step = self.current_step + 2
         decision = self.last_decision = decide(self.decode_steps, self._turn(batch))
+        if self.rounds is not None:  # one round has vLLM's own placeholders
+            if decision.num_steps > 1:
+                for request, _ in batch.decoding:
+                    request.spec_token_ids = [-1] * (decision.num_steps * self.rounds.width - 1)
+            return
         for request, remaining in batch.decoding:
             request.spec_token_ids = [-1] * (min(decision.num_steps, remaining) - 1)
 
@@ -360,10 +396,12 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             admission.has_room(self.blocks.num_free + self.blocks.held_ahead(self.running))
         if admission.num_waiting > 0 and admission.num_places > 0:
             budget //= 4  # a request that joins all the same has most of it for its prompt
+        if self.rounds is not None:  # the drafter's own places, which vLLM takes off the batch
+            budget -= self.rounds.more_places * len(batch.decoding)
         params = [request.sampling_params for request, _ in batch.decoding]
         step_ms, step_measured = self.in_flight.step_times.get(len(params))
         return Turn(
-            remaining=[remaining for _, remaining in batch.decoding],
+            remaining=self._remaining_steps(batch),
             prefill_in_flight=bool(batch.prefilling),
             may_admit=admission.may_admit,
             full_house=admission.num_startable > 0,
@@ -383,7 +421,19 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             free_blocks=self.blocks.num_free,
             blocks_for=self._blocks_for(batch),
             state_block=self.blocks.state_block,
+            tokens_per_step=self.tokens_per_step,
+            room=MAX_STEPS if self.rounds is None else self.rounds.room(batch.decoding),
         )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The most that a step of a window gives a request."""
+        return 1 if self.rounds is None else self.rounds.width
+
+    def _remaining_steps(self, batch: Running) -> list[int]:
+        if self.rounds is None:
+            return [remaining for _, remaining in batch.decoding]
+        return [self.rounds.needed(r.request_id, n) for r, n in batch.decoding]
 
     def _logprobs(self, params: list[SamplingParams]) -> int:
         """Logprobs of a step: each row gets as many as the request that asks for the most."""
@@ -394,7 +444,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _blocks_for(self, batch: Running) -> Callable[[int], int]:
         """Returns f(num_steps): blocks that must be free so that every running request can continue
-        until a reservation of ``num_steps`` is used up, plus one token.
+        until a reservation of ``num_steps`` steps is used up, plus one token.
 
         The token is that of the next turn, which must preempt nobody while the window runs: its
         requests may have stopped, or need less than they reserved.
@@ -408,7 +458,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         held = self.blocks.most_tokens_ahead(running)
 
         def blocks_for(num_steps: int) -> int:
-            return self.blocks.to_go_on(running, max(held, max(in_flight, idle) + num_steps))
+            num_tokens = num_steps * self.tokens_per_step
+            return self.blocks.to_go_on(running, max(held, max(in_flight, idle) + num_tokens))
 
         return blocks_for
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fusedstep.vllm_plugin import patches
+from fusedstep.vllm_plugin import stamps
 from fusedstep.window import tracing
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Tracing:
     def scheduled(self, since: int, output: SchedulerOutput, scheduler: AsyncScheduler) -> None:
         """A turn began at ``since`` (of ``begins``) and is scheduled."""
         self._last += 1
-        stamp = patches.stamp_of(output)
+        stamp = stamps.stamp_of(output)
         self.under_way[self._last] = Turn(
             since,
             time.monotonic_ns(),
@@ -80,7 +80,7 @@ class Tracing:
             *stamp,
         )
         self.words[2] = len(self.under_way)
-        patches.stamp_trace(output, patches.TraceStamp(self.words[0], self._last))
+        stamps.stamp_trace(output, stamps.TraceStamp(self.words[0], self._last))
 
     def returned(
         self,
@@ -91,13 +91,13 @@ class Tracing:
         num_arrivals: int,
     ) -> None:
         """The turn has come back; its tokens are delivered. ``num_arrivals``: the door's count."""
-        stamp = patches.trace_of(output)
+        stamp = stamps.trace_of(output)
         turn = None if stamp is None else self.under_way.pop(stamp.turn, None)
         if stamp is None or turn is None or batch is None:
             return
         self.words[2] = len(self.under_way)
         tokens = dict(zip(result.req_ids, map(len, result.sampled_token_ids), strict=False))
-        steps = max(tokens.values(), default=0)
+        steps = batch.steps_of(result)
         self.write(
             {
                 "kind": "turn",

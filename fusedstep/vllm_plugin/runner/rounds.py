@@ -1,0 +1,276 @@
+"""Speculative rounds: a window of them runs in the same loop as one of decode steps.
+
+A round verifies a row's last token and its drafts in one forward, takes what vLLM's own rejection
+sampler lets through, and asks vLLM's own drafter for the next drafts. So its random numbers, and
+its tokens, are those of a stock step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.input_batch import (
+    InputBatch,
+    combine_sampled_and_draft_tokens,
+    prepare_pos_seq_lens,
+)
+from vllm.v1.worker.gpu.spec_decode.utils import get_drafter_hidden_states
+
+from fusedstep.ops.types import PAD_SLOT_ID, BatchNeeds, WindowRows
+from fusedstep.vllm_plugin.stamps import report_rounds
+from fusedstep.window.rounds import RoundTokens
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from fusedstep.counts import WindowCounts
+    from fusedstep.vllm_plugin.runner.tracing import TracedStep
+
+
+class RoundOps(Protocol):
+    """The part of the step operations that a round uses."""
+
+    def prepare(self, rows: WindowRows, num_reqs: int) -> None:
+        """The active flags."""
+
+    def accept(
+        self, tokens: torch.Tensor, num_tokens: torch.Tensor, rows: WindowRows, num_reqs: int
+    ) -> None:
+        """Take a round's tokens; the stop rule."""
+
+
+class Rounds:
+    """``DecodeModel`` and ``StepOps`` of ``fusedstep.window.loop``, in one: a step is a round.
+
+    What a round needs of the host is the same for all rounds of a window, but for an upper bound of
+    the lengths. A row that has stopped goes on in the batch: it writes no key, takes no token, and
+    its drafts are nobody's.
+    """
+
+    def __init__(self, runner: GPUModelRunner, ops: RoundOps, rows: WindowRows) -> None:
+        self.runner, self.ops, self.rows = runner, ops, rows
+        self.model, self.verify = runner.model, runner.rejection_sampler
+        device, max_num_reqs = runner.device, runner.max_num_reqs
+        self.num_drafts: int = runner.num_speculative_steps
+        self.width = 1 + self.num_drafts
+        self.starts = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=device) * self.width
+        self.starts_np = np.arange(max_num_reqs + 1, dtype=np.int32) * self.width
+        self.local_pos = torch.arange(self.width, dtype=torch.int32, device=device).repeat(
+            max_num_reqs
+        )
+        self.outputs = tuple(RoundTokens(max_num_reqs, self.width, device) for _ in range(2))
+        self.output = self.outputs[0]  # of the window that runs
+        self.batch: InputBatch | None = None
+        self.req_ids: list[str] = []
+        self.reqs = np.zeros(0, np.int64)  # [num_reqs], batch_idx -> req_state_idx
+        self.attn_metadata: dict[str, Any] = {}
+        self.slots_by_layer: dict[str, torch.Tensor] = {}
+        self.hidden_states: Any = None
+        self.aux_hidden_states: Any = None
+
+    def are_whole(self, scheduler_output: SchedulerOutput) -> bool:
+        """Does this batch give each request the same number of rounds, with all drafts in each?"""
+        num_tokens = set(scheduler_output.num_scheduled_tokens.values())
+        return len(num_tokens) == 1 and num_tokens.pop() % self.width == 0
+
+    def stage(self, req_ids: list[str], reqs: np.ndarray) -> None:
+        """Host part of a window."""
+        self.req_ids, self.reqs = req_ids, reqs
+        self.output = self.outputs[self.output is self.outputs[0]]
+        self.output.begin()
+
+    def prepare(self, rows: WindowRows, num_reqs: int) -> None:
+        self.ops.prepare(rows, num_reqs)
+
+    def begin(self, num_reqs: int) -> None:
+        self.batch = self._batch(num_reqs)
+        num_tokens = num_reqs * self.width
+        starts = self.runner.input_buffers.query_start_loc
+        starts[: num_reqs + 1] = self.starts[: num_reqs + 1]
+        starts[num_reqs + 1 :] = num_tokens
+        self.batch.is_padding.fill_(False)
+
+    def plan(self) -> None:
+        runner, batch = self.runner, self.batch
+        assert batch is not None
+        states, num_reqs = runner.req_states, batch.num_reqs
+        prepare_pos_seq_lens(
+            batch.idx_mapping,
+            batch.query_start_loc,
+            states.num_computed_tokens.gpu,
+            runner.input_buffers.positions,
+            runner.input_buffers.seq_lens,
+        )
+        batch.logits_indices = combine_sampled_and_draft_tokens(
+            runner.input_buffers.input_ids,
+            batch.idx_mapping,
+            states.last_sampled_tokens,
+            batch.query_start_loc,
+            batch.seq_lens,
+            states.prefill_len.gpu,
+            states.draft_tokens,
+            batch.cu_num_logits,
+            batch.num_tokens,
+        )
+        block_tables, slot_mappings = runner.prepare_attn(batch)
+        of_rows = slot_mappings[:, : batch.num_tokens].unflatten(1, (num_reqs, self.width))
+        of_rows.masked_fill_(~self.rows.active[:num_reqs, None], PAD_SLOT_ID)
+        self.slots_by_layer = build_slot_mappings_by_layer(slot_mappings, runner.kv_cache_config)
+        batch.seq_lens_cpu_upper_bound += self.width
+        self.attn_metadata = runner.model_state.prepare_attn(
+            batch,
+            CUDAGraphMode.NONE,
+            block_tables,
+            slot_mappings,
+            runner.attn_groups,
+            runner.kv_cache_config,
+        )
+
+    def forward(self) -> torch.Tensor:
+        runner, batch = self.runner, self.batch
+        assert batch is not None
+        with set_forward_context(
+            self.attn_metadata,
+            runner.vllm_config,
+            num_tokens=batch.num_tokens,
+            batch_descriptor=BatchDescriptor(num_tokens=batch.num_tokens),
+            slot_mapping=self.slots_by_layer,
+            is_padding=batch.is_padding,
+        ):
+            output = self.model(
+                input_ids=batch.input_ids,
+                positions=batch.positions,
+                inputs_embeds=None,
+                intermediate_tensors=None,
+            )
+        self.aux_hidden_states = None
+        if runner.use_aux_hidden_state_outputs:
+            output, self.aux_hidden_states = output
+        self.hidden_states = output
+        logits: torch.Tensor = self.model.compute_logits(output[batch.logits_indices])
+        return logits
+
+    def step(
+        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
+    ) -> None:
+        """Verify the drafts, take the tokens, draft again. ``logits``: [num_reqs * width, V]."""
+        runner, batch = self.runner, self.batch
+        assert batch is not None
+        sampled = self.verify(logits, batch, runner.speculator.draft_logits, None)
+        tokens, num_tokens = sampled.sampled_token_ids, sampled.num_sampled
+        self.ops.accept(tokens, num_tokens, rows, num_reqs)
+        self.output.add(tokens, num_tokens)
+        # A row at rest drafts behind its first token: whatever, but within its own blocks.
+        num_tokens = num_tokens.clamp(min=1)
+        states, sampling = runner.req_states, runner.sampler.sampling_states
+        drafts = runner.speculator.propose(
+            batch,
+            self.attn_metadata,
+            self.slots_by_layer,
+            get_drafter_hidden_states(self.model, self.hidden_states),
+            self.aux_hidden_states,
+            num_tokens,
+            self.width - num_tokens,
+            states.last_sampled_tokens,
+            states.next_prefill_tokens,
+            sampling.temperature.gpu,
+            sampling.seeds.gpu,
+            num_speculative_tokens=self.num_drafts,
+        )
+        states.draft_tokens[batch.idx_mapping] = drafts
+
+    def end(self) -> None:
+        """With synchronous scheduling vLLM asks whose drafts there are."""
+        assert self.batch is not None
+        drafts = self.runner.req_states.draft_tokens[self.batch.idx_mapping]
+        self.runner.draft_tokens_handler.set_draft_tokens(self.batch, drafts)
+        self.batch = None
+
+    def _batch(self, num_reqs: int) -> InputBatch:
+        """As vLLM describes a batch whose rows have all their drafts."""
+        runner, buffers = self.runner, self.runner.input_buffers
+        states, reqs = runner.req_states, self.reqs
+        num_tokens = num_reqs * self.width
+        idx_mapping = self.rows.idx_mapping[:num_reqs]
+        num_computed = states.num_computed_tokens_np[reqs]
+        prefill_lens = states.prefill_len.np[reqs]
+        return InputBatch(
+            req_ids=self.req_ids,
+            num_reqs=num_reqs,
+            num_reqs_after_padding=num_reqs,
+            idx_mapping=idx_mapping,
+            idx_mapping_np=reqs,
+            expanded_idx_mapping=idx_mapping.repeat_interleave(self.width),
+            expanded_local_pos=self.local_pos[:num_tokens],
+            num_scheduled_tokens=np.full(num_reqs, self.width, np.int32),
+            num_tokens=num_tokens,
+            num_tokens_after_padding=num_tokens,
+            num_draft_tokens=num_reqs * self.num_drafts,
+            num_draft_tokens_per_req=np.full(num_reqs, self.num_drafts, np.int32),
+            query_start_loc=buffers.query_start_loc[: num_reqs + 1],
+            query_start_loc_np=self.starts_np[: num_reqs + 1],
+            seq_lens=buffers.seq_lens[:num_reqs],
+            seq_lens_cpu_upper_bound=torch.from_numpy(num_computed.astype(np.int32)),
+            dcp_local_seq_lens=None,
+            num_computed_tokens_np=num_computed,
+            prefill_len_np=prefill_lens,
+            num_computed_prefill_tokens_np=prefill_lens,
+            is_prefilling_np=np.zeros(num_reqs, np.bool_),
+            has_prefill=False,
+            decode_graph_eligible=True,
+            input_ids=buffers.input_ids[:num_tokens],
+            positions=buffers.positions[:num_tokens],
+            is_padding=buffers.is_padding[:num_tokens],
+            logits_indices=idx_mapping,  # until it is planned
+            cu_num_logits=self.starts[: num_reqs + 1],
+            cu_num_logits_np=self.starts_np[: num_reqs + 1],
+            has_structured_output_reqs=False,
+            prompt_lens=None,
+        )
+
+
+class RoundsOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
+    """A window's tokens in vLLM's form, and how many of them each round gave."""
+
+    def __init__(
+        self,
+        scheduler_output: SchedulerOutput,
+        rounds: RoundTokens,
+        live: np.ndarray,  # [num_reqs of the window] int64, place in the scheduled batch
+        counts: WindowCounts,
+    ) -> None:
+        self.req_ids = list(scheduler_output.num_scheduled_tokens)
+        self.rounds, self.live, self.counts = rounds, live, counts
+        self.trace: TracedStep | None = None
+
+    def tell(self, trace: TracedStep) -> None:
+        self.trace = trace
+
+    def get_output(self) -> ModelRunnerOutput:
+        token_ids, by_round = self.rounds.read(len(self.live))
+        if self.trace is not None:
+            self.trace.write(reason=None, has_tokens=True)
+        of_all: list[list[int]] = [[] for _ in self.req_ids]
+        rounds: list[list[int]] = [[] for _ in self.req_ids]
+        for n, index in enumerate(self.live.tolist()):
+            of_all[index], rounds[index] = token_ids[n], by_round[n]
+        self.counts.tokens += sum(map(len, token_ids))
+        self.counts.steps += max(map(len, by_round), default=0)
+        output = ModelRunnerOutput(
+            req_ids=self.req_ids,
+            req_id_to_index={req_id: i for i, req_id in enumerate(self.req_ids)},
+            sampled_token_ids=of_all,
+        )
+        report_rounds(output, rounds)
+        return output
+
+    def get_kv_connector_output(self) -> None:
+        """vLLM 0.33 asks when ``get_output`` failed; a window has none."""
+        return None

@@ -1,0 +1,54 @@
+"""Marks that the scheduler and the workers hang on vLLM's outputs for each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fusedstep.window import arrivals
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+
+class WindowStamp(NamedTuple):
+    """A window's terms, from the scheduler to the worker, on vLLM's SchedulerOutput."""
+
+    arrivals_seen: int
+    ends_at_stop: bool
+
+
+def stamp(output: SchedulerOutput, window: WindowStamp) -> None:
+    output.arrivals_seen, output.ends_at_stop = window
+
+
+def stamp_of(output: SchedulerOutput) -> WindowStamp:
+    """Batches that were scheduled with K fixed at 1 bear none: they run to their end."""
+    if not hasattr(output, "arrivals_seen"):
+        return WindowStamp(arrivals.NEVER_END, ends_at_stop=False)
+    return WindowStamp(output.arrivals_seen, output.ends_at_stop)
+
+
+class TraceStamp(NamedTuple):
+    """Numbers of a traced turn, and of the file of its trace."""
+
+    file: int
+    turn: int
+
+
+def stamp_trace(output: SchedulerOutput, trace: TraceStamp) -> None:
+    output.trace = trace
+
+
+def trace_of(output: SchedulerOutput) -> TraceStamp | None:
+    return getattr(output, "trace", None)
+
+
+def report_rounds(output: ModelRunnerOutput, rounds: list[list[int]]) -> None:
+    """``rounds``: for each request of the batch the number of tokens that each round gave it."""
+    output.rounds = rounds
+
+
+def rounds_of(output: ModelRunnerOutput) -> list[list[int]] | None:
+    """None where the batch was no window of speculative rounds."""
+    return getattr(output, "rounds", None)

@@ -1,0 +1,143 @@
+"""Speculative rounds in windows: stock vLLM's tokens, and its counts of drafts, by each drafter.
+
+Stock is vLLM's own Model Runner V2 with the same drafter: a seed's tokens depend on the drafts.
+Its kernels for drafts run in Triton's interpreter here, so the models are of few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import speculation_child
+from engine_child import EngineChild
+from features_child import FeatureChild, ready
+
+OPTIONS: dict[str, Any] = {
+    "max_model_len": 96,
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 160,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 1 << 22,
+    "skip_tokenizer_init": True,
+}
+PROMPTS = [[3, 4, 5, 3, 4, 5, 3, 4], [7] * 20, [1, 9, 2, 8, 3], [30, 31, 4], [6, 5, 4, 3, 2] * 9]
+
+
+def asked(number: int, at: int = 0, **fields: Any) -> tuple[list[int], dict[str, Any], int]:
+    return PROMPTS[number], {"max_tokens": 30, "ignore_eos": True} | fields, at
+
+
+# More than there are rows; ends at a stop token, at max_tokens inside a round, at max_model_len.
+REQUESTS = [
+    asked(0, max_tokens=41),
+    asked(1, temperature=0.7, seed=1),
+    asked(2, stop_token_ids=[11, 12, 13], max_tokens=60),
+    asked(3, at=3, temperature=0.7, seed=2, top_k=5),
+    asked(4, at=5, max_tokens=100),
+    asked(0, at=8, temperature=1.0, seed=3, stop_token_ids=[20, 21], min_tokens=8),
+    asked(2, at=9, repetition_penalty=1.3, presence_penalty=0.2, max_tokens=23),
+    asked(1, at=9, max_tokens=1),
+    asked(3, at=12, temperature=0.9, seed=4, frequency_penalty=0.5, max_tokens=2),
+]
+GREEDY = [n for n, (_, fields, _) in enumerate(REQUESTS) if "temperature" not in fields]
+METHODS: dict[str, dict[str, Any]] = {
+    "ngram": {"prompt_lookup_max": 3, "prompt_lookup_min": 1},
+    "draft_model": {"model": "draft"},
+    "eagle": {"model": "eagle"},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return speculation_child.make_models(tmp_path_factory.mktemp("speculation"))
+
+
+@pytest.fixture(scope="module")
+def stock() -> Iterator[EngineChild]:
+    """Model Runner V2, interpreting what has no stand-in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        child = FeatureChild("oracle")
+        child.call(ready)
+    yield child
+    child.close()
+
+
+def with_drafts(models: dict[str, str], method: str) -> dict[str, Any]:
+    config = {"method": method, "num_speculative_tokens": 3} | METHODS[method]
+    if "model" in config:
+        config["model"] = models[config["model"]]
+    return OPTIONS | {
+        "speculative_config": config,
+        "per_request_spec_decode_metrics": "detailed",
+    }
+
+
+def assert_same(have: dict[str, Any], want: dict[str, Any]) -> None:
+    for n, one in enumerate(REQUESTS):
+        assert have["tokens"][n] == want["tokens"][n], one
+        assert have["ends"][n] == want["ends"][n], one
+        # Near max_model_len there are fewer drafts, as the scheduler runs ahead of the tokens.
+        if len(one[0]) + one[1]["max_tokens"] < OPTIONS["max_model_len"]:
+            assert have["drafts"][n] == want["drafts"][n], one
+
+
+def check(
+    stock: EngineChild, fused: EngineChild, models: dict[str, str], method: str, *windows: Any
+) -> None:
+    """``windows``: decode steps, and a seed if they end after a random number of rounds."""
+    options = with_drafts(models, method)
+    want = stock.call(speculation_child.run, models["target"], options, REQUESTS)
+    accepted = [n for _, numbers in filter(None, want["drafts"]) for n in numbers]
+    assert 0.05 < sum(accepted) / (3 * len(accepted)) < 0.95, "drafts hold now and then"
+    for decode_steps, cut_seed in windows:
+        args = (models["target"], options, REQUESTS, decode_steps, cut_seed)
+        have = fused.call(speculation_child.run, *args)
+        assert_same(have, want)
+        counts = have["counts"]
+        assert counts["steps"] > 1.2 * counts["windows"] > 0, counts
+        assert set(counts["stock_steps"]) <= {"prefill", "fewer drafts than configured"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_to_stock(
+    stock: EngineChild, fused: EngineChild, models: dict[str, str], method: str
+) -> None:
+    check(stock, fused, models, method, (64, 5))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_to_stock_for_every_length(
+    stock: EngineChild, fused: EngineChild, models: dict[str, str], method: str
+) -> None:
+    lengths = (8, 16, 64, "auto")
+    check(stock, fused, models, method, *((k, None) for k in lengths), (64, 1), (20, 2))
+
+
+def test_wrong_drafts(stock: EngineChild, fused: EngineChild, models: dict[str, str]) -> None:
+    """A drafter that errs costs time, not tokens: greedy ones are those without drafts."""
+    want = stock.call(speculation_child.run, models["target"], OPTIONS, REQUESTS)
+    options = with_drafts(models, "draft_model") | {"seed": 1}  # an engine of its own
+    have = fused.call(
+        speculation_child.run_with_wrong_drafts, models["target"], options, REQUESTS, 64
+    )
+    for n in GREEDY:
+        assert have["tokens"][n] == want["tokens"][n], REQUESTS[n]
+
+
+def test_a_round_that_forgets(
+    stock: EngineChild, fused: EngineChild, models: dict[str, str]
+) -> None:
+    """The control: each round of a window must go on from what the one before took."""
+    want = stock.call(speculation_child.run, models["target"], OPTIONS, REQUESTS[:3])
+    have = fused.call(
+        speculation_child.run_without_the_device_s_lengths,
+        models["target"],
+        with_drafts(models, "ngram"),
+        REQUESTS[:3],
+        64,
+    )
+    assert have["tokens"][0] != want["tokens"][0]

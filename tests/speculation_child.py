@@ -1,0 +1,124 @@
+"""Inside a child process of ``features_child``: engines that decode speculatively, and faults.
+
+The models are random, of so few tokens that drafts hold now and then.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import engine_child
+import features_child
+import workload_child
+
+CONFIG: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,  # of 32: vLLM's CPU attention knows no less
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+Asked = tuple[list[int], dict[str, Any], int]  # prompt, sampling fields, step of its arrival
+
+
+def make_models(folder: Path) -> dict[str, str]:
+    """A target, a draft model that is nearly the target, and an EAGLE head of its first layer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    target = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **CONFIG))
+    with torch.no_grad():  # the last token says much of the next: a head can know it
+        target.model.embed_tokens.weight *= 10
+        for layer in target.model.layers:
+            layer.self_attn.o_proj.weight *= 0.3
+            layer.mlp.down_proj.weight *= 0.3
+    target.save_pretrained(folder / "target")
+    weights = target.state_dict()
+    draft = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **CONFIG))
+    draft.load_state_dict({k: w + 0.03 * torch.randn_like(w) for k, w in weights.items()})
+    draft.save_pretrained(folder / "draft")
+    head = folder / "eagle"
+    head.mkdir()
+    config = LlamaConfig(num_hidden_layers=1, architectures=["LlamaForCausalLM"], **CONFIG)
+    (head / "config.json").write_text(json.dumps(config.to_dict()))
+    first = "model.layers.0."
+    tensors = {k.removeprefix("model."): w for k, w in weights.items() if k.startswith(first)}
+    del tensors["layers.0.input_layernorm.weight"]  # the head has none
+    size = CONFIG["hidden_size"]
+    tensors["fc.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], dim=1)
+    save_file(tensors, head / "model.safetensors", metadata={"format": "pt"})
+    return {name: str(folder / name) for name in ("target", "draft", "eagle")}
+
+
+def run(
+    model: str,
+    options: dict[str, Any],
+    requests: list[Asked],
+    decode_steps: object = 1,
+    cut_seed: int | None = None,
+) -> dict[str, Any]:
+    """Each request's tokens, how it ended, and vLLM's own counts of its drafts, step by step."""
+    features_child.use(model, options)
+    engine_child.reset_prefix_cache()
+    before = features_child.counts()
+    if before:
+        engine_child.set_decode_steps(decode_steps)
+    engine, answers = engine_child.ENGINE, {}
+    waiting, step = dict(enumerate(requests)), 0
+    with workload_child._cut_windows(cut_seed if before else None):
+        while waiting or engine.has_unfinished_requests():
+            for number in [n for n, (_, _, at) in waiting.items() if at <= step]:
+                token_ids, fields, _ = waiting.pop(number)
+                params = features_child.sampling_params({"detokenize": False} | fields)
+                engine.add_request(str(number), {"prompt_token_ids": token_ids}, params)
+            for output in engine.step():
+                answers[int(output.request_id)] = output
+            step += 1
+            assert step < 3000, sorted(waiting)
+    ordered = [answers[n] for n in range(len(requests))]
+    return {
+        "tokens": [list(o.outputs[0].token_ids) for o in ordered],
+        "ends": [(o.outputs[0].finish_reason, o.outputs[0].stop_reason) for o in ordered],
+        "drafts": [drafts_of(o.outputs[0].spec_decode_metrics) for o in ordered],
+        "counts": features_child.since(before),
+    }
+
+
+def drafts_of(metrics: Any) -> Any:
+    return None if metrics is None else (metrics.per_step_drafted, metrics.per_step_accepted)
+
+
+def run_with_wrong_drafts(*args: Any) -> dict[str, Any]:
+    """Each draft is another token than the drafter's."""
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+    propose = StandaloneARSpeculator.propose
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        return (propose(*args, **kwargs) + 1) % CONFIG["vocab_size"]
+
+    with patch.object(StandaloneARSpeculator, "propose", wrong):
+        return run(*args)
+
+
+def run_without_the_device_s_lengths(*args: Any) -> dict[str, Any]:
+    """A round takes its tokens, but not into the request: the next begins where it began."""
+    from fusedstep.ops.native import NativeStep
+
+    accept = NativeStep.accept
+
+    def forgetful(self: Any, tokens: Any, num_tokens: Any, rows: Any, num_reqs: int) -> None:
+        before = self._requests.num_computed_tokens.copy()
+        accept(self, tokens, num_tokens, rows, num_reqs)
+        self._requests.num_computed_tokens[:] = before
+
+    with patch.object(NativeStep, "accept", forgetful):
+        return run(*args)

@@ -1,0 +1,15 @@
+"""The part of ``vllm_names.py``'s list that is speculative decoding."""
+
+from __future__ import annotations
+
+SPECULATION = {
+    "vllm.v1.worker.gpu.spec_decode.eagle.speculator": {"EagleSpeculator": ""},
+    "vllm.v1.worker.gpu.spec_decode.ngram.speculator": {"NgramGPUSpeculator": ""},
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler": {
+        "RejectionSampler": "__call__(logits, input_batch, draft_logits, invalid_drafts)"
+    },
+    "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator": {"StandaloneARSpeculator": ""},
+    "vllm.v1.worker.gpu.spec_decode.utils": {
+        "get_drafter_hidden_states": "(model, hidden_states)",
+    },
+}
