@@ -12,7 +12,7 @@ import torch
 from engine_child import EngineChild
 from standin import graphs
 from standin.device import GPU
-from standin.mixture import ABORT, ARRIVE, MOST_STEPS, OPTIONS, REQUESTS
+from standin.mixture import ABORT, ARRIVE, MOST_STEPS, OPTIONS, REQUESTS, THREE
 from standin.modes import on_device
 
 from fusedstep.bench.gpu_check import models
@@ -57,3 +57,9 @@ def cpu_engine(tiny_model: str) -> Iterator[EngineChild]:
 def expected(cpu_engine: EngineChild) -> dict[str, Any]:
     """The mixture's results on a CPU, whose tokens other tests hold against stock vLLM's."""
     return cpu_engine.call(engine_child.run, REQUESTS, ARRIVE, ABORT, MOST_STEPS)
+
+
+@pytest.fixture(scope="session")
+def expected_of_three(cpu_engine: EngineChild) -> list[dict[str, Any]]:
+    """The same for requests that come together, without logprobs and with some."""
+    return [cpu_engine.call(engine_child.run, requests) for requests in THREE]

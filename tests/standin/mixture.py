@@ -37,6 +37,11 @@ REQUESTS = [
     asked(30, temperature=0.8, seed=9, max_tokens=40),
     asked(7, temperature=0.0, logprobs=0, max_tokens=30),
 ]
+# Requests that come together, greedy and seeded; the second time with logprobs.
+THREE = [
+    [asked(4 + n, temperature=n / 2, seed=n, logprobs=logprobs, max_tokens=20) for n in range(3)]
+    for logprobs in (None, 2)
+]
 ARRIVE = {n: n for n in range(5, len(REQUESTS))}  # request -> engine step
 ABORT = {14: 5}  # request -> tokens
 MOST_STEPS = 1000  # of the engine; a request whose tokens are lost never ends

@@ -15,6 +15,7 @@ from engine_child import EngineChild
 from standin.mixture import ABORT, ARRIVE, REQUESTS, assert_same
 
 
+@pytest.mark.usefixtures("expected_of_three")  # asked of the engine before
 def test_tokens_where_the_host_s_memory_is_not_the_device_s(
     cpu_engine: EngineChild, expected: dict[str, Any]
 ) -> None:

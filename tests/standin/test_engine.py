@@ -12,8 +12,7 @@ import engine_child
 import pytest
 import standin_child
 import standin_faults
-from engine_child import EngineChild
-from standin.mixture import ABORT, ARRIVE, MOST_STEPS, OPTIONS, REQUESTS, asked, assert_same
+from standin.mixture import ABORT, ARRIVE, MOST_STEPS, OPTIONS, REQUESTS, THREE, assert_same
 from standin_child import StandInChild
 
 LATE = None  # the device works as late as the program allows; else at random times, of this seed
@@ -111,18 +110,20 @@ def test_start_and_tokens(
     ],
 )
 def test_batches_of_no_capture_size(
-    engine: StandInChild, cpu_engine: EngineChild, mode: str, form: str, kind: str, graphs: int
+    engine: StandInChild,
+    expected_of_three: list[dict[str, Any]],
+    mode: str,
+    form: str,
+    kind: str,
+    graphs: int,
 ) -> None:
     """Three rows, between the sizes 2 and 8: vLLM's steps have graphs of this ``kind``, so many for
     a forward. A window's steps are recorded, or have vLLM's (here for their logprobs)."""
     engine.become({"cudagraph_mode": mode, "capture_sizes": (1, 2, 8, 32)}, **OPTIONS)
-    for logprobs in (None, 2):
-        requests = [
-            asked(4 + n, temperature=n / 2, seed=n, logprobs=logprobs, max_tokens=20)
-            for n in range(3)
-        ]
+    for requests, wanted in zip(THREE, expected_of_three, strict=True):
+        logprobs = requests[0][1]["logprobs"]
         got, stats = run(engine, 7, LATE, (requests,))
-        assert_same(got, cpu_engine.call(engine_child.run, requests))
+        assert_same(got, wanted)
         assert (stats["loop"], set(stats["stock_steps"])) == (form, {"prefill"})
         recorded = logprobs is None and form != "eager"
         forwards = 1 if recorded else 1 + stats["steps"]  # the prefill's, too
