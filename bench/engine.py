@@ -26,6 +26,7 @@ from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
 from fusedstep.vllm_plugin.compat import SWITCH
 from fusedstep.vllm_plugin.launch import arguments, wiring
+from fusedstep.vllm_plugin.shared import counts_page
 
 # stock: vLLM as it comes.  oracle: stock Model Runner V2 (on the CPU: with native kernels), the
 # one whose random numbers ours are.  fusedstep: ours.
@@ -142,7 +143,7 @@ class EngineServer:
         compat.check_vllm_version()
         if kind == "fusedstep":
             wiring.switch_on(options)
-        self.adapters = wanted.adapters
+        self.kind, self.adapters = kind, wanted.adapters
         with startup.one_line_errors(), wanted.checked():
             self._start(kind, model, options, vllm_args)
 
@@ -174,12 +175,50 @@ class EngineServer:
             return seconds, [o.outputs[0].token_ids for o in outputs]
         return [_plain(o) for o in outputs]
 
+    def roll_out(self, prompts: list[Any], params: list[dict[str, Any]]) -> dict[str, Any]:
+        """All requests to their end: when each ended, its tokens and their logprobs."""
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.llm.llm_engine
+        final = {"output_kind": RequestOutputKind.FINAL_ONLY}
+        sampling = [sampling_params(fields | final) for fields in params]
+        ended: dict[int, tuple[float, Any]] = {}
+        began = time.perf_counter()
+        for number, (prompt, asked) in enumerate(zip(prompts, sampling, strict=True)):
+            engine.add_request(str(number), prompt, asked)
+        while engine.has_unfinished_requests():
+            done = [output for output in engine.step() if output.finished]
+            now = time.perf_counter() - began
+            ended |= {int(output.request_id): (now, output.outputs[0]) for output in done}
+        seconds = time.perf_counter() - began
+        outputs = [ended[number][1] for number in range(len(prompts))]
+        return {
+            "seconds": seconds,
+            "ended": tuple(ended[number][0] for number in range(len(prompts))),
+            "rows": min(len(prompts), engine.vllm_config.scheduler_config.max_num_seqs),
+            "tokens": tuple(tuple(o.token_ids) for o in outputs),
+            "logprobs": tuple(map(_chosen_logprobs, outputs))
+            if all(o.logprobs is not None for o in outputs)
+            else (),
+        }
+
+    def window_counts(self) -> Any:
+        """What a scheduler of ours has counted so far; None of stock's, or before any turn."""
+        if self.kind != "fusedstep":
+            return None
+        return counts_page(self.llm.llm_engine.vllm_config, 0).read()
+
     def rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
         """A method of the first worker."""
         return self.llm.collective_rpc(method, args=args)[0]
 
     def vocab_size(self) -> int:
         return int(self.llm.llm_engine.model_config.get_vocab_size())
+
+
+def _chosen_logprobs(output: Any) -> tuple[float, ...]:
+    steps = zip(output.token_ids, output.logprobs, strict=True)
+    return tuple(step[token].logprob for token, step in steps)
 
 
 def _plain(output: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fusedstep.bench.serving_result import Result, Row, Spread
     from fusedstep.options import Options
 
+__all__ = ["bench", "serve"]  # the group, with the commands so far
+
 NAMES = {
     "ttft_ms": "TTFT",
     "tpot_ms": "TPOT",

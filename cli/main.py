@@ -16,7 +16,7 @@ from fusedstep.errors import EXIT_CODE, INTERRUPTED, FusedStepError
 COMMANDS = {
     "serve": "fusedstep.cli.serve:serve",
     "verify": "fusedstep.cli.verify:verify",
-    "bench": "fusedstep.cli.bench_serve:bench",  # the group, its last command added
+    "bench": "fusedstep.cli.bench_rollout:bench",  # the group, with all its commands
     "explain": "fusedstep.cli.explain:explain",
     "trace": "fusedstep.cli.trace:trace",
     "doctor": "fusedstep.cli.doctor:doctor",

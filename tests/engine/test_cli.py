@@ -123,6 +123,13 @@ def test_serve_keeps_its_options_and_passes_on_the_others(
         (("bench", "latency", "--sampling", '{"max_tokens": 3}'), "max_tokens is chosen by bench"),
         (("bench", "latency", "--temperature", "nan"), "want numbers from 0 to 2"),
         (("bench", "latency", "no/such/model"), "no model at no/such/model"),
+        (("bench", "rollout", "--output-len", "100000"), "--output-len 100000: 100032 tokens do"),
+        (("bench", "rollout", MODEL, "--max-model-len=9"), "do not fit into the model's context"),
+        (("bench", "rollout", "--sampling", '{"n": 3}'), "n is chosen by bench rollout"),
+        (("bench", "rollout", "--logprobs=1", MODEL, "--max-logprobs=0"), "--logprobs 1 is more"),
+        (("bench", "rollout", "--logprobs", "2"), "'0', '1', 'none'"),
+        (("bench", "rollout", "--repeats", "1"), "--repeats"),
+        (("bench", "rollout", "no/such/model"), "no model at no/such/model"),
         (("bench", "kernels", "--batch-size", "10000000"), "GiB are free: lower it"),
         (("bench", "latancy"), "No such command 'latancy': did you mean latency?"),
         (("explain", "--seconds", "nan"), "is no number"),
@@ -146,7 +153,9 @@ def test_wrong_usage_is_one_line(
     assert_one_line(err, words)
 
 
-@pytest.mark.parametrize("command", (("serve",), ("verify",), ("bench", "latency")), ids=" ".join)
+@pytest.mark.parametrize(
+    "command", (("serve",), ("verify",), ("bench", "latency"), ("bench", "rollout")), ids=" ".join
+)
 @pytest.mark.parametrize(
     ("on_cpu", "args", "line"),
     (
