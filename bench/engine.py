@@ -197,7 +197,7 @@ class EngineServer:
             "ended": tuple(ended[number][0] for number in range(len(prompts))),
             "rows": min(len(prompts), engine.vllm_config.scheduler_config.max_num_seqs),
             "tokens": tuple(tuple(o.token_ids) for o in outputs),
-            "logprobs": tuple(map(_chosen_logprobs, outputs))
+            "logprobs": tuple(_chosen_logprobs(o.token_ids, o.logprobs) for o in outputs)
             if all(o.logprobs is not None for o in outputs)
             else (),
         }
@@ -216,9 +216,8 @@ class EngineServer:
         return int(self.llm.llm_engine.model_config.get_vocab_size())
 
 
-def _chosen_logprobs(output: Any) -> tuple[float, ...]:
-    steps = zip(output.token_ids, output.logprobs, strict=True)
-    return tuple(step[token].logprob for token, step in steps)
+def _chosen_logprobs(token_ids: Any, logprobs: Any) -> tuple[float, ...]:
+    return tuple(step[token].logprob for token, step in zip(token_ids, logprobs, strict=True))
 
 
 def _plain(output: Any) -> dict[str, Any]:

@@ -103,9 +103,20 @@ _FRONTEND = {
     "vllm.multimodal": {"MULTIMODAL_REGISTRY": ": MultiModalRegistry"},
     "vllm.multimodal.registry": {"MultiModalRegistry": "get_processing_info(model_config)"},
     "vllm.model_executor.model_loader": {"get_model_cls": "(model_config)"},
-    "vllm.v1.engine.llm_engine": {"LLMEngine": "model_config: ModelConfig"},
+    "vllm.v1.engine.llm_engine": {
+        "LLMEngine": """
+            model_config: ModelConfig
+            vllm_config: VllmConfig
+            add_request(request_id, prompt, params)
+            has_unfinished_requests()
+            step() -> RequestOutput
+        """
+    },
     "vllm.outputs": {
-        "RequestOutput": "prompt, prompt_token_ids\noutputs: CompletionOutput",
+        "RequestOutput": """
+            request_id, prompt, prompt_token_ids, finished
+            outputs: CompletionOutput
+        """,
         "CompletionOutput": "text, token_ids, finish_reason, stop_reason, logprobs",
     },
     "vllm.engine.arg_utils": {
