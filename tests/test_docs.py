@@ -35,6 +35,7 @@ OTHERS = {
     "bash": "tests/engine/test_examples.py runs the example",
     "pip install": "tests/engine/test_wheel.py installs the wheel",
     "python -m json.tool": "lays out an answer",
+    "podman": "tests/test_container.py runs what it can of the Containerfile",
     "docker compose": "tests/engine/test_observability.py reads the file; nothing here can run it",
     "pre-commit": "runs what `make lint` runs (tests/test_doors.py)",
 }

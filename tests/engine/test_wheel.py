@@ -6,6 +6,7 @@ that only the environment it is made in runs.
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import shutil
@@ -17,12 +18,13 @@ import venv
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from email.parser import HeaderParser
 from pathlib import Path
 
 import openai
 import pytest
+from packaging.metadata import Metadata
 from serving import KV_CACHE, SMALL, Server
+from trove_classifiers import classifiers
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = (".*", "__pycache__", "build", "dist", "*.egg-info")
@@ -75,6 +77,36 @@ def _build(source: Path, what: str, out: Path) -> Path:
     return out / done.stdout.splitlines()[-1]
 
 
+def _check_metadata(text: bytes) -> None:
+    """What an index shows, and what pip reads of a wheel."""
+    metadata = Metadata.from_email(text)  # raises for whatever is no metadata
+    assert metadata.description == (ROOT / "README.md").read_text()
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.summary and metadata.author and metadata.keywords
+    assert (metadata.license_expression, metadata.license_files) == ("Apache-2.0", ["LICENSE"])
+    assert {"cpu", "cuda", "demo"} <= set(metadata.provides_extra or ())
+    assert metadata.classifiers and not set(metadata.classifiers) - classifiers
+    assert metadata.requires_python is not None
+    minors = {f"3.{minor}" for minor in range(30)}
+    python = "Programming Language :: Python :: "
+    assert {c.removeprefix(python) for c in metadata.classifiers if c.startswith(python)} == {
+        "3 :: Only",
+        *metadata.requires_python.filter(minors),
+    }
+
+
+def _check_entry_points(text: str, names: set[str]) -> None:
+    """They are pyproject.toml's, and each names a module of the wheel."""
+    parser = configparser.ConfigParser(delimiters="=")
+    parser.read_string(text)
+    found = {group: dict(parser[group]) for group in parser.sections()}
+    for value in (value for group in found.values() for value in group.values()):
+        module = value.partition(":")[0].replace(".", "/")
+        assert {f"{module}.py", f"{module}/__init__.py"} & names
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert found == {"console_scripts": project["scripts"]} | project["entry-points"]
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
@@ -110,9 +142,7 @@ def verify(installed: Installed) -> Iterator[subprocess.Popen[str]]:
 def test_wheel_and_sdist_hold_what_is_needed(installed: Installed) -> None:
     with zipfile.ZipFile(installed.wheel) as wheel:
         names = set(wheel.namelist())
-        metadata = HeaderParser().parsestr(
-            wheel.read(next(n for n in names if n.endswith("/METADATA"))).decode()
-        )
+        about = {Path(name).name: wheel.read(name) for name in names if ".dist-info/" in name}
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert {f"{name.replace('.', '/')}/__init__.py" for name in packages["packages"]} <= names
     assert {"fusedstep/py.typed", "fusedstep/bench/prompts.jsonl"} <= names
@@ -122,8 +152,8 @@ def test_wheel_and_sdist_hold_what_is_needed(installed: Installed) -> None:
         "fusedstep",
         f"{installed.wheel.name.split('-py3')[0]}.dist-info",
     }
-    assert metadata["Description-Content-Type"] == "text/markdown"
-    assert metadata.get_payload() == (ROOT / "README.md").read_text()
+    _check_metadata(about["METADATA"])
+    _check_entry_points(about["entry_points.txt"].decode(), names)
     with tarfile.open(installed.sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"Makefile", "setup_env.py", "tests/conftest.py", "docs/policy.md"} <= files
