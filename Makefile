@@ -15,13 +15,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	2>/dev/null && { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint clean
+.PHONY: help install serve test lint docs clean
 
 help:
 	@echo "make install             set up .venv (CUDA or CPU, found by itself; VARIANT=cpu or cuda to choose)"
 	@echo "make serve MODEL=... ARGS=...   serve a model; without MODEL the bundled one"
 	@echo "make test                lint, then the tests (ARGS=... for some, as pytest takes them)"
 	@echo "make lint                ruff (rules and format) and mypy"
+	@echo "make docs                the documentation as a site, build/site/index.html"
 	@echo "make clean               remove caches and build files (.venv stays)"
 
 install:
@@ -52,6 +53,11 @@ lint: install
 	@ln -s "$(CURDIR)/triton_kernels" $(TYPES)/fusedstep/kernels
 	cd $(TYPES) && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache -p fusedstep
+
+# A broken link, and a page that the navigation leaves out, are errors.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "docs: $(CURDIR)/build/site/index.html"
 
 clean:
 	rm -rf build fusedstep.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
