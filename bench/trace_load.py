@@ -72,7 +72,12 @@ async def _client(
 
 
 def _session(url: str) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=300))
+    """Each connection of one request: a server may close an idle one when the next is sent."""
+    return aiohttp.ClientSession(
+        url,
+        timeout=aiohttp.ClientTimeout(total=300),
+        connector=aiohttp.TCPConnector(force_close=True),
+    )
 
 
 async def _ask_once(url: str, body: dict[str, Any]) -> None:

@@ -159,11 +159,12 @@ class Load:
 
 
 def session(url: str) -> aiohttp.ClientSession:
-    """Without a bound on connections, and with room for long lines."""
+    """Without a bound on connections, each of one request (a server may close an idle one just
+    when the next request is sent), and with room for long lines."""
     return aiohttp.ClientSession(
         url,
         timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS),
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         read_bufsize=1 << 20,
     )
 

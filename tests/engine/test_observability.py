@@ -27,6 +27,8 @@ from fusedstep.explain import TRACE, families, read
 
 GRAFANA = Path(__file__).resolve().parents[2] / "docs" / "grafana"
 MODEL = "SmolLM2-135M-Instruct"
+LONG = (480, 120, 120)  # tokens of the requests that come first: the first outlasts the others
+TOKENS = sum(LONG) + 3 * 40
 FUNCTIONS = {"sum", "max", "rate", "histogram_quantile", "by"}
 
 
@@ -38,8 +40,8 @@ def complete(client: openai.OpenAI, n: int, **fields: Any) -> None:
 
 @pytest.fixture(scope="module")
 def traced(server: Server, client: openai.OpenAI) -> dict[str, Any]:
-    """A trace of six requests, three of which come while the first windows run, and the counts of
-    the same time."""
+    """A trace of six requests, three of which come while the first one's windows run, and the
+    counts of the same time."""
     complete(client, 1)  # else there are no counts
     before = read(server.url)
     begun, over = threading.Event(), threading.Event()
@@ -55,14 +57,14 @@ def traced(server: Server, client: openai.OpenAI) -> dict[str, Any]:
         patch.setattr(library, "time", clock)
         trace = pool.submit(library.trace, server.url, 120)
         assert begun.wait(20)
-        asked = [pool.submit(complete, client, n, max_tokens=120) for n in range(3)]
+        asked = [pool.submit(complete, client, n, max_tokens=m) for n, m in enumerate(LONG)]
         wait_for("it decodes", lambda: server.gauge("vllm:num_requests_running") >= 1, 60)
         asked += [pool.submit(complete, client, n) for n in range(3, 6)]
         for one in asked:
             one.result()
         over.set()
         found = trace.result()
-    wait_for("it publishes", lambda: read(server.url).tokens - before.tokens >= 480, 10)
+    wait_for("it publishes", lambda: read(server.url).tokens - before.tokens >= TOKENS, 10)
     return {"trace": found, "counts": read(server.url).since(before)}
 
 
@@ -73,7 +75,7 @@ def test_slices_sum_up_to_what_explain_counts(traced: dict[str, Any]) -> None:
     assert len(windows) == counts.windows == trace.windows > 0
     assert sum(facts["run"] for facts in windows) == counts.steps == trace.steps
     assert sum(facts["planned"] - facts["run"] for facts in windows) == counts.unused_steps
-    assert sum(s["args"]["tokens"] for s in slices["device"]) == counts.tokens == 480
+    assert sum(s["args"]["tokens"] for s in slices["device"]) == counts.tokens == TOKENS
     limits = Counter(facts["no more because"] for facts in windows)
     assert limits == +counts.limits
     turns = [s["args"] for s in slices["device"] if s["args"]["planned"] == 1 and s["args"]["run"]]
