@@ -163,7 +163,6 @@ def record_on_tapes(form: str) -> dict[str, Any]:
     import torch
     from vllm.config.compilation import CUDAGraphMode
     from vllm.model_executor.layers.attention import attention
-    from vllm.model_executor.layers.mamba.mamba_mixer2 import mamba_mixer2
     from window.tape import TapeRecorder
 
     from fusedstep.loop_forms import LoopForm
@@ -192,7 +191,6 @@ def record_on_tapes(form: str) -> dict[str, Any]:
         f"vllm::{name}": getattr(attention, name)
         for name in ("unified_attention_with_output", "unified_kv_cache_update")
     }
-    recorder.python_ops["vllm::mamba_mixer2"] = mamba_mixer2
     chosen = forms.Form(LoopForm(form), "on tapes")
     with (
         patch.object(forms, "choose", lambda *_: chosen),

@@ -1,4 +1,4 @@
-"""In a ``features_child.FeatureChild``: hybrid models, and the controls of their tests."""
+"""In an engine's child process: hybrid models, and the controls of their tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import engine_child
+import standin_child
 import workload_child
 
 
@@ -21,23 +22,44 @@ def no_checkpoints() -> None:
         del MambaMixer2.get_kv_cache_spec
 
 
-def run_unmasked(*args: Any) -> dict[str, Any]:
-    """``workload_child.run`` where rows that are not active advance their state, too."""
+def _unmasked() -> Any:
+    """Rows that are not active advance their state, too."""
     from fusedstep.vllm_plugin.runner.recurrent import RecurrentState
 
-    with patch.object(RecurrentState, "hide_inactive", lambda *_: None):
-        return workload_child.run(*args)
+    return patch.object(RecurrentState, "hide_inactive", lambda *_: None)
 
 
-def run_unmoved(*args: Any) -> dict[str, Any]:
-    """``workload_child.run`` where a row leaves its state behind in the block that is full."""
+def _unmoved() -> Any:
+    """A row leaves its state behind in the block that is full."""
     from fusedstep.vllm_plugin.runner.recurrent import Alignment
 
     def columns_alone(self: Any, num_rows: int, rows: Any, positions: Any, columns: Any) -> None:
         columns[:num_rows, 0] = positions[:num_rows] // self.block_size
 
-    with patch.object(Alignment, "move_states", columns_alone):
+    return patch.object(Alignment, "move_states", columns_alone)
+
+
+def run_unmasked(*args: Any) -> dict[str, Any]:
+    with _unmasked():
         return workload_child.run(*args)
+
+
+def run_unmoved(*args: Any) -> dict[str, Any]:
+    with _unmoved():
+        return workload_child.run(*args)
+
+
+def recorded_unmasked(form: str, workload: workload_child.Workload) -> dict[str, Any]:
+    """On the stand-in GPU, in steps that were recorded so."""
+    with _unmasked():
+        standin_child.use_loop(form)
+        return workload_child.answer(workload)
+
+
+def recorded_unmoved(form: str, workload: workload_child.Workload) -> dict[str, Any]:
+    with _unmoved():
+        standin_child.use_loop(form)
+        return workload_child.answer(workload)
 
 
 def cache() -> tuple[str, int, int]:

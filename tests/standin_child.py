@@ -78,7 +78,7 @@ def build(model: str, settings: dict[str, Any], options: dict[str, Any]) -> None
         gc.collect()
     SETTINGS.clear()
     SETTINGS.update(DEFAULTS | settings)
-    engine_child.ENGINE = LLM(model, dtype="float32", **options).llm_engine
+    engine_child.ENGINE = LLM(model, **{"dtype": "float32"} | options).llm_engine
 
 
 def use_loop(loop: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Manager:
         )
 
 
+GDN, MAMBA2 = "GDNAttentionMetadataBuilder", "Mamba2AttentionMetadataBuilder"
 STATE = MambaSpec(block_size=16, shapes=((2, 3),), dtypes=(torch.float32,))
 
 
@@ -44,10 +45,10 @@ def runner(
     tensor_parallel_size: int = 1,
     in_place: tuple[bool, ...] = (True, True),  # the attention's groups
     name: str = "SOME_ATTN",
-    states: bool = False,  # a hybrid model
+    states: str = "",  # builder of a hybrid model's recurrent layers
 ) -> Any:
     attention = SimpleNamespace(get_name=lambda: name)
-    mamba = SimpleNamespace(get_name=lambda: "MAMBA2_ATTN")
+    recurrent = SimpleNamespace(get_name=lambda: "RECURRENT_ATTN")
     groups = [
         SimpleNamespace(
             supports_draft_decode_metadata_update=can, backend=attention, kv_cache_spec=None
@@ -57,7 +58,10 @@ def runner(
     if states:
         groups.append(
             SimpleNamespace(
-                supports_draft_decode_metadata_update=False, backend=mamba, kv_cache_spec=STATE
+                supports_draft_decode_metadata_update=False,
+                backend=recurrent,
+                kv_cache_spec=STATE,
+                get_metadata_builder=lambda _: type(states, (), {})(),
             )
         )
     return SimpleNamespace(
@@ -134,8 +138,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ({"mode": CUDAGraphMode.NONE}, "auto", "eager", "replay: no full CUDA graphs"),
         ({"mode": CUDAGraphMode.PIECEWISE}, "unrolled", "eager", "unrolled: no full CUDA graphs"),
         ({"in_place": (True, False)}, "auto", "replay", "while: SOME_ATTN plans every step"),
-        ({"states": True}, "auto", "replay", "while: MAMBA2_ATTN plans every step on the host"),
-        ({"states": True}, "unrolled", "replay", "unrolled: MAMBA2_ATTN plans every step"),
+        ({"states": GDN}, "auto", "replay", "while: RECURRENT_ATTN plans every step on the host"),
+        ({"states": GDN}, "unrolled", "replay", "unrolled: RECURRENT_ATTN plans every step"),
+        ({"states": MAMBA2}, "auto", "while", "works here"),
         ({"mode": CUDAGraphMode.FULL_DECODE_ONLY}, "replay", "replay", "works here"),
     ],
 )

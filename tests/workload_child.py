@@ -53,6 +53,11 @@ def run(model: str, options: dict[str, Any], workload: Workload) -> dict[str, An
     ``options`` are of the LLM, as for ``features_child.use``.
     """
     features_child.use(model, options)
+    return answer(workload)
+
+
+def answer(workload: Workload) -> dict[str, Any]:
+    """As ``run``, of the engine that is there."""
     engine_child.reset_prefix_cache()
     fused = bool(features_child.counts())
     if fused:

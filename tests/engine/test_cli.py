@@ -467,6 +467,7 @@ def test_verify_finds_windows_identical_to_stock(model: str) -> None:
     assert report["steps_per_window_mean"] > 2
 
 
+@pytest.mark.exhaustive  # the kernels in real vLLM: test_equality.py
 def test_verify_with_the_kernels_of_a_gpu(tmp_path: Path, model: str) -> None:
     """Triton interpreted, inside real vLLM, against stock: few tokens, as it is slow."""
     path = tmp_path / "prompts.jsonl"

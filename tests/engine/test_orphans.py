@@ -63,8 +63,10 @@ def commands(model: str) -> dict[str, Command]:
             {"moment": "turns"},
         ),
         "bench serve": Command(
-            (FUSEDSTEP, "bench", "serve", model, "--num-prompts=8", "--output-len=32")
-            + ("--concurrency=4", "--repeats=99"),
+            (
+                *(FUSEDSTEP, "bench", "serve", model, "--num-prompts=8", "--output-len=32"),
+                *("--concurrency=4", "--repeats=99"),
+            ),
             {"moment": "turns"},
         ),
         "soak": Command(

@@ -73,7 +73,7 @@ def attend(
 
 
 class StandInAttention(FusedStepAttentionBackend):
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float32"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float32", "bfloat16"]
 
     @staticmethod
     def get_impl_cls() -> type[FusedStepAttentionImpl]:
@@ -133,9 +133,17 @@ def async_tensor_h2d(data: Any, device: Any = None, dtype: Any = None, out: Any 
 
 def python_ops() -> dict[str, Any]:
     from vllm.model_executor.layers.attention import attention
+    from vllm.model_executor.layers.mamba import mamba_mixer2, short_conv
+    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 
-    names = ("unified_attention_with_output", "unified_kv_cache_update")
-    return {f"vllm::{name}": getattr(attention, name) for name in names}
+    names = {
+        "unified_attention_with_output": attention,
+        "unified_kv_cache_update": attention,
+        "mamba_mixer2": mamba_mixer2,
+        "short_conv": short_conv,
+        "cpu_gdn_attention_core": gdn_attention,
+    }
+    return {f"vllm::{name}": getattr(module, name) for name, module in names.items()}
 
 
 def runner_class() -> Any:

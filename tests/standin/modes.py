@@ -164,7 +164,7 @@ class Late(TorchDispatchMode):
         schema = func._schema
         name = schema.name
         if name in self.python_ops:
-            with self:
+            with Places(), self:  # torch has left that mode behind
                 return self.python_ops[name](*args, **kwargs)
         if name == "aten::copy_":
             return self.copy(*args, **kwargs)
@@ -172,7 +172,7 @@ class Late(TorchDispatchMode):
             for target, source in zip(args[0], args[1], strict=True):
                 self.copy(target, source, True)
             return None
-        if func._can_decompose():  # inference mode leaves that to us
+        if func.namespace == "aten" and func._can_decompose():  # inference mode leaves that to us
             with self:
                 return func.decompose(*args, **kwargs)
         flat, _ = tree_flatten((args, kwargs))
@@ -213,7 +213,12 @@ class Late(TorchDispatchMode):
             if GPU.capturing is None:
                 GPU.synchronize()
             with running():
-                copies = [a.clone() if any(a is w for w in written) else a for a in args]
+                # vLLM's kernels for the CPU write more than their schemas say.
+                copies = (
+                    tree_map(_copy, args)
+                    if func.namespace != "aten"
+                    else [a.clone() if any(a is w for w in written) else a for a in args]
+                )
                 result = func(*copies, **kwargs)
             several = isinstance(result, (tuple, list))
             results = list(result) if several else [result]
@@ -273,6 +278,10 @@ def _shape(value: Any) -> Any:
     if not isinstance(value, T):
         return value
     return tuple(value.shape), value.stride(), value.dtype
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, T) else value
 
 
 def _blank(shape: Any, stride: Any, dtype: torch.dtype) -> T:

@@ -51,7 +51,8 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         schema = func._schema
         assert schema.name not in SYNCHRONISING, f"{schema.name} while recording"
-        if func._can_decompose():  # inference mode leaves that to us: some are views at times only
+        if func.namespace == "aten" and func._can_decompose():
+            # Inference mode leaves that to us: some are views at times only.
             with self:
                 return func.decompose(*args, **kwargs)
         call = lambda: func(*args, **kwargs)  # noqa: E731
