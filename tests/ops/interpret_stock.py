@@ -12,6 +12,7 @@ import importlib
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 
 from fusedstep.vllm_plugin.cpu import triton_stand_in as triton_cpu
@@ -25,8 +26,19 @@ def as_argument(value: Any) -> Any:
     return value
 
 
+def log1p(x: Any) -> Any:
+    """libdevice's, which the interpreter does not know."""
+    from triton.language import tensor
+    from triton.runtime.interpreter import TensorHandle
+
+    return tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype), x.type)
+
+
 def main(cases_path: str, results_path: str) -> None:
     triton_cpu.install()
+    from vllm.triton_utils import tldevice
+
+    tldevice.log1p = log1p
     results = []
     for kernel, grid, args, constants in torch.load(cases_path, weights_only=False):
         module, _, name = ("vllm.v1.worker." + kernel).rpartition(".")

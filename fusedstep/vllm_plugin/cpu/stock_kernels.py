@@ -19,8 +19,8 @@ import torch
 
 from fusedstep.ops import native_sample
 from fusedstep.ops.native import flat_logits
+from fusedstep.vllm_plugin.cpu import draft_kernels, state_kernels
 from fusedstep.vllm_plugin.cpu import native_kernels as native_stock
-from fusedstep.vllm_plugin.cpu import state_kernels
 
 StandIn = Callable[..., None]
 
@@ -74,6 +74,7 @@ def _stand_ins() -> dict[str, StandIn]:
         "spec_decode.ngram.speculator._ngram_scan_kernel": ngram_scan,
         "spec_decode.ngram.speculator._ngram_finalize_kernel": ngram_finalize,
     }
+    names |= draft_kernels.STAND_INS
     names = {f"gpu.{name}": stand_in for name, stand_in in names.items()} | state_kernels.STAND_INS
     return {_WORKER + name: stand_in for name, stand_in in names.items()}
 
