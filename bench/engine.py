@@ -132,6 +132,8 @@ class Engine:
 class EngineServer:
     """Child side: owns the vllm.LLM."""
 
+    drafted = accepted = 0  # tokens, of timed requests
+
     def start(
         self,
         kind: Kind,
@@ -153,6 +155,8 @@ class EngineServer:
         args = arguments.parse(parser, [*vllm_args, "--model", model])
         arguments.check_model(args)
         given = {"worker_extension_cls": PROBE_CLS, **arguments.given(parser, args)}
+        if given.get("speculative_config"):
+            given = {"per_request_spec_decode_metrics": "summary"} | given
         if kind == "fusedstep":
             given = wiring.engine_options(options, given)
         else:
@@ -172,6 +176,7 @@ class EngineServer:
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras)
         if timing:
             seconds = time.perf_counter() - began
+            self._count_drafts(outputs)
             return seconds, [o.outputs[0].token_ids for o in outputs]
         return [_plain(o) for o in outputs]
 
@@ -211,6 +216,27 @@ class EngineServer:
     def rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
         """A method of the first worker."""
         return self.llm.collective_rpc(method, args=args)[0]
+
+    def _count_drafts(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            metrics = output.outputs[0].spec_decode_metrics
+            if metrics is not None:
+                self.drafted += metrics.num_draft_tokens
+                self.accepted += sum(n * times for n, times in enumerate(metrics.histogram))
+
+    def accepted_share(self) -> float | None:
+        """Of the drafts of all timed requests; None without drafts."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    def num_drafts(self) -> int:
+        """Of a speculative round; 0 without speculative decoding."""
+        config = self.llm.llm_engine.vllm_config.speculative_config
+        return 0 if config is None else int(config.num_speculative_tokens)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        ids: list[int] = self.llm.get_tokenizer().encode(text)
+        return ids
 
     def vocab_size(self) -> int:
         return int(self.llm.llm_engine.model_config.get_vocab_size())

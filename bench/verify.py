@@ -44,6 +44,7 @@ class Report:
     stock_steps: dict[str, int]
     ops: str | None
     loop: str
+    num_drafts: int = 0  # of a speculative round
 
     def count(self, verdict: Verdict) -> int:
         return sum(item.verdict == verdict for item in self.items)
@@ -64,6 +65,7 @@ class Report:
             "stock_steps": self.stock_steps,
             "ops": self.ops,
             "loop": self.loop,
+            "num_drafts": self.num_drafts,
             "items": [asdict(item) for item in self.items],
         }
 
@@ -82,7 +84,7 @@ def verify(
 
     Greedy requests are held against stock vLLM as it comes. Where a request samples, the oracle
     is stock vLLM's Model Runner V2: its random numbers are the ones that a seed promises. Requests
-    take ``adapters`` in turn, and none.
+    take ``adapters`` in turn, and none. With speculative decoding both have the same drafter.
     """
     wiring.check(options)
     params = [{"max_tokens": max_tokens, "temperature": 0.0} | r.sampling for r in requests]
@@ -95,6 +97,14 @@ def verify(
     has_images = any(r.image is not None for r in requests)
     vllm_args = (*vllm_args, "--dtype", dtype)
 
+    def asked(num_drafts: int) -> list[dict[str, Any]]:
+        """Of ours: a request that asks for logprobs decodes in no speculative round."""
+        ours = [dict(fields) for fields in params]
+        for request, fields in zip(requests, ours, strict=True):
+            if num_drafts and "logprobs" not in request.sampling:
+                del fields["logprobs"]
+        return ours
+
     def run(kind: Kind) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         progress.say(f"{kind}: starting the engine")
         wanted = Wanted(
@@ -104,11 +114,13 @@ def verify(
         )
         with Engine(kind, model, options, vllm_args, wanted) as engine:
             progress.say(f"{kind}: {len(prompts)} requests")
-            outputs = engine.call("generate", prompts=prompts, params=params)
+            num_drafts = engine.call("num_drafts")
+            fields = asked(num_drafts) if kind == "fusedstep" else params
+            outputs = engine.call("generate", prompts=prompts, params=fields)
             for request, output in zip(requests, outputs, strict=True):
                 output["prompt"] = request.name
             stats = engine.call("rpc", method="window_stats") if kind == "fusedstep" else {}
-            return outputs, stats
+            return outputs, stats | {"num_drafts": num_drafts}
 
     expected, _ = run(oracle)
     progress.keep({"oracle": oracle, "requests": len(expected), "expected": expected})
@@ -125,6 +137,7 @@ def verify(
         stock_steps=stats["stock_steps"],
         ops=stats["ops"],
         loop=stats["loop"],
+        num_drafts=stats["num_drafts"],
     )
 
 

@@ -48,6 +48,17 @@ def bench() -> None:
     help="Further sampling fields where the temperature is above 0.",
 )
 @click.option("--detokenize/--no-detokenize", default=True, help="Turn tokens into text.")
+@click.option(
+    "--prompts",
+    "prompts_path",
+    type=click.Path(path_type=Path),
+    help="Prompts in the place of random tokens, one per line or JSONL: each repeat runs them all.",
+)
+@click.option(
+    "--without-drafts",
+    is_flag=True,
+    help="With --speculative-config: measure fusedstep without it, too.",
+)
 @images_option
 @lora_option
 @window_options
@@ -61,6 +72,8 @@ def latency(
     repeats: int,
     sampling: dict[str, Any],
     detokenize: bool,
+    prompts_path: Path | None,
+    without_drafts: bool,
     images: tuple[Path, ...],
     lora_modules: tuple[str, ...],
     options: Options,
@@ -71,11 +84,12 @@ def latency(
     """Decode cost per step of stock vLLM and of fusedstep, alternating.
 
     Prefill and constant costs cancel: each point is measured at two output lengths. Every other
-    option (--load-format, --hf-overrides, --enforce-eager, ...) goes to both vLLM engines.
+    option (--load-format, --speculative-config, --enforce-eager, ...) goes to both vLLM engines.
     """
     from fusedstep.bench import adapters, report
     from fusedstep.bench import latency as library
     from fusedstep.bench.images import find
+    from fusedstep.bench.prompts import read_requests
 
     model, vllm_args = split_model(vllm_args)
     plan = library.Plan(
@@ -88,6 +102,8 @@ def latency(
         detokenize=detokenize and "--skip-tokenizer-init" not in vllm_args,
         images=find(images),
         adapters=adapters.find(lora_modules),
+        prompts=tuple(read_requests(prompts_path, {})) if prompts_path is not None else (),
+        without_drafts=without_drafts,
     )
     with console.progress(json_path) as progress:
         result = library.measure(model, plan, options, vllm_args, progress)
@@ -132,6 +148,19 @@ def _print(result: Result) -> None:
         f"peak memory of the worker: {peak['stock']:.0f} -> {peak['fusedstep']:.0f} MiB; "
         "spreads are min-max over the repeats"
     )
+    if accepted := env.get("accepted_drafts"):
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in accepted.items())
+        out.print(f"drafts that held, of all points: {shares}; a step is a token of each request")
+    for (stock, ours), plain in zip(result.pairs(), result.plain, strict=False):
+        c, b = plain.ms_per_step, ours.ms_per_step
+        same = plain.same_tokens and ours.same_tokens
+        ratio = f"{c.p50 / b.p50:.2f} ({c.min / b.max:.2f}-{c.max / b.min:.2f})"
+        out.print(
+            f"batch {stock.batch_size}, temperature {stock.temperature:g}: fusedstep without "
+            f"drafts {c.p50:.2f} ({c.min:.2f}-{c.max:.2f}) ms/step, with them "
+            + (f"{ratio} times as fast" if same else "outputs differ")
+        )
+    console.print_stock_steps(env.get("stock_steps", {}))
 
 
 @bench.command()

@@ -37,6 +37,16 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def print_stock_steps(stock_steps: dict[str, int]) -> None:
+    """The reasons why batches were not decoded in windows, if there are more than prefills."""
+    from fusedstep.reasons import Reason
+
+    shown = {str(reason): n for reason, n in stock_steps.items() if reason != Reason.PREFILL}
+    if shown:
+        of_reasons = ", ".join(f"{reason}: {n}" for reason, n in shown.items())
+        stdout().print(f"stock steps in fusedstep: {of_reasons}", markup=False)
+
+
 def print_error(error: Exception) -> None:
     """One red line on stderr."""
     message = error.format_message() if isinstance(error, click.ClickException) else str(error)

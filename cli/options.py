@@ -47,6 +47,7 @@ class VllmCommand(click.Command):
                 ours.extend(itertools.islice(rest, 1))
         unused = super().parse_args(ctx, ours)
         sources.check_options(vllm_args, server=self.server, ours=options)
+        sources.check_speculation(vllm_args)
         ctx.params["vllm_args"] = tuple(vllm_args)
         return unused
 

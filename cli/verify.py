@@ -101,6 +101,7 @@ def _print(report: Report) -> None:
         f"{len(report.items)} completions, {report.tokens} tokens against {oracle}: "
         f"{report.count('identical')} identical, {report.count('near-tie')} near-tie, "
         f"{report.count('DIFFERENT')} DIFFERENT; "
-        f"{report.steps_per_window_mean:.1f} steps per window, {report.ops} ops, "
-        f"{report.loop} loop"
+        f"{report.steps_per_window_mean:.1f} {'rounds' if report.num_drafts else 'steps'} per "
+        f"window, {report.ops} ops, {report.loop} loop"
     )
+    console.print_stock_steps(report.stock_steps)

@@ -135,3 +135,27 @@ def test_a_folder_is_a_model_or_not(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     early.check_folder("org/model")  # the hub's
     early.check_folder("s3://bucket/a/b")
+
+
+def test_drafting_methods_are_vllm_s() -> None:
+    """All that vLLM takes, and nothing beside them that is not a word of its own types."""
+    from typing import get_args
+
+    from vllm.config.speculative import SpeculativeMethod
+
+    def words(literal: object) -> set[str]:
+        return {
+            word
+            for arg in get_args(literal)
+            for word in ([arg] if isinstance(arg, str) else words(arg))
+        }
+
+    assert words(SpeculativeMethod) <= sources.drafting_methods()
+    assert "no_such_method" not in sources.drafting_methods()
+
+
+def test_drafts_are_dropped_from_options() -> None:
+    from fusedstep.bench.latency import drop_speculation
+
+    given = ("--dtype", "float32", "-sc", "{}", "--speculative-config={}", "--spec-tokens", "3")
+    assert drop_speculation((*given, "--seed", "1")) == ("--dtype", "float32", "--seed", "1")

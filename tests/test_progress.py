@@ -34,8 +34,10 @@ class FakeEngine(contextlib.nullcontext[Any]):
         pass
 
     def call(self, method: str, /, **given: Any) -> Any:
-        if method == "vocab_size":
-            return 100
+        if method in ("vocab_size", "num_drafts"):
+            return 100 * (method == "vocab_size")
+        if method == "accepted_share":
+            return None
         if method == "rpc":
             stats = {"steps": 8, "windows": 1, "stock_steps": {}, "ops": "native", "loop": "eager"}
             return stats if given["method"] == "window_stats" else 1.0

