@@ -7,24 +7,29 @@ so little that about 70 % of 3 drafts hold.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+import torch
+from safetensors.torch import save_file
 
 NUM_LAYERS = 4
 SCALE = 0.05  # of what the layers behind the first add: the share of drafts that hold follows
+STD = 0.2  # of all weights
 CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "float32",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_attention_heads": 4,  # of 32: vLLM's CPU attention knows no less
     "num_key_value_heads": 2,
     "vocab_size": 1024,
     "max_position_embeddings": 2048,
-    "initializer_range": 0.2,
     "tie_word_embeddings": False,  # tied, a random model repeats itself, and every draft holds
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -34,24 +39,54 @@ CONFIG: dict[str, Any] = {
 
 def make(folder: Path) -> None:
     """Write both models."""
-    import torch
-
     torch.manual_seed(1)
-    target, draft = _llama(NUM_LAYERS), _llama(1)
-    draft.load_state_dict(target.state_dict(), strict=False)
-    with torch.no_grad():
-        for layer in target.model.layers[1:]:
-            layer.self_attn.o_proj.weight *= SCALE
-            layer.mlp.down_proj.weight *= SCALE
-    target.save_pretrained(folder / "target")
-    draft.save_pretrained(folder / "draft")
+    tensors = {name: _random(name, shape) for name, shape in _shapes(NUM_LAYERS).items()}
+    _write(folder / "target", NUM_LAYERS, tensors)
+    _write(folder / "draft", 1, {name: tensors[name] for name in _shapes(1)})
 
 
-def _llama(num_layers: int) -> LlamaForCausalLM:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Of a Llama's weights."""
+    size, inner, vocab_size = (
+        CONFIG[k] for k in ("hidden_size", "intermediate_size", "vocab_size")
+    )
+    keys = size * CONFIG["num_key_value_heads"] // CONFIG["num_attention_heads"]
+    of_layer = {
+        "input_layernorm": (size,),
+        "post_attention_layernorm": (size,),
+        "self_attn.q_proj": (size, size),
+        "self_attn.k_proj": (keys, size),
+        "self_attn.v_proj": (keys, size),
+        "self_attn.o_proj": (size, size),
+        "mlp.gate_proj": (inner, size),
+        "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner),
+    }
+    of_model = {
+        "model.embed_tokens": (vocab_size, size),
+        "model.norm": (size,),
+        "lm_head": (vocab_size, size),
+    } | {
+        f"model.layers.{n}.{name}": shape
+        for n in range(num_layers)
+        for name, shape in of_layer.items()
+    }
+    return {f"{name}.weight": shape for name, shape in of_model.items()}
 
-    config = LlamaConfig(num_hidden_layers=num_layers, **CONFIG)
-    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+
+def _random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape)
+    adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+    is_first = name.startswith("model.layers.0.")
+    return torch.randn(shape) * STD * (SCALE if adds and not is_first else 1.0)
+
+
+def _write(folder: Path, num_layers: int, tensors: dict[str, torch.Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CONFIG | {"num_hidden_layers": num_layers}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @click.command()

@@ -22,6 +22,7 @@ import pytest
 from docs_blocks import LANGUAGES, ROOT, Block, Command, blocks, commands, documents
 
 from fusedstep.bench.gpu_check.__main__ import command as gpu_check
+from fusedstep.bench.pair import main as pair
 from fusedstep.cli.main import group
 
 BLOCKS = [block for page in documents() for block in blocks(page)]
@@ -72,6 +73,8 @@ def _vllm_args(command: Command) -> tuple[str, Sequence[str]] | None:
         _check_tests(words[1 if words[0] == "pytest" else 3 :])
     elif words[:3] == ["python", "-m", "fusedstep.bench.gpu_check"]:
         gpu_check.make_context("gpu_check", words[3:])
+    elif words[:3] == ["python", "-m", "fusedstep.bench.pair"]:
+        pair.make_context("pair", words[3:])
     elif words[:2] == ["python", "-m"] and words[2] in MODULES:
         return _of_module(words[2], words[3:])
     elif words[0] == "python" and words[1].endswith(".py"):
