@@ -47,31 +47,27 @@ def logits_stats(*args: Any, BLOCK_SIZE: int, HAS_DRAFT_LOGITS: bool, **_constan
     argmax, _, *stats = args[:10]
     target_logits, _, draft_logits, _, _, idx_mapping, local_pos, temperatures = args[10:18]
     vocab_size, num_steps = args[18:20]
+    maxima, sums, draft_maxima, draft_sums = _arrays(*stats[::2])
     is_greedy = temperatures[idx_mapping] == 0
-    verifies = local_pos < num_steps
-    greedy = (verifies & is_greedy).nonzero()[:, 0]
-    sampled = (verifies & ~is_greedy).nonzero()[:, 0]
-    maxima, sums, draft_maxima, draft_sums = stats[::2]
-    if len(greedy):
-        rows = target_logits[greedy, :vocab_size].float()
-        for n, block in enumerate(torch.split(rows, BLOCK_SIZE, dim=1)):
-            maxima[greedy, n], token = block.max(dim=1)
-            argmax[greedy, n] = token + n * BLOCK_SIZE
-    if len(sampled):
-        _sum_blocks(target_logits[sampled, :vocab_size].float(), BLOCK_SIZE, sampled, maxima, sums)
+    native.block_maxima(
+        *(flat_logits(target_logits), target_logits.stride(0), vocab_size, BLOCK_SIZE),
+        *_arrays(local_pos, num_steps, is_greedy, argmax, maxima),
+    )
+    for row in (~is_greedy & (local_pos < num_steps)).nonzero()[:, 0].tolist():
+        logits = target_logits[row, :vocab_size].float().numpy()
+        _sum_blocks(logits, BLOCK_SIZE, maxima[row], sums[row])
         if HAS_DRAFT_LOGITS:
-            rows = _drafter_s(draft_logits, idx_mapping[sampled], local_pos[sampled], temperatures)
-            _sum_blocks(rows[:, :vocab_size], BLOCK_SIZE, sampled, draft_maxima, draft_sums)
+            req, step = idx_mapping[row], local_pos[row]
+            logits = (draft_logits[req, step, :vocab_size].float() / temperatures[req]).numpy()
+            starts = np.arange(0, vocab_size, BLOCK_SIZE)
+            draft_maxima[row] = np.maximum.reduceat(logits, starts)
+            _sum_blocks(logits, BLOCK_SIZE, draft_maxima[row], draft_sums[row])
 
 
-def _sum_blocks(
-    rows: torch.Tensor, size: int, at: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor
-) -> None:
-    for n, block in enumerate(torch.split(rows, size, dim=1)):
-        top = block.max(dim=1, keepdim=True).values
-        maxima[at, n] = top[:, 0]
-        total = (block - top).exp_().sum(dim=1)
-        sums[at, n] = torch.where(top[:, 0] > -torch.inf, total, 0.0)
+def _sum_blocks(row: Array, size: int, maxima: Array, sums: Array) -> None:
+    for n, top in enumerate(maxima):
+        block = row[n * size : (n + 1) * size]
+        sums[n] = np.exp(block - top).sum() if top > -np.inf else 0.0
 
 
 def _drafter_s(

@@ -10,6 +10,9 @@ import math
 import numpy as np
 from numba import njit
 
+# Intrinsics only: numba's cache would not see a change of a function in another file.
+from fusedstep.ops.native_sample import larger, widen
+
 _kernel = njit(cache=True, nogil=True, error_model="numpy")
 
 _ZERO = np.float32(0.0)
@@ -54,6 +57,28 @@ def flatten_sampled(flat_sampled, sampled, sampled_stride, num_sampled, cu_num_l
     for batch_idx in range(len(num_sampled)):
         for i in range(num_sampled[batch_idx]):
             flat_sampled[cu_num_logits[batch_idx] + i] = sampled[batch_idx, i]
+
+
+@_kernel
+def block_maxima(
+    flat, stride, vocab_size, block_size, local_pos, num_steps, is_greedy, argmax, maxima
+):
+    """Of each block of a row that verifies a draft: the largest logit; of a greedy one, which."""
+    for row in range(len(local_pos)):
+        if local_pos[row] >= num_steps:
+            continue
+        for block in range(maxima.shape[1]):
+            first = block * block_size
+            logits = flat[row * stride + first : row * stride + min(first + block_size, vocab_size)]
+            top = _MINUS_INF
+            for i in range(len(logits)):
+                top = larger(top, widen(logits[i]))
+            maxima[row, block] = top
+            if is_greedy[row]:
+                at = 0
+                while at < len(logits) - 1 and widen(logits[at]) != top:
+                    at += 1
+                argmax[row, block] = first + at
 
 
 @_kernel
