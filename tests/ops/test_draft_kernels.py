@@ -357,3 +357,18 @@ def test_other_random_numbers_show(
     monkeypatch.setattr(draft_kernels.native, "reject", of_other_seeds)
     for mode in MODES:
         assert differences(f"reject {mode}", interpreted[f"reject {mode}"])
+
+
+@pytest.mark.parametrize("what", ["WATERMARK", "USE_FP64"])
+def test_other_noise_is_left_to_vllm(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, grid, args, constants = build("resample logits")
+    launched: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **constants: launched.append((grid, args, constants))
+
+    monkeypatch.setitem(draft_kernels.STOCK, name, Kernel())
+    constants = constants | {what: True}
+    STAND_INS[name](*args, **constants)
+    assert launched == [(torch.Size(grid), tuple(args), constants)]

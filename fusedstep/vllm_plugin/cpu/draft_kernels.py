@@ -160,13 +160,20 @@ def reject(*args: Any, **_constants: Any) -> None:
     )
 
 
+STOCK: dict[str, Any] = {}  # vLLM's own kernels that a stand-in still launches
+
+
+def keep_stock() -> None:
+    """Before the stand-ins are registered."""
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
+
+    STOCK[_RESAMPLE] = rejection_sampler_utils._resample_kernel
+
+
 def resample(*args: Any, **constants: Any) -> None:
     """``_resample_kernel``: the token behind the accepted drafts, of what the drafter left."""
     if constants["WATERMARK"] or constants["USE_FP64"]:
-        from vllm.triton_utils import dispatcher
-
-        kernel, _ = dispatcher._registry["vllm.v1.worker.gpu." + _RESAMPLE]
-        kernel[args[0].shape](*args, **constants)
+        STOCK[_RESAMPLE][args[0].shape](*args, **constants)
     else:
         _resample(args, constants["BLOCK_SIZE"], constants["USE_BLOCK_VERIFICATION"])
 

@@ -36,6 +36,7 @@ def register() -> None:
         return
     from vllm.triton_utils.dispatcher import register_kernels
 
+    draft_kernels.keep_stock()
     register_kernels(_stand_ins())
     _registered = True
 
