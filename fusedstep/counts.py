@@ -49,6 +49,17 @@ class WindowCounts:
         self.limits[limit] += 1
         self.lengths.update(bound for bound in BUCKETS if steps <= bound)
 
+    def __add__(self, other: WindowCounts) -> WindowCounts:
+        """Those of two engines."""
+        total = WindowCounts()
+        for name in (f.name for f in fields(WindowCounts) if f.name != "seconds"):
+            if isinstance(value := getattr(total, name), Counter):  # + would drop what is 0
+                value.update(getattr(self, name))
+                value.update(getattr(other, name))
+            else:
+                setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
     def since(self, before: WindowCounts, seconds: float | None = None) -> WindowCounts:
         """The counts of the time after ``before``."""
         new = WindowCounts(seconds=seconds)

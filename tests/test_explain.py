@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from fusedstep.cli.main import group
 from fusedstep.errors import ConfigError
 from fusedstep.explain import explain, metrics_url, read
 from fusedstep.vllm_plugin import compat, metrics
+from fusedstep.vllm_plugin.frontend import ExplainRoute
 from fusedstep.vllm_plugin.scheduler.counts import PublishedCounts
 from fusedstep.window.page import SIZE, Page
 
@@ -317,3 +319,39 @@ def test_a_server_that_is_not_ours(status: int, body: bytes, words: str) -> None
         with pytest.raises(ConfigError, match=words) as error:
             read(str(server.server_port))
     assert "\n" not in str(error.value)
+
+
+def asked(app: Any, method: str = "GET", path: str = "/fusedstep/explain", root: str = "") -> Any:
+    """What an ASGI app answers: status and the JSON of its body."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path, "root_path": root}
+    asyncio.run(app(scope, None, send))
+    return sent[0]["status"], json.loads(sent[1]["body"] or "null")
+
+
+def test_the_route_adds_up_the_engines(
+    monkeypatch: pytest.MonkeyPatch, page: Page, url: str, stat_logger: metrics.WindowStatLogger
+) -> None:
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await send({"status": 299})
+        await send({"body": b""})
+
+    route = ExplainRoute(inner)
+    monkeypatch.setattr(metrics, "engines", [])
+    status, body = asked(route)
+    assert status == 404 and "FUSEDSTEP=on" in body["error"]
+    metrics.engines.append(stat_logger)
+    status, body = asked(route)
+    assert status == 404 and "nothing has been asked" in body["error"]
+    counted(page)
+    assert asked(route) == (200, json.loads(json.dumps(read(url).as_dict())))
+    metrics.engines.append(stat_logger)
+    status, body = asked(route, path="/behind/a/proxy/fusedstep/explain", root="/behind/a/proxy")
+    assert (status, body["windows"], body["lengths"]["64"]) == (200, 6, 6)
+    assert body["one_step_turns"] == {"structured output": 2}
+    assert asked(route, method="DELETE")[0] == 405
+    assert asked(route, path="/v1/models") == (299, None)

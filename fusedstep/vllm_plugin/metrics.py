@@ -1,8 +1,9 @@
 """Windows in vLLM's Prometheus endpoint and in the server's log: a vLLM stat logger.
 
 The engine core writes its counts into shared memory (``scheduler/counts.py``); they are read when
-somebody asks. With several API servers vLLM's endpoint shows what prometheus_client writes itself,
-and not these; with an engine on another machine there is nothing to read.
+somebody asks, here or at ``GET /fusedstep/explain`` (``frontend/explain_route.py``). With several
+API servers vLLM's endpoint shows what prometheus_client writes itself, and not these; with an
+engine on another machine there is nothing to read.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.fusedstep")
 
+engines: list[WindowStatLogger] = []  # of this process, those with our scheduler
+
 COUNTERS = {
     "windows": "Turns of the scheduler with more than one decode step",
     "steps": "Decode steps of windows that gave tokens",
@@ -56,6 +59,7 @@ class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
             return
         self.page = counts_page(vllm_config, engine_index)
         self.trace = trace_path(vllm_config, engine_index)
+        engines.append(self)
         atexit.register(self.page.unlink)  # an engine that was killed cannot
         atexit.register(self.trace.unlink, missing_ok=True)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
@@ -69,7 +73,7 @@ class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
 
     def log(self) -> None:
         """One line for the last interval, if there were windows in it."""
-        counts = self._read() if self.is_ours else None
+        counts = self.counts() if self.is_ours else None
         if counts is None:
             return
         new, self.logged = counts.since(self.logged), counts
@@ -100,7 +104,7 @@ class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
         )
         info.add_metric([self.engine, self.trace.name], 1)
         yield info
-        counts = self._read()
+        counts = self.counts()
         if counts is None:
             return
         for name, words in COUNTERS.items():
@@ -124,6 +128,13 @@ class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
         )
         yield histogram
 
-    def _read(self) -> WindowCounts | None:
+    def counts(self) -> WindowCounts | None:
+        """Since the engine's start; None before its first turn."""
         values = self.page.read()
         return None if values is None else WindowCounts.from_dict(values)
+
+
+def all_counts() -> WindowCounts | None:
+    """Of this server's engines together; None before the first turn of any."""
+    known = [counts for engine in engines if (counts := engine.counts()) is not None]
+    return sum(known, WindowCounts()) if known else None

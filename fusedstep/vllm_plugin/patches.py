@@ -448,6 +448,13 @@ PATCHES = (
     ),
     Patch(
         "launch/server.py",
+        "args.middleware",
+        Kind.SET,
+        "the namespace of vllm serve's arguments",
+        "GET /fusedstep/explain; vLLM loads endpoint plugins only where VLLM_PLUGINS names them",
+    ),
+    Patch(
+        "launch/server.py",
         "*.setup_server",
         Kind.REPLACED,
         "api_server.entry.setup_server, entrypoints.cli.serve.setup_server",

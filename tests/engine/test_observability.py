@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from serving import Server, wait_for
 
 from fusedstep import trace as library
 from fusedstep.cli.main import group
+from fusedstep.counts import WindowCounts
 from fusedstep.explain import TRACE, families, read
 
 GRAFANA = Path(__file__).resolve().parents[2] / "docs" / "grafana"
@@ -93,6 +95,35 @@ def test_arrivals_and_who_waited(traced: dict[str, Any]) -> None:
     assert arrived.keys() == first.keys() and all(arrived[i] < first[i] for i in arrived)
     waited = [w for e in trace.events for w in e.get("args", {}).get("who waited", [])]
     assert waited and {words.partition(" ")[0] for words in waited} <= arrived.keys()
+
+
+def route(server: Server, method: str = "GET", path: str = "/fusedstep/explain") -> Any:
+    """Status, body and headers of an answer of the server's own."""
+    request = urllib.request.Request(f"{server.url}{path}", method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read(), answer.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read(), error.headers
+
+
+def test_the_server_explains_itself(server: Server, traced: dict[str, Any]) -> None:
+    """By a route of its own, with the counts of its metrics; all other paths are vLLM's."""
+
+    def same() -> bool:
+        status, body, headers = route(server)
+        assert (status, headers["content-type"]) == (200, "application/json")
+        found = WindowCounts.from_dict(json.loads(body))
+        assert found.windows > 0 and found.tokens >= 480
+        return found == read(server.url)
+
+    wait_for("it publishes", same, 10)
+    status, body, headers = route(server, "HEAD")
+    assert (status, body) == (200, b"") and int(headers["content-length"]) > 100
+    status, body, headers = route(server, "POST")
+    assert (status, headers["allow"]) == (405, "GET, HEAD") and "read" in json.loads(body)["error"]
+    assert route(server, path="/fusedstep/explain/more")[0] == 404
+    assert route(server, path="/health")[0] == 200
 
 
 def test_the_command_traces_a_server(server: Server, tmp_path: Path) -> None:

@@ -130,13 +130,19 @@ _FRONTEND = {
         """,
     },
     "vllm.entrypoints.common.cli_args": {
-        "FrontendArgs": "host, port, uds, api_key, ssl_certfile since 0.33\n+model_tag since 0.33",
+        "FrontendArgs": """
+            host, port, uds, api_key, ssl_certfile, middleware since 0.33
+            +model_tag since 0.33
+        """,
         "make_arg_parser": "(parser) since 0.33",
         "validate_parsed_serve_args": "(args) since 0.33",
     },
     "vllm.entrypoints.common.startup": {"cli_env_setup": "() since 0.33"},
     "vllm.entrypoints.launchers.cli_args": {
-        "FrontendArgs": "host, port, uds, api_key, ssl_certfile until 0.33\n+model_tag until 0.33",
+        "FrontendArgs": """
+            host, port, uds, api_key, ssl_certfile, middleware until 0.33
+            +model_tag until 0.33
+        """,
         "make_arg_parser": "(parser) until 0.33",
         "validate_parsed_serve_args": "(args) until 0.33",
     },

@@ -22,6 +22,7 @@ from fusedstep.loop_forms import LoopForm
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, startup
 from fusedstep.vllm_plugin.compat import SWITCH
+from fusedstep.vllm_plugin.frontend import explain_route
 from fusedstep.vllm_plugin.launch import arguments, cores, early, quiet, wiring
 
 CLIENT_SECONDS = 2
@@ -185,6 +186,8 @@ def _parse(options: Options, stock: bool, vllm_args: Sequence[str]) -> Namespace
     vars(args).update(
         wiring.cpu_defaults(given) if stock else wiring.engine_options(options, given)
     )
+    if not stock:
+        args.middleware = [*args.middleware, explain_route.OPTION]
     if args.served_model_name is None and Path(args.model).is_dir():
         bundled = Path(args.model) == demo.find_made()
         args.served_model_name = [args.model, demo.MODEL_NAME if bundled else Path(args.model).name]
