@@ -186,7 +186,10 @@ class Late(TorchDispatchMode):
             return func(*args, **kwargs)
         if not all(here):
             args, kwargs = self.take_along(name, args, kwargs)
-        if name in WAITS:
+        by_mask = name == "aten::index" and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if name in WAITS or by_mask:
             GPU.may_wait(name)
             GPU.synchronize()
             result = func(*args, **kwargs)

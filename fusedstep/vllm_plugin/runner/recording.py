@@ -25,11 +25,11 @@ from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import reasons
 from fusedstep.vllm_plugin.runner.decode_model import (
     VllmDecodeModel,
+    attention_groups,
     decode_graph,
     in_place,
     padded_rows,
 )
-from fusedstep.vllm_plugin.runner.recurrent import is_recurrent, recordable
 from fusedstep.window.arrivals import ArrivalCounter
 from fusedstep.window.graphs import WindowGraphs
 from fusedstep.window.loop import StepOps
@@ -40,7 +40,6 @@ from fusedstep.window.state import WindowState
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-    from vllm.v1.worker.utils import AttentionGroup
 
 logger = logging.getLogger("vllm.fusedstep")
 
@@ -99,12 +98,7 @@ def _obstacle(runner: GPUModelRunner, form: LoopForm) -> str | None:
 
 def _planners(runner: GPUModelRunner) -> set[str]:
     """Backends whose metadata the host moves along before every step."""
-
-    def moves_along(group: AttentionGroup) -> bool:
-        return recordable(group) if is_recurrent(group) else in_place(group)
-
-    groups = [group for groups in runner.attn_groups for group in groups]
-    return {group.backend.get_name() for group in groups if not moves_along(group)}
+    return {g.backend.get_name() for g in attention_groups(runner) if not in_place(g)}
 
 
 def no_windows_reason(runner: GPUModelRunner) -> str | None:

@@ -30,17 +30,8 @@ STATE_INDICES = {
 }
 
 
-# Those whose steps our own graphs hold: shown to give the tokens of the eager loop. Others' states
-# are moved between replays of vLLM's graph.
-RECORDABLE = {"Mamba2AttentionMetadataBuilder", "ShortConvAttentionMetadataBuilder"}
-
-
 def is_recurrent(group: AttentionGroup) -> bool:
     return isinstance(group.kv_cache_spec, MambaSpec)
-
-
-def recordable(group: AttentionGroup) -> bool:
-    return type(group.get_metadata_builder(0)).__name__ in RECORDABLE
 
 
 @dataclass(frozen=True)
