@@ -59,6 +59,7 @@ class Row:
     windows: int
     steps: int  # of windows
     unused_steps: int  # reserved for windows that ended before them
+    idle_row_steps: int  # of windows, that rows sat out, having ended before
     one_step_turns: dict[str, int]  # by reason
     repeats_tokens_per_s: tuple[float, ...]
 
@@ -77,6 +78,7 @@ class Row:
             windows=sum(each.windows for each in counts),
             steps=sum(each.steps for each in counts),
             unused_steps=sum(each.unused_steps for each in counts),
+            idle_row_steps=sum(each.idle_row_steps for each in counts),
             one_step_turns=dict(turns),
             repeats_tokens_per_s=tuple(rates),
         )
@@ -84,6 +86,11 @@ class Row:
     @property
     def unused_share(self) -> float:
         return self.unused_steps / max(self.steps + self.unused_steps, 1)
+
+    @property
+    def idle_share(self) -> float:
+        """Of the steps of all rows: how many they sat out."""
+        return self.idle_row_steps / max(self.tokens + self.idle_row_steps, 1)
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,10 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         return {
             "env": self.env,
-            "rows": [asdict(row) | {"unused_share": row.unused_share} for row in self.rows],
+            "rows": [
+                asdict(row) | {"unused_share": row.unused_share, "idle_share": row.idle_share}
+                for row in self.rows
+            ],
             "comparison": asdict(self.comparison) | {"agrees": self.comparison.agrees},
             "speedup": self.speedup,
         }

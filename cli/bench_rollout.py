@@ -128,15 +128,18 @@ def _print(result: Result) -> None:
         words = {"seconds": "s", "tail_seconds": "tail, s"}[name]
         table.add_row(words, _cell(a), _cell(b), f"{b.p50 / a.p50:.2f}" if a.p50 else "")
     table.add_row("tail, share", f"{stock.tail_share.p50:.0%}", f"{ours.tail_share.p50:.0%}", "")
-    steps = f"{ours.steps} of {ours.steps + ours.unused_steps}"
-    table.add_row("steps used", "", f"{steps} ({ours.unused_share:.1%} wasted)", "")
+    reserved = ours.steps + ours.unused_steps
+    unused = f"{ours.unused_steps} of {reserved} ({ours.unused_share:.1%})"
+    table.add_row("steps reserved and not used", "", unused, "")
+    table.add_row("rows that sat steps out", "", f"{ours.idle_share:.1%}", "")
     table.add_row("steps per window", "", f"{ours.steps / max(ours.windows, 1):.1f}", "")
     out = console.stdout()
     out.print(table)
     out.print(_agreement(result.comparison))
     out.print(
         f"Medians (min-max) of {env['repeats']} repeats. Tail: the time at the end in which less "
-        "than a quarter of the rows are active. Steps: of windows, all repeats together."
+        "than a quarter of the rows are active. Steps: of windows, all repeats together; what is "
+        "not used goes back. Rows sit out what is left of a window when they have ended."
     )
 
 

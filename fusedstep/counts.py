@@ -21,6 +21,7 @@ class WindowCounts:
     windows: int = 0
     steps: int = 0  # of windows, that gave tokens
     unused_steps: int = 0  # reserved for a window that ended before them
+    idle_row_steps: int = 0  # steps of windows that rows sat out, having stopped before
     early_exits: int = 0  # windows with unused steps
     tokens: int = 0  # of all turns
     drafts: int = 0  # speculative tokens that were verified, of all turns

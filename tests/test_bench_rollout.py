@@ -28,7 +28,13 @@ PLAN = Plan(
     logprobs=0,
     repeats=2,
 )
-COUNTS = {"windows": 3, "steps": 40, "unused_steps": 10, "one_step_turns": {"prefill": 2}}
+COUNTS = {
+    "windows": 3,
+    "steps": 40,
+    "unused_steps": 10,
+    "idle_row_steps": 7,
+    "one_step_turns": {"prefill": 2},
+}
 Change = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
@@ -145,6 +151,7 @@ def test_engines_alternate_and_all_is_told(tmp_path: Path, model: str) -> None:
     assert found["complete"] is True and found["speedup"] == pytest.approx(2.0)
     assert (stock["windows"], ours["windows"]) == (0, 6)  # of two repeats, not of the warm-up
     assert ours["unused_share"] == pytest.approx(0.2) and ours["one_step_turns"] == {"prefill": 4}
+    assert (stock["idle_row_steps"], ours["idle_row_steps"]) == (0, 14)
     assert stock["tail_seconds"]["p50"] == pytest.approx(2 * ours["tail_seconds"]["p50"])
     assert stock["tokens"] == ours["tokens"] > 0
     assert found["comparison"] | {"tokens": 0} == {
@@ -158,7 +165,7 @@ def test_engines_alternate_and_all_is_told(tmp_path: Path, model: str) -> None:
         "logprob_tolerance": 1e-3,
         "agrees": True,
     }
-    assert "2.00" in result.stdout and "20.0% wasted" in result.stdout
+    assert "2.00" in result.stdout and "20 of 100 (20.0%)" in result.stdout
     words = [line.partition("] ")[2] for line in result.stderr.splitlines()]
     assert words == [
         "oracle: starting the engine",

@@ -38,7 +38,7 @@ def counted(page: Page | None = None) -> PublishedCounts:
     counts = PublishedCounts(page)
     counts.drafts, counts.accepted_drafts = 40, 14
     counts.add_turn("longest window", 64, 64, 128)
-    counts.add_turn("longest window", 64, 10, 20)
+    counts.add_turn("longest window", 64, 10, 20, 3)  # one row's 10 steps, two with 5 each
     counts.add_turn("a request streams", 8, 8, 8)
     counts.add_turn("structured output", 1, 1, 1)
     counts.add_turn("prefill", 1, 0, 0)
@@ -122,6 +122,7 @@ def test_counts(page: Page) -> None:
         "windows": 3,
         "steps": 82,
         "unused_steps": 54,
+        "idle_row_steps": 10,
         "early_exits": 1,
         "refused_tokens": 2,
         "tokens": 157,

@@ -39,6 +39,7 @@ COUNTERS = {
     "windows": "Turns of the scheduler with more than one decode step",
     "steps": "Decode steps of windows that gave tokens",
     "unused_steps": "Steps that were reserved for windows which ended before them",
+    "idle_row_steps": "Steps of windows that rows sat out, having ended before",
     "early_exits": "Windows that ended before their last reserved step",
     "tokens": "Sampled tokens, all turns",
     "drafts": "Speculative tokens that were verified, all turns",

@@ -30,10 +30,13 @@ class PublishedCounts(WindowCounts):
         finally:
             self.host_seconds += time.perf_counter() - since
 
-    def add_turn(self, reason: str, reserved: int, steps: int, num_tokens: int) -> None:
+    def add_turn(
+        self, reason: str, reserved: int, steps: int, num_tokens: int, num_rows: int = 0
+    ) -> None:
         """A batch gave its requests so many tokens in ``steps`` of up to ``reserved`` steps.
 
         ``reason``: why no more steps. A batch that gave none, as chunks of prompts do, is no turn.
+        ``num_rows``: of those that got any token.
         """
         if steps == 0:
             return
@@ -42,6 +45,7 @@ class PublishedCounts(WindowCounts):
             self.one_step_turns[reason] += 1
         else:
             self.add_window(reason, reserved, steps)
+            self.idle_row_steps += max(num_rows * steps - num_tokens, 0)  # a round gives several
 
     def publish(self, *, now: bool = False) -> None:
         """Write the page, a few times a second."""

@@ -194,10 +194,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        scheduled, since = (
-            scheduler_output,
-            self.tracing.comes_back(scheduler_output, self.requests),
-        )
+        scheduled = scheduler_output
+        since = self.tracing.comes_back(scheduler_output, self.requests)
         with self.counts.on_host():
             batch = self.in_flight.returned(scheduler_output, model_runner_output)
             if batch is not None:
@@ -216,6 +214,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             batch.num_steps if batch else 1,
             steps_of(model_runner_output, self.tokens_per_step),
             sum(map(len, model_runner_output.sampled_token_ids)),
+            sum(map(bool, model_runner_output.sampled_token_ids)),
         )
         if self.counts.page is not None:
             self.counts.publish(now=not self.running)
