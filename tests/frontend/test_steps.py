@@ -18,9 +18,11 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import IterationStats, PrefillStats, SchedulerStats
 from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
 
+from fusedstep.vllm_plugin.compat import vllm_version
 from fusedstep.vllm_plugin.frontend import steps as unfolding
 from fusedstep.vllm_plugin.frontend.steps import Steps, unfold
 
+SINCE_0_33 = not str(vllm_version()).startswith("0.32.")
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
 
@@ -59,6 +61,18 @@ def told(step: EngineCoreOutputs) -> list[tuple[str, list[int]]]:
     return [(output.request_id, output.new_token_ids) for output in step.outputs]
 
 
+def test_an_error_comes_with_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field of vLLM 0.33."""
+
+    class WithError(EngineCoreOutput):  # type: ignore[misc]
+        error: Any = None
+
+    monkeypatch.setattr(unfolding, "EngineCoreOutput", WithError)
+    error = object()
+    parts = unfold(WithError("r", [7, 8], finish_reason=FinishReason.ERROR, error=error))
+    assert [part.error for part in parts] == [None, error]
+
+
 def test_every_field_of_an_output_has_its_place() -> None:
     """A field that a new vLLM adds is looked at before windows are unfolded with it."""
     assert set(EngineCoreOutput.__struct_fields__) == {
@@ -69,6 +83,7 @@ def test_every_field_of_an_output_has_its_place() -> None:
         *("pooling_output", "mm_cache_miss_hashes"),  # first
         *("finish_reason", "stop_reason", "kv_transfer_params", "ec_transfer_params"),  # last
         "spec_decode_metrics",
+        *(["error"] if SINCE_0_33 else []),  # last
     }
     assert set(EngineCoreOutputs.__struct_fields__) == {
         *("engine_index", "outputs", "scheduler_stats", "timestamp", "weight_version"),

@@ -10,6 +10,7 @@ UNFOLDING = {
             new_prompt_logprobs_tensors, prompt_token_id_logprobs, events, prefill_stats
             pooling_output, mm_cache_miss_hashes, finish_reason, stop_reason
             kv_transfer_params, ec_transfer_params, spec_decode_metrics
+            error since 0.33
             new_logprobs: LogprobsLists
             new_sampling_mask: SamplingMaskLists
         """,

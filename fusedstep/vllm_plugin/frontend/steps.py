@@ -167,6 +167,8 @@ def unfold(output: EngineCoreOutput) -> list[EngineCoreOutput]:
     last.kv_transfer_params = output.kv_transfer_params
     last.ec_transfer_params = output.ec_transfer_params
     last.spec_decode_metrics = output.spec_decode_metrics
+    if error := getattr(output, "error", None):  # vLLM 0.33
+        last.error = error
     return parts
 
 
