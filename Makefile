@@ -3,6 +3,7 @@
 MODEL ?=
 ARGS ?=
 VARIANT ?= auto
+VLLM ?=
 BIN := .venv/bin
 TYPES := build/types
 # Tests that start processes for long have the machine to themselves; the others run on several cores.
@@ -21,6 +22,7 @@ help:
 	@echo "make install             set up .venv (CUDA or CPU, found by itself; VARIANT=cpu or cuda to choose)"
 	@echo "make serve MODEL=... ARGS=...   serve a model; without MODEL the bundled one"
 	@echo "make test                lint, then the tests (ARGS=... for some, as pytest takes them)"
+	@echo "make test VLLM=0.33      engine tests on another vLLM (CPU); or VLLM=FILE.whl"
 	@echo "make lint                ruff (rules and format) and mypy"
 	@echo "make docs                the documentation as a site, build/site/index.html"
 	@echo "make clean               remove caches and build files (.venv stays)"
@@ -34,7 +36,9 @@ serve: install
 	@$(BIN)/fusedstep serve $(MODEL) $(ARGS)
 
 test: lint
-ifneq ($(ARGS),)
+ifneq ($(VLLM),)
+	$(BIN)/python tests/next_vllm.py $(VLLM) $(ARGS)
+else ifneq ($(ARGS),)
 	$(BIN)/pytest $(ARGS)
 else
 	@failed=0; \
