@@ -208,7 +208,7 @@ class EngineServer:
         }
 
     def window_counts(self) -> Any:
-        """What a scheduler of ours has counted so far; None of stock's, or before any turn."""
+        """Counts of our scheduler so far; None of stock's, or before any turn."""
         if self.kind != "fusedstep":
             return None
         return counts_page(self.llm.llm_engine.vllm_config, 0).read()

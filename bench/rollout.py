@@ -50,7 +50,7 @@ class Plan:
         return self.num_prompts * self.samples
 
     def wanted(self) -> Wanted:
-        """What an engine's configuration must have room for."""
+        """The room that an engine's configuration must have."""
         asked = Request("", where="the requests of bench rollout")
         return Wanted(self._share, requests=[(asked, self._params(1, 0))])
 

@@ -16,9 +16,6 @@ MAX_STEPS_UNTIMED = 8
 SLOW_STEP = 1.2
 # Stop strings are seen by the host only, so a window may overrun one by its length.
 MAX_STEPS_HOST_STOPS = 8
-# On a CPU a row that has stopped costs a step as much as one that goes on, so a window ends when
-# one row in so many has stopped, and the next one is of those that are left.
-ROWS_PER_STOP = 8
 # Logprobs of a window, 12 bytes each, which the device and the host keep room for, twice.
 MAX_LOGPROBS = 1 << 22
 

@@ -212,7 +212,7 @@ class WindowRows:
     out_tokens: Int64  # [max_num_steps, B], [step, batch_idx]
     out_logprobs: Float32  # [max_num_steps, B], of them, kept by the loop when asked
     out_ranks: Int64  # [max_num_steps, B], the same
-    stop_weight: Int32  # [1], staged: 1, or more to end when one row in so many stopped
+    stop_weight: Int32  # [1], staged: 1, or WINDOW_ENDS to end at the first stop
     num_active: Int32  # [1], less the weight of each stop: the window ends at <= 0
 
     @classmethod

@@ -34,7 +34,7 @@ class Staging:
         steps_allowed: np.ndarray,  # [num_reqs] int32
         num_rows: int,
         arrivals_seen: int,
-        stop_weight: int,
+        ends_at_stop: bool,
     ) -> None:
         """Rows from num_reqs on are padding. The device must have read the window before."""
         num_reqs = len(idx_mapping)
@@ -42,7 +42,7 @@ class Staging:
         self._idx_mapping_np[num_reqs:num_rows] = -1
         self._steps_allowed_np[:num_reqs] = steps_allowed
         self._steps_allowed_np[num_reqs:num_rows] = 0
-        self._stop_weight_np[0] = stop_weight
+        self._stop_weight_np[0] = WINDOW_ENDS if ends_at_stop else 1
         self._seen_np[0] = arrivals_seen
         rows.idx_mapping[:num_rows].copy_(self.idx_mapping[:num_rows], non_blocking=True)
         rows.steps_allowed[:num_rows].copy_(self.steps_allowed[:num_rows], non_blocking=True)
@@ -92,12 +92,10 @@ class WindowSlot:
         ends_at_stop: bool = False,
         num_loras: int = 0,
         gives_way: bool = True,
-        stop_weight: int = 1,
     ) -> None:
         """Host part of a window; everything else happens on the device.
 
-        ``ends_at_stop``: the window ends after the step in which the first row stops;
-        ``stop_weight``: or in which one row in so many has stopped, where it is above 1.
+        ``ends_at_stop``: the window ends after the step in which the first row stops.
         """
         self.num_reqs = len(idx_mapping)
         self.num_rows = self.num_reqs if num_rows is None else num_rows
@@ -114,7 +112,7 @@ class WindowSlot:
             steps_allowed,
             self.num_rows,
             arrivals_seen,
-            WINDOW_ENDS if ends_at_stop else stop_weight,
+            ends_at_stop,
         )
         if num_logprobs >= 0:
             self.output.reserve_logprobs(self.num_steps, self.num_rows, num_logprobs)

@@ -155,7 +155,6 @@ class Engine:
         ends_at_stop=False,
         num_loras=0,
         sampled_logprobs=False,
-        stop_weight=1,
     ):
         """One window over ``rows`` (all), budgets by row; returns the steps that gave tokens."""
         slot = self.windows.next_slot()
@@ -163,17 +162,7 @@ class Engine:
         needs = replace(BatchNeeds.none(), logprobs=sampled_logprobs, grammar=self.has_grammars)
         budget = np.asarray(budget, dtype=np.int32)
         asked = 1 if logprobs else 0 if sampled_logprobs else -1
-        slot.stage(
-            rows,
-            budget,
-            asked,
-            needs,
-            num_rows,
-            arrivals_seen,
-            ends_at_stop,
-            num_loras,
-            stop_weight=stop_weight,
-        )
+        slot.stage(rows, budget, asked, needs, num_rows, arrivals_seen, ends_at_stop, num_loras)
         run_window(
             self.model, self.ops, slot, cut_short, pace, graphs, top_one if logprobs else None
         )

@@ -84,20 +84,6 @@ def test_a_full_house_ends_at_the_first_stop(engine):
         stopped = now
 
 
-def test_a_window_ends_when_one_row_in_so_many_has_stopped(engine):
-    """With a weight of 2: when half of the rows that began it have."""
-    left = sorted(map(len, emitted()))
-    steps, given = [], 0
-    while left:
-        half = left[(len(left) - 1) // 2]
-        steps.append(min(half - given, 16))
-        given += steps[-1]
-        left = [length for length in left if length > given]
-    assert len(steps) > 2 and len(set(steps)) > 1
-    assert [engine.window([16] * len(PROMPTS), stop_weight=2) for _ in steps] == steps
-    assert engine.outputs == emitted()
-
-
 class LateDevice:
     """Events of a device that finishes a step only when the host waits for it."""
 

@@ -18,7 +18,7 @@ from fusedstep.counts import WindowCounts
 from fusedstep.loop_forms import LoopForm
 from fusedstep.ops import dispatch, native
 from fusedstep.ops.types import BatchNeeds
-from fusedstep.policy import MAX_STEPS, ROWS_PER_STOP
+from fusedstep.policy import MAX_STEPS
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat, reasons, stamps
 from fusedstep.vllm_plugin.grammar_tables import grammars_of
@@ -179,7 +179,6 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
         on_cpu = self.device.type == "cpu"
         self.pace: Pace = HostPace() if on_cpu else AheadPace()
-        self.stop_weight = ROWS_PER_STOP if on_cpu else 1
         self.copy_stream = None if on_cpu else self.output_copy_stream
         if self.speculator is not None:
             self.rounds = Rounds(self, self.ops, self.windows.rows)
@@ -406,7 +405,6 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             *stamps.stamp_of(scheduler_output),
             num_loras=num_loras,
             gives_way=self.decode_model.gives_way,
-            stop_weight=self.stop_weight,
         )
         self.staged = StagedWindow(
             scheduler_output,

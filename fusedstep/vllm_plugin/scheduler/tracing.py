@@ -130,4 +130,4 @@ def _why_ended(turn: Turn, batch: Batch, steps: int, num_arrivals: int) -> str:
         return "a request has ended, and others wait"
     if num_arrivals > turn.arrivals_seen:
         return "cut short" if steps else "gave way before its first step"
-    return "many requests have ended" if any(finished) else "no row could go on"
+    return "no row could go on"
