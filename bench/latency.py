@@ -24,8 +24,8 @@ from fusedstep.vllm_plugin.launch import early, wiring
 
 KINDS: tuple[Kind, ...] = ("stock", "fusedstep")
 PLAIN = "fusedstep without drafts"
-# Sampling fields on which a measurement depends.
 SPECULATION_OPTIONS = ("--spec", "-sc")
+# Sampling fields on which a measurement depends.
 CHOSEN = {"n", "temperature", "max_tokens", "min_tokens", "ignore_eos", "detokenize"}
 
 
