@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fusedstep import processes
 from fusedstep.errors import ConfigError, FusedStepError, UnsupportedError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, reasons, register
@@ -172,6 +173,7 @@ def test_the_switch(
     switched: list[bool] = []
     monkeypatch.setenv("FUSEDSTEP", value)
     monkeypatch.delenv("FUSEDSTEP_COMMAND", raising=False)
+    monkeypatch.setattr(processes, "_command", None)  # another test's, in this process
     monkeypatch.setattr(compat, "vllm_version", lambda: found)
     monkeypatch.setattr(register, "_switch_on", lambda: switched.append(True))
     monkeypatch.setattr(register, "attention_backend", lambda _: None)
