@@ -10,10 +10,11 @@ from unittest.mock import patch
 import engine_child
 from features_child import counts, sampling_params, since, use
 
-# An engine of its own, whose windows are long though its requests stream, on a slow machine, too.
+# An engine of its own, whose windows are long though its requests stream, on a slow machine, too;
+# but not so long that two of them run past what happens in between.
 EXTENSION = {
     "worker_extension_cls": "rollout_child.Policy",
-    "additional_config": {"fusedstep": {"window_latency_ms": 10_000}},
+    "additional_config": {"fusedstep": {"window_latency_ms": 10_000, "decode_steps": 16}},
 }
 LENGTH = 150
 FIELDS = {"max_tokens": LENGTH, "ignore_eos": True}

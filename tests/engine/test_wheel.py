@@ -145,9 +145,9 @@ def test_wheel_and_sdist_hold_what_is_needed(installed: Installed) -> None:
         about = {Path(name).name: wheel.read(name) for name in names if ".dist-info/" in name}
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert {f"{name.replace('.', '/')}/__init__.py" for name in packages["packages"]} <= names
-    assert {"fusedstep/py.typed", "fusedstep/bench/prompts.jsonl"} <= names
     data = {n for n in names if not n.endswith(".py") and ".dist-info/" not in n}
-    assert data == {"fusedstep/py.typed", "fusedstep/bench/prompts.jsonl"}
+    files = ("py.typed", "bench/prompts.jsonl", "bench/repetitive.jsonl")
+    assert data == {f"fusedstep/{name}" for name in files}
     assert {name.partition("/")[0] for name in names} == {
         "fusedstep",
         f"{installed.wheel.name.split('-py3')[0]}.dist-info",
