@@ -16,7 +16,7 @@ EXTENSION = {
     "worker_extension_cls": "rollout_child.Policy",
     "additional_config": {"fusedstep": {"window_latency_ms": 10_000, "decode_steps": 16}},
 }
-LENGTH = 150
+LENGTH = 230
 FIELDS = {"max_tokens": LENGTH, "ignore_eos": True}
 
 
@@ -138,7 +138,7 @@ class Talker:
     async def update(self, model: str, other: str) -> dict[str, Any]:
         tokens, tasks = self.start()
         given = []
-        for number, folder in ((5, other), (60, model)):
+        for number, folder in ((5, other), (30, model)):
             await reach(number, [sample for request in tokens for sample in request])
             [told] = await self.engine.collective_rpc("load", args=(folder,))
             given.append(told)
