@@ -9,13 +9,26 @@ RESULTS is the list of the arguments after each launch, or its error.
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from fusedstep.vllm_plugin.cpu import triton_stand_in as triton_cpu
+
+
+def results_of(cases: list[Any], folder: Path) -> list[Any]:
+    """For a test: the results of these cases; both files are in ``folder``."""
+    torch.save(cases, folder / "cases.pt")
+    command = [sys.executable, __file__, str(folder / "cases.pt"), str(folder / "results.pt")]
+    env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": "", "TRITON_INTERPRET": "1"}
+    subprocess.run(command, env=os.environ | env, check=True, timeout=300)
+    results: list[Any] = torch.load(folder / "results.pt", weights_only=False)
+    return results
 
 
 def as_argument(value: Any) -> Any:

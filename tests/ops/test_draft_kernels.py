@@ -6,15 +6,12 @@ Integers, and with them which drafts are accepted, are equal; sums of exponentia
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ops.interpret_stock import results_of
 
 from fusedstep.vllm_plugin.cpu import draft_kernels, native_draft_kernels
 from fusedstep.vllm_plugin.cpu.draft_kernels import STAND_INS
@@ -298,14 +295,9 @@ def tensors_of(args: list[Any]) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The arguments of every case after vLLM's kernel, or its error."""
-    folder = tmp_path_factory.mktemp("stock")
     cases = [build(name) for name in CASES]
-    torch.save([("gpu." + kernel, *rest) for kernel, *rest in cases], folder / "cases.pt")
-    script = Path(__file__).with_name("interpret_stock.py")
-    command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")]
-    env = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""}
-    subprocess.run(command, env=env, check=True, timeout=300)
-    results = torch.load(folder / "results.pt", weights_only=False)
+    named = [("gpu." + kernel, *rest) for kernel, *rest in cases]
+    results = results_of(named, tmp_path_factory.mktemp("stock"))
     return dict(zip(CASES, results, strict=True))
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ops.interpret_stock import results_of
 
 from fusedstep.vllm_plugin.cpu.state_kernels import STAND_INS
 
@@ -159,13 +156,8 @@ def flatten(args: list[Any]) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The arguments of every case after vLLM's kernel, or its error."""
-    folder = tmp_path_factory.mktemp("stock")
-    torch.save([build(name) for name in CASES], folder / "cases.pt")
-    script = Path(__file__).with_name("interpret_stock.py")
-    command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")]
-    env = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": "", "TRITON_INTERPRET": "1"}
-    subprocess.run(command, env=os.environ | env, check=True, timeout=300)
-    results = torch.load(folder / "results.pt", weights_only=False)
+    cases = [build(name) for name in CASES]
+    results = results_of(cases, tmp_path_factory.mktemp("stock"))
     return dict(zip(CASES, results, strict=True))
 
 

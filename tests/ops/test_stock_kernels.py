@@ -11,12 +11,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ops.interpret_stock import results_of
 
 from fusedstep.ops import reference
 from fusedstep.vllm_plugin.cpu import stock_kernels
@@ -380,14 +380,9 @@ def flatten(args: list[Any]) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The arguments of every case after the stock kernel, or its error."""
-    folder = tmp_path_factory.mktemp("stock")
     cases = [build(name) for name in CASES]
-    torch.save([("gpu." + kernel, *rest) for kernel, *rest in cases], folder / "cases.pt")
-    script = Path(__file__).with_name("interpret_stock.py")
-    command = [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")]
-    env = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""}
-    subprocess.run(command, env=env, check=True, timeout=300)
-    results = torch.load(folder / "results.pt", weights_only=False)
+    named = [("gpu." + kernel, *rest) for kernel, *rest in cases]
+    results = results_of(named, tmp_path_factory.mktemp("stock"))
     return dict(zip(CASES, results, strict=True))
 
 
