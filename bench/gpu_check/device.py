@@ -104,15 +104,14 @@ def tokens(
     pace: Pace,
 ) -> list[list[list[int]]]:
     """Of three windows: a whole one, one that an arrival ends, and a whole one."""
-    with torch.device(device):
-        state = build_state({"temperature": 0.0}, ROWS, VOCAB, 3 * STEPS, device)
-        model = make(state.inputs, device)
-        ops = dispatch.load("triton")(state)
-        windows = WindowState.allocate(ROWS, STEPS, device)
-        graphs = None
-        if form.is_recorded:
-            graphs = WindowGraphs(form, model, ops, windows)
-            graphs.record(recorder, ROWS)
+    state = build_state({"temperature": 0.0}, ROWS, VOCAB, 3 * STEPS, device)
+    model = make(state.inputs, device)
+    ops = dispatch.load("triton")(state)
+    windows = WindowState.allocate(ROWS, STEPS, device)
+    graphs = None
+    if form.is_recorded:
+        graphs = WindowGraphs(form, model, ops, windows)
+        graphs.record(recorder, ROWS)
     stream = torch.cuda.Stream() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     found = []
     for seen in (NEVER_END, arrivals.count - 1, NEVER_END):

@@ -95,15 +95,14 @@ def time_form(form: LoopForm, device: torch.device, recorder: Recorder, pace: Pa
 
     Each window starts at the same length again: the request never ends.
     """
-    with torch.device(device):
-        state = build_state({"temperature": 0.0}, 1, VOCAB, NUM_STEPS, device)
-        ops = dispatch.load("triton")(state)
-        model = SmallModel(state.inputs, device)
-        windows = WindowState.allocate(1, NUM_STEPS, device)
-        graphs = None
-        if form.is_recorded:
-            graphs = WindowGraphs(form, model, ops, windows)
-            graphs.record(recorder, 1)
+    state = build_state({"temperature": 0.0}, 1, VOCAB, NUM_STEPS, device)
+    ops = dispatch.load("triton")(state)
+    model = SmallModel(state.inputs, device)
+    windows = WindowState.allocate(1, NUM_STEPS, device)
+    graphs = None
+    if form.is_recorded:
+        graphs = WindowGraphs(form, model, ops, windows)
+        graphs.record(recorder, 1)
     lengths = state.requests.num_computed_tokens, state.requests.total_len
     moving = [(tensor, tensor.clone()) for tensor in lengths]
 

@@ -85,8 +85,8 @@ class CudaRecorder:
     ) -> Iterator[None]:
         """``torch.cuda.graph``; one that fails leaves nothing behind, and its first error is told.
 
-        Where the driver refuses to end it, torch's allocator is not told that it is over: it would
-        give no memory back from then on.
+        Where the driver refuses to end it, torch's allocator and its generator of random numbers
+        are not told that it is over: one would give no memory back, the other no numbers.
         """
         first: BaseException | None = None
         try:
@@ -100,6 +100,8 @@ class CudaRecorder:
             with suppress(RuntimeError):  # it had been told
                 torch._C._cuda_endAllocateToPool(self._device.index, pool)
                 torch._C._cuda_releasePool(self._device.index, pool)
+            generator = torch.cuda.default_generators[self._device.index]
+            generator.graphsafe_set_state(generator.clone_state())  # a clone is in no recording
             if first is not None and first is not error:
                 raise first from None  # the other says only that something went wrong before
             raise

@@ -31,6 +31,22 @@ def _forget(pool: int) -> None:
         del GPU.reserved[owner]
 
 
+class Generator:
+    """torch's, of random numbers on the device: while a graph is recorded, only that draws."""
+
+    def __init__(self) -> None:
+        self.recorded = False
+
+    def clone_state(self) -> Generator:
+        return Generator()
+
+    def graphsafe_set_state(self, state: Generator) -> None:
+        self.recorded = state.recorded
+
+
+GENERATOR = Generator()
+
+
 class CUDAGraph:
     """What a stream has recorded."""
 
@@ -49,6 +65,7 @@ class CUDAGraph:
     def capture_begin(self, pool: Pool | None = None, capture_error_mode: str = "global") -> None:
         """What is enqueued on the current stream is recorded from here on."""
         line = GPU.current.line
+        GENERATOR.recorded = True
         if line is GPU.default:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
         if line.capture is not None:
@@ -58,11 +75,12 @@ class CUDAGraph:
         GPU.unfinished.append(self)
 
     def capture_end(self) -> None:
-        """As torch: a recording that became invalid leaves its allocator as it is."""
+        """As torch: an invalid recording leaves the allocator and the generator as they are."""
         self.line.capture = None
         if self.invalid:
             raise RuntimeError("CUDA error: failed due to a previous error during capture")
         GPU.unfinished.remove(self)
+        GENERATOR.recorded = False
 
     def replay(self) -> None:
         assert GPU.capturing is None, "a graph in a graph"
@@ -201,6 +219,7 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
         "set_stream": _set_stream,
         "current_stream": lambda *_: GPU.current,
         "default_stream": lambda *_: GPU.default_stream(),
+        "default_generators": (GENERATOR,),
         "is_available": lambda: True,
         "is_current_stream_capturing": lambda: GPU.capturing is not None,
         "synchronize": GPU.synchronize,

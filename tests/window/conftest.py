@@ -1,5 +1,7 @@
 """An engine with the Triton operations, and what records its steps on this device."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from window.engine import MAX_TOKENS, PROMPTS, Engine
@@ -27,5 +29,7 @@ def recorder(device, arrivals):
 
 @pytest.fixture
 def engine(device):
-    with torch.device(device):
+    # The default stream cannot be recorded.
+    stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
+    with torch.device(device), stream:
         yield Engine(load("triton"), PROMPTS, MAX_TOKENS, torch.device(device))

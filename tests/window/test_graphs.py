@@ -194,6 +194,18 @@ def test_a_form_that_fails_leaves_no_graphs(engine):
     assert engine.outputs == [tokens[:5] for tokens in emitted()]
 
 
+def test_after_a_recording_that_fails(engine, recorder, device):
+    """Random numbers are drawn, and the next recording works."""
+    if device == "cpu":
+        pytest.skip("a tape cannot fail like a GPU's graph: tests/standin has that")
+    with pytest.raises(RuntimeError, match="capturing"):
+        recorder.record(lambda: torch.ones(1).item())
+    assert torch.rand(3).shape == (3,)
+    graphs = recorded("replay", engine, recorder)
+    engine.window([5] * ROWS, graphs=graphs, logprobs=False)
+    assert engine.outputs == [tokens[:5] for tokens in emitted()]
+
+
 @pytest.mark.parametrize("asked", ["adjustment", "min_p", "truncation", "logprobs", None])
 def test_a_variant_does_what_is_asked(asked):
     needs = BatchNeeds(**{name: name == asked for name in vars(BatchNeeds())})
