@@ -86,7 +86,8 @@ class CudaRecorder:
         """``torch.cuda.graph``; one that fails leaves nothing behind, and its first error is told.
 
         Where the driver refuses to end it, torch's allocator and its generator of random numbers
-        are not told that it is over: one would give no memory back, the other no numbers.
+        are not told that it is over: one would give no memory back, the other no numbers. Its
+        allocator of pinned memory cannot be told, so that the pool is of no use any more.
         """
         first: BaseException | None = None
         try:
@@ -102,6 +103,7 @@ class CudaRecorder:
                 torch._C._cuda_releasePool(self._device.index, pool)
             generator = torch.cuda.default_generators[self._device.index]
             generator.graphsafe_set_state(generator.clone_state())  # a clone is in no recording
+            self._pool = torch.cuda.MemPool()
             if first is not None and first is not error:
                 raise first from None  # the other says only that something went wrong before
             raise

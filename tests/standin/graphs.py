@@ -19,6 +19,7 @@ class Pool:
     """Memory that recordings keep."""
 
     def __init__(self) -> None:
+        self.recorded = False  # as torch's allocator of pinned memory sees it
         weakref.finalize(self, _forget, id(self))
 
     @property
@@ -71,16 +72,19 @@ class CUDAGraph:
         if line.capture is not None:
             raise RuntimeError("cudaStreamBeginCapture: the stream is capturing")
         self.memory = pool or Pool()
+        if self.memory.recorded:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.memory.recorded = True
         self.line, line.capture = line, self
         GPU.unfinished.append(self)
 
     def capture_end(self) -> None:
-        """As torch: an invalid recording leaves the allocator and the generator as they are."""
+        """As torch: an invalid recording leaves allocators and the generator as they are."""
         self.line.capture = None
         if self.invalid:
             raise RuntimeError("CUDA error: failed due to a previous error during capture")
         GPU.unfinished.remove(self)
-        GENERATOR.recorded = False
+        GENERATOR.recorded = self.memory.recorded = False
 
     def replay(self) -> None:
         assert GPU.capturing is None, "a graph in a graph"

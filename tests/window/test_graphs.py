@@ -11,6 +11,9 @@ from window.tape import SyncTrap, TapeRecorder
 
 from fusedstep.ops.types import BatchNeeds
 from fusedstep.window.graphs import UNROLLED_STEPS, VARIANTS, variant
+from fusedstep.window.loop import run_window
+from fusedstep.window.pace import AheadPace, HostPace
+from fusedstep.window.state import Fetched
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="there is no Triton for this platform"
@@ -149,6 +152,8 @@ def test_nothing_waits_for_the_device(engine, recorder, form, device, monkeypatc
     engine.window([4] * ROWS, graphs=graphs, logprobs=False)
     engine.window([4] * ROWS, graphs=graphs, logprobs=False)
     replayed = []
+    pace = AheadPace() if device == "cuda" else HostPace()
+    stream = torch.cuda.Stream() if device == "cuda" else None
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     else:  # the steps themselves are the device's business
@@ -160,7 +165,7 @@ def test_nothing_waits_for_the_device(engine, recorder, form, device, monkeypatc
         monkeypatch.setattr("fusedstep.window.pace.HostPace.goes_on", lambda *_: True)
     try:
         with SyncTrap(allocations=False):
-            _one_window(engine, slot, graphs, device)
+            _one_window(engine, slot, graphs, pace, stream)
     finally:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -168,16 +173,8 @@ def test_nothing_waits_for_the_device(engine, recorder, form, device, monkeypatc
         assert replayed.count("steps") == (4 if form != "while" else 1)
 
 
-def _one_window(engine, slot, graphs, device):
+def _one_window(engine, slot, graphs, pace, stream):
     """All that the host does for a window but reading its result."""
-    import numpy as np
-
-    from fusedstep.window.loop import run_window
-    from fusedstep.window.pace import AheadPace, HostPace
-    from fusedstep.window.state import Fetched
-
-    pace = AheadPace() if device == "cuda" else HostPace()
-    stream = torch.cuda.Stream() if device == "cuda" else None
     slot.stage(np.arange(ROWS), np.full(ROWS, 4, dtype=np.int32), -1, VARIANTS[0])
     run_window(engine.model, engine.ops, slot, lambda: False, pace, graphs)
     Fetched(slot, stream)
