@@ -53,27 +53,51 @@ def test_a_sampled_difference_is_judged_with_the_noise() -> None:
     assert found.verdict == "near-tie" and found.gap == pytest.approx(-0.1, abs=1e-5)
 
 
-@pytest.mark.parametrize("limit", [{"top_p": 0.95}, {"top_k": 20}], ids=str)
-@pytest.mark.parametrize(("tokens", "verdict"), [((7, 9), "near-tie"), ((7, 7), "DIFFERENT")])
-def test_a_token_at_the_cut(tokens: tuple[int, int], verdict: str, limit: dict[str, float]) -> None:
+LIMITS = [({"top_p": 0.95}, 2), ({"top_k": 20}, 4), ({"min_p": 0.05}, 2)]
+
+
+@pytest.mark.parametrize(("limit", "nudges"), LIMITS, ids=str)
+@pytest.mark.parametrize(("last", "verdict"), [(9, "near-tie"), (7, "DIFFERENT")])
+def test_a_token_at_the_cut(last: int, verdict: str, limit: dict[str, Any], nudges: int) -> None:
     again = [output([5, 6, 7, 8], logprobs(2, t7=-1.0, t9=float("-inf")))]
-    nudged = [output([token]) for token in tokens]
+    nudged = [output([7])] * (nudges - 1) + [output([last])]
     asked = batch(temperature=1.0, **limit)
     (found,) = judged(asked, [5, 6, 7, 8], [5, 6, 9, 1], again, nudged)
     assert found.verdict == verdict
     assert gpu_equality.as_json("m", found)["gap"] is None
 
 
+@pytest.mark.parametrize(("ours", "verdict"), [(-1.1, "near-tie"), (-1.5, "DIFFERENT")])
+def test_where_stock_does_not_repeat_itself(ours: float, verdict: str) -> None:
+    """It is asked for the next token alone, after those that both gave."""
+    questions: list[Any] = []
+
+    def stock(prompts: list[Any], params: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        questions.append((prompts[0]["prompt_token_ids"], params[0]["max_tokens"]))
+        if len(questions) == 1:
+            return [output([5, 1, 7, 8], logprobs(2, t7=0.0, t9=0.0))]
+        return [output([7], logprobs(0, t7=-1.0, t9=ours))]
+
+    (found,) = gpu_equality.differences(
+        batch(temperature=0.0), [output([5, 6, 7, 8])], [output([5, 6, 9, 1])], "bfloat16", stock
+    )
+    assert questions == [([1, 2, 3], 4), ([1, 2, 3, 5, 6], 1)]
+    assert (found.verdict, found.gap) == (verdict, pytest.approx(-1.0 - ours))
+
+
 @pytest.mark.parametrize(
-    ("have", "again", "why"),
+    ("fields", "have", "again", "why"),
     [
-        ([5, 6], [5, 6, 7, 8], "another length or end"),
-        ([5, 6, 9, 1], [5, 1, 7, 8], "stock does not repeat itself"),
+        ({}, [5, 6], [5, 6, 7, 8], "another length or end"),
+        # Its output would be part of the prompt, which has no such penalty.
+        ({"presence_penalty": 0.5}, [5, 6, 9, 1], [5, 1, 7, 8], "stock does not repeat itself"),
     ],
 )
-def test_differences_that_cannot_be_judged(have: list[int], again: list[int], why: str) -> None:
+def test_differences_that_cannot_be_judged(
+    fields: dict[str, Any], have: list[int], again: list[int], why: str
+) -> None:
     answer = [output(again, logprobs(2, t7=0.0, t9=0.0))]
-    (found,) = judged(batch(temperature=0.0), [5, 6, 7, 8], have, answer)
+    (found,) = judged(batch(temperature=0.0, **fields), [5, 6, 7, 8], have, answer)
     assert (found.verdict, found.gap, found.why) == ("DIFFERENT", None, why)
 
 

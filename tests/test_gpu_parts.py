@@ -55,7 +55,10 @@ def test_idle_share_is_that_of_the_steady_part() -> None:
     assert trace.idle_share == pytest.approx(0.25, abs=0.01) and trace.num_kernels == 201
 
 
-@pytest.mark.parametrize("kernels", [[], [(0.0, 1.0)] * 9])
+PREFILL_AND_A_LAUNCH = [(float(i), i + 0.5) for i in range(300)] + [(9000.0, 9001.0)]
+
+
+@pytest.mark.parametrize("kernels", [[], [(0.0, 1.0)] * 9, PREFILL_AND_A_LAUNCH])
 def test_a_trace_that_misses_the_steps_says_so(kernels: list[tuple[float, float]]) -> None:
     trace = gpu_trace.summarise(kernels, num_steps=5)
     assert trace.idle_share is None

@@ -1,4 +1,4 @@
-"""Compares the tokens of one form of the loop with stock vLLM's: how near is a difference?.
+"""Compares the tokens of one form of the loop with stock vLLM's: how near is a difference?
 
 The requests of a comparison carry no logprobs: those would take eager steps, not the recorded ones.
 So a difference is looked at afterwards, in stock vLLM alone: the same batch once more, with the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,10 +21,14 @@ from fusedstep.ops.reference import gumbel_noise
 Outputs = list[dict[str, Any]]  # as ``Engine.call("generate")`` gives them
 Generate = Callable[[list[Any], list[dict[str, Any]]], Outputs]  # prompts, sampling parameters
 
-# Stock's own token may be ours where top-p or top-k is as far away. Equal logits at the cut need no
-# such allowance, as both sides call the same function; logits that were rounded otherwise do.
-TOP_P_NUDGE = 0.005
-TOP_K_NUDGE = 1
+# Stock's own token may be ours where its cut is as far away. Equal logits at the cut need no such
+# allowance, as both sides call the same function; logits that were rounded otherwise do. A logit
+# that moves by NEAR_TIE moves min-p's limit by that factor.
+TOP_P_NUDGES = -0.005, 0.005
+TOP_K_NUDGES = -2, -1, 1, 2
+MIN_P_NUDGES = math.exp(-NEAR_TIE["bfloat16"]), math.exp(NEAR_TIE["bfloat16"])
+# What a request asks for that is another thing once its first tokens are part of its prompt.
+OF_OUTPUTS = {"frequency_penalty", "presence_penalty", "min_tokens"}
 SAMPLED = {"temperature": 1.0, "top_p": 0.95}
 # Whatever changes the recorded steps: greedy, seeds, each kind of truncation and adjustment.
 PLAIN: tuple[dict[str, Any], ...] = (
@@ -152,6 +156,7 @@ def _scores(
             params[request]["logprob_token_ids"] = [item.stock_token, item.fusedstep_token]
     again = stock(batch.prompts, params)
     found: dict[int, tuple[dict[Any, tuple[float, None]] | None, str]] = {}
+    alone: dict[int, Item] = {}
     for request, item in items.items():
         if item.at is None or item.stock_token is None or item.fusedstep_token is None:
             found[request] = None, "another length or end"
@@ -160,55 +165,88 @@ def _scores(
         second = again[request]["completions"][0]
         if list(second["token_ids"][: item.at + 1]) != list(first):
             found[request] = None, "stock does not repeat itself"
+            if not _depends_on_outputs(batch.params[request]):
+                alone[request] = item
             continue
-        tokens = [item.stock_token, item.fusedstep_token]
-        logprobs = [second["logprobs"][item.at][token][0] for token in tokens]
-        if batch.params[request]["temperature"] > 0:
-            position = len(batch.prompts[request]["prompt_token_ids"]) + item.at - 1
-            seed = batch.params[request]["seed"]
-            noise = gumbel_noise(seed, position, torch.tensor(tokens)).tolist()
-            logprobs = [a + b for a, b in zip(logprobs, noise, strict=True)]
-        found[request] = {t: (s, None) for t, s in zip(tokens, logprobs, strict=True)}, ""
-    return found
+        found[request] = _with_noise(batch, request, item, second["logprobs"][item.at]), ""
+    return found | (_scores_alone(batch, want, alone, stock) if alone else {})
+
+
+def _depends_on_outputs(fields: dict[str, Any]) -> bool:
+    return any(fields.get(name) for name in OF_OUTPUTS)
+
+
+def _scores_alone(
+    batch: Batch, want: Outputs, items: dict[int, Item], stock: Generate
+) -> dict[int, tuple[dict[Any, tuple[float, None]] | None, str]]:
+    """Stock's scores after the tokens that both gave, which are part of the prompt here."""
+    prompts, params = [], []
+    for request, item in items.items():
+        tokens = want[request]["completions"][0]["token_ids"][: item.at]
+        prompts.append({"prompt_token_ids": _prompt(batch, request) + list(tokens)})
+        both = {"logprob_token_ids": [item.stock_token, item.fusedstep_token]}
+        params.append(batch.params[request] | both | {"max_tokens": 1})
+    outputs = stock(prompts, params)
+    return {
+        request: (_with_noise(batch, request, item, output["completions"][0]["logprobs"][0]), "")
+        for (request, item), output in zip(items.items(), outputs, strict=True)
+    }
+
+
+def _with_noise(
+    batch: Batch, request: int, item: Item, logprobs: dict[Any, tuple[float, Any]]
+) -> dict[Any, tuple[float, None]]:
+    """The scores by which a token is chosen: logprobs, of a sampled request with its noise."""
+    tokens = [item.stock_token, item.fusedstep_token]
+    scores = [logprobs[token][0] for token in tokens]
+    if batch.params[request]["temperature"] > 0:
+        assert item.at is not None
+        position = len(_prompt(batch, request)) + item.at - 1
+        noise = gumbel_noise(batch.params[request]["seed"], position, torch.tensor(tokens))
+        scores = [a + b for a, b in zip(scores, noise.tolist(), strict=True)]
+    return {token: (score, None) for token, score in zip(tokens, scores, strict=True)}
+
+
+def _prompt(batch: Batch, request: int) -> list[int]:
+    return batch.prompts[request]["prompt_token_ids"]
 
 
 def _at_the_cut(
     batch: Batch, want: Outputs, found: list[Difference], stock: Generate
 ) -> list[Difference]:
-    """Near-ties of the other kind: stock gives our token when its top-p or top-k moves a little."""
+    """Near-ties of the other kind: stock gives our token when its cut moves a little."""
     prompts, params, asked = [], [], []
     for index, difference in enumerate(found):
         fields = batch.params[difference.request]
         if difference.verdict != "DIFFERENT" or difference.gap is None:
             continue
         tokens = want[difference.request]["completions"][0]["token_ids"][: difference.at]
-        prompt = batch.prompts[difference.request]["prompt_token_ids"] + list(tokens)
-        for moved in _nudged(fields):
-            asked.append((index, next(iter(moved))))
+        prompt = _prompt(batch, difference.request) + list(tokens)
+        for name, value in _nudged(fields):
+            asked.append((index, f"{name} {value:g}"))
             prompts.append({"prompt_token_ids": prompt})
-            params.append(fields | moved | {"max_tokens": 1, "min_tokens": 0})
+            params.append(fields | {name: value, "max_tokens": 1, "min_tokens": 0})
     if not asked:
         return found
     result = list(found)
-    for (index, limit), output in zip(asked, stock(prompts, params), strict=True):
+    for (index, moved), output in zip(asked, stock(prompts, params), strict=True):
         ours = result[index].fusedstep_token
         if output["completions"][0]["token_ids"][0] == ours:
-            nudge = TOP_P_NUDGE if limit == "top_p" else TOP_K_NUDGE
-            why = f"stock gives it, too, when {limit} moves by {nudge:g}"
+            why = f"stock gives it, too, with {moved}"
             result[index] = replace(result[index], verdict="near-tie", why=why)
     return result
 
 
-def _nudged(fields: dict[str, Any]) -> list[dict[str, Any]]:
+def _nudged(fields: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The limits of a sampled request, each a little lower and higher."""
-    found: list[dict[str, Any]] = []
     if fields["temperature"] == 0:
-        return found
+        return
     if 0 < (top_p := fields.get("top_p", 1.0)) < 1:
-        found += [{"top_p": min(top_p + nudge, 1.0)} for nudge in (-TOP_P_NUDGE, TOP_P_NUDGE)]
+        yield from (("top_p", min(top_p + nudge, 1.0)) for nudge in TOP_P_NUDGES)
     if (top_k := fields.get("top_k", 0)) > 0:
-        found += [{"top_k": max(top_k + nudge, 1)} for nudge in (-TOP_K_NUDGE, TOP_K_NUDGE)]
-    return found
+        yield from (("top_k", max(top_k + nudge, 1)) for nudge in TOP_K_NUDGES)
+    if min_p := fields.get("min_p", 0.0):
+        yield from (("min_p", min(min_p * factor, 1.0)) for factor in MIN_P_NUDGES)
 
 
 def as_json(model: str, difference: Difference) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class WindowBuffers:
         if logprobs:
             names += ["token_ids", "logprobs", "ranks"]
         if stream is None:
+            assert self._ready is None, "the result of a GPU comes on a stream"
             return
         assert self._ready is not None
         stream.wait_stream(torch.cuda.current_stream())

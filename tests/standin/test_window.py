@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from standin.device import GPU, NUM_STREAMS
@@ -17,11 +18,11 @@ from window.engine import MAX_TOKENS, PROMPTS, ROWS, Engine, emitted
 from fusedstep.loop_forms import LoopForm
 from fusedstep.ops.dispatch import load
 from fusedstep.window.arrivals import ArrivalCounter
-from fusedstep.window.graphs import WindowGraphs
+from fusedstep.window.graphs import VARIANTS, WindowGraphs
 from fusedstep.window.pace import AheadPace
 from fusedstep.window.proof import Proof
 from fusedstep.window.recorder import CudaRecorder
-from fusedstep.window.state import WindowState
+from fusedstep.window.state import Fetched, WindowState
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="there is no Triton for this platform"
@@ -140,3 +141,12 @@ def test_host_buffers_and_events(gpu: None) -> None:
         assert all(tensor.is_pinned() and not tensor.is_cuda for tensor in host)
         assert slot.output._ready is not None and slot.output._ready.blocking
     assert pace._counts.is_pinned() and all(event.blocking for event in pace._events)
+
+
+def test_a_result_without_a_stream_is_refused(gpu: None) -> None:
+    """It would never come: the host would read what was there before."""
+    with torch.device("cuda"):
+        slot = WindowState.allocate(3, 4, torch.device("cuda")).next_slot()
+        slot.stage(np.arange(3), np.full(3, 4, dtype=np.int32), -1, VARIANTS[0])
+        with pytest.raises(AssertionError, match="comes on a stream"):
+            Fetched(slot)

@@ -21,7 +21,8 @@ def proof(engine, graphs, max_num_blocks=ROWS * MAX_LEN // BLOCK - 1):
         has_two = (2, 0, VARIANTS[0]) in graphs._many | graphs._single
         return 2 if len(seq_lens) <= 2 and has_two else ROWS, 0
 
-    return Proof(engine.state, graphs, max_num_blocks, stage)
+    stream = torch.cuda.Stream() if engine.requests.stopped.is_cuda else None
+    return Proof(engine.state, graphs, max_num_blocks, stage, stream)
 
 
 @pytest.mark.parametrize("form", FORMS)
