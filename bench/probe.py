@@ -102,7 +102,7 @@ class WorkerProbe:
         torch.accelerator.synchronize()
         self.trace.stop()
         kernels = [
-            (event.time_range.start, event.time_range.end)
+            (event.time_range.start, event.time_range.end, event.name)
             for event in self.trace.events()  # type: ignore[no-untyped-call]
             if event.device_type.name == "CUDA" and not event.is_user_annotation
         ]

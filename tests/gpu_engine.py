@@ -109,7 +109,7 @@ class FakeEngine:
 
     def kernel_trace(self, num_steps: int) -> dict[str, Any]:
         idle = 0.4 if self.kind == STOCK else 0.01
-        return {"num_kernels": 9, "idle_share": idle, "reason": ""}
+        return {"num_kernels": 9, "idle_share": idle, "reason": "", "longest": ()}
 
     def randomise_weights(self, seed: int, vocab_size: int) -> int:
         return 1

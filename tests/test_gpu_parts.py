@@ -50,16 +50,20 @@ def test_clipped_intervals() -> None:
 
 def test_idle_share_is_that_of_the_steady_part() -> None:
     """Kernels of 3 in every 4 microseconds; a long gap at the start, which is prefill, is out."""
-    kernels = [(0.0, 1.0)] + [(200.0 + 4 * i, 203.0 + 4 * i) for i in range(200)]
+    kernels = [(0.0, 1.0, "prefill")]
+    for i in range(200):
+        kernels += [(200.0 + 4 * i, 202.0 + 4 * i, "long"), (202.0 + 4 * i, 203.0 + 4 * i, "short")]
     trace = gpu_trace.summarise(kernels, num_steps=50)
-    assert trace.idle_share == pytest.approx(0.25, abs=0.01) and trace.num_kernels == 201
+    assert trace.idle_share == pytest.approx(0.25, abs=0.01) and trace.num_kernels == 401
+    assert [share.name for share in trace.longest] == ["long", "short"]
+    assert [share.share for share in trace.longest] == pytest.approx([2 / 3, 1 / 3], abs=0.01)
 
 
-PREFILL_AND_A_LAUNCH = [(float(i), i + 0.5) for i in range(300)] + [(9000.0, 9001.0)]
+PREFILL_AND_A_LAUNCH = [(float(i), i + 0.5, "") for i in range(300)] + [(9000.0, 9001.0, "")]
 
 
-@pytest.mark.parametrize("kernels", [[], [(0.0, 1.0)] * 9, PREFILL_AND_A_LAUNCH])
-def test_a_trace_that_misses_the_steps_says_so(kernels: list[tuple[float, float]]) -> None:
+@pytest.mark.parametrize("kernels", [[], [(0.0, 1.0, "")] * 9, PREFILL_AND_A_LAUNCH])
+def test_a_trace_that_misses_the_steps_says_so(kernels: list[gpu_trace.Kernel]) -> None:
     trace = gpu_trace.summarise(kernels, num_steps=5)
     assert trace.idle_share is None
     assert trace.reason == f"the profiler saw {len(kernels)} kernels in 5 steps"

@@ -75,6 +75,7 @@ class Side:
     host_ms_per_step: float | None
     idle_share: float | None
     idle_by: str  # what the idle share is from, or why there is none
+    longest: tuple[dict[str, Any], ...] = ()  # kernels of a trace: name, count, share of the time
 
 
 @dataclass(frozen=True)

@@ -365,7 +365,8 @@ def _facts(pair: Pair) -> dict[str, Any]:
 def _traced(row: Row, stock: dict[str, Any], ours: dict[str, Any]) -> Row:
     def side(name: str, trace: dict[str, Any]) -> Any:
         idle_by = trace["reason"] or "profiler"
-        return replace(getattr(row, name), idle_share=trace["idle_share"], idle_by=idle_by)
+        found = {"idle_share": trace["idle_share"], "longest": trace["longest"]}
+        return replace(getattr(row, name), idle_by=idle_by, **found)
 
     return replace(row, stock=side("stock", stock), fusedstep=side("fusedstep", ours))
 
