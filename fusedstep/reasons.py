@@ -16,7 +16,7 @@ class Reason(StrEnum):
     NOT_SWITCHED_ON = "FUSEDSTEP=on is not set"
     MODEL_RUNNER_V1 = "Model Runner V1"
     POOLING_MODEL = "pooling model"
-    ENCODER_DECODER = "encoder-decoder model"
+    ENCODER_DECODER = "encoder-decoder model on a device that is not a CPU"
     REALTIME = "realtime model"
     REPLAY_SSM = "ReplaySSM"
     ROUNDED_STATE = "randomly rounded recurrent state"

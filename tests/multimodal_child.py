@@ -61,7 +61,20 @@ def _without_writes(inputs: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_encoder_lengths(inputs: Any) -> Iterator[None]:
+    """Rows attend to the first of the encoder's keys alone."""
+    lengths = engine_child.runner().decode_model.encoder_lengths
+
+    def stage(rows: Any) -> None:
+        lengths.lengths[: len(rows)] = 1
+
+    with patch.object(lengths, "stage", stage):
+        yield
+
+
 FAULTS = {
+    "encoder lengths": _without_encoder_lengths,
     "writes": _without_writes,
     "delta": _without_delta,
     "embeds": _without_embeds,

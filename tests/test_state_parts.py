@@ -10,8 +10,12 @@ import pytest
 import torch
 from scheduler.trace import Spec, Trace
 from scheduler.world import STOCK, make_scheduler
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
-from vllm.v1.attention.backends.flex_attention import FlexAttentionMetadataBuilder
+from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
+from vllm.v1.attention.backends.flex_attention import (
+    FlexAttentionBackend,
+    FlexAttentionMetadataBuilder,
+)
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadataBuilder
 from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionMetadataBuilder
@@ -20,11 +24,13 @@ from vllm.v1.attention.backends.short_conv_attn import (
     PleShortConvAttentionMetadataBuilder,
     ShortConvAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager
+from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec, MambaSpec
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from fusedstep.vllm_plugin import reasons
 from fusedstep.vllm_plugin.runner.parts import metadata_reason, runner_reason
+from fusedstep.vllm_plugin.scheduler.blocks import Blocks
 
 KEYS = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
 STATE = MambaSpec(block_size=16, shapes=((2, 3),), dtypes=(torch.float32,))
@@ -75,6 +81,44 @@ def test_known_builders(builder: type) -> None:
 def test_unknown_builders(spec: Any, builder: type) -> None:
     known = KEYS, CPUAttentionMetadataBuilder
     assert reason(known, (spec, builder)) == f"attention metadata of {builder.__name__}"
+
+
+def test_cross_attention_is_known_by_what_it_is_made_from() -> None:
+    across = CrossAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    known, unknown = (
+        create_cross_attention_backend(backend).get_builder_cls()
+        for backend in (CPUAttentionBackend, FlexAttentionBackend)
+    )
+    keys = KEYS, CPUAttentionMetadataBuilder
+    assert reason(keys, (across, known)) is None
+    assert reason(keys, (across, unknown)) == "attention metadata of FlexAttentionMetadataBuilder"
+
+
+def test_an_encoder_decoder_model_on_another_device() -> None:
+    config = make_scheduler(Trace((Spec((1,), 0, 1),)), STOCK[True]).vllm_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setitem(vars(config.model_config), "is_encoder_decoder", True)  # cached
+        assert reasons.engine_reason(config) is None
+        patch.setattr(config.device_config, "device_type", "cuda")
+        assert reasons.engine_reason(config) == (
+            "encoder-decoder model on a device that is not a CPU"
+        )
+
+
+def test_blocks_of_an_encoders_keys_are_not_held_ahead() -> None:
+    """A request has them from its prefill on: as many as its encoder has tokens."""
+    across = object.__new__(CrossAttentionManager)
+    across.block_size, across.req_to_blocks = 16, {"a": [None] * 30}
+    keys = SimpleNamespace(block_size=16, req_to_blocks={"a": [None] * 2})
+    coordinator = SimpleNamespace(single_type_managers=(keys, across))
+    blocks = Blocks(SimpleNamespace(coordinator=coordinator), 512)
+    request: Any = SimpleNamespace(
+        request_id="a", num_tokens=20, spec_token_ids=[], num_output_placeholders=1
+    )
+    assert blocks.held_ahead([request]) == 0
+    assert blocks.most_tokens_ahead([request]) <= 0
+    assert blocks.at_most(16) == 1
 
 
 def test_ways_to_cache_states() -> None:

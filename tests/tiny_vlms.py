@@ -1,4 +1,4 @@
-"""Tiny random models that take images, with their processors; like ``tiny_models``."""
+"""Tiny random models that take images, sound or video, and their processors: ``tiny_models``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ IMAGE_TOKENS: dict[str, tuple[int, ...]] = {
     "qwen3_vl": (START, IMAGE, END),
     "gemma3": (START,),
     "gemma4": (IMAGE,),
+    "whisper": (),  # its encoder's, not its prompt's
 }
 CHAT = (
     "{%- for message in messages %}{%- if message.content is string %}{{ message.content }}"
@@ -237,6 +238,38 @@ def gemma4(folder: Path) -> None:
         tokenizer=tokenizer,
         video_processor=transformers.Gemma4VideoProcessor(),
         chat_template=CHAT.replace("@", "<image>"),
+    ).save_pretrained(folder)
+
+
+@maker
+def whisper(folder: Path) -> None:
+    """An encoder of sound and a decoder that attends to it."""
+    import torch
+    import transformers
+
+    config = transformers.WhisperConfig(
+        vocab_size=TEXT["vocab_size"],
+        num_mel_bins=80,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_source_positions=100,  # two seconds
+        max_target_positions=512,
+        decoder_start_token_id=START,
+        **{name: TEXT[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    model = transformers.WhisperForConditionalGeneration(config)
+    initialise(model)
+    with torch.no_grad():  # its embeddings are tied: it would repeat itself
+        model.model.decoder.embed_positions.weight *= 5
+    model.save_pretrained(folder)
+    transformers.WhisperProcessor(
+        feature_extractor=transformers.WhisperFeatureExtractor(chunk_length=2),
+        tokenizer=save_tokenizer(folder, {"<|startoftranscript|>": START}),
     ).save_pretrained(folder)
 
 

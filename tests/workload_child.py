@@ -34,8 +34,9 @@ class Workload:
     decode_steps: object = "auto"
     cut_seed: int | None = None  # windows end after a random number of steps
     max_prompt_len: int = 400  # longer ones are left out of later phases
-    image_share: float = 0.0  # of the requests
-    image_tokens: tuple[int, ...] = ()  # where an image stands in a prompt
+    media: str = "image"  # or audio, video
+    image_share: float = 0.0  # of the requests: that have media
+    image_tokens: tuple[int, ...] = ()  # where it stands in a prompt
     loras: tuple[str | None, ...] = (None,)  # folders of adapters, taken in turn
 
 
@@ -44,7 +45,8 @@ class Request:
     token_ids: list[int]
     max_tokens: int
     arrives: int
-    image: int | None = None  # seed of its pixels
+    image: int | None = None  # seed of its pixels, or its sound
+    media: str = "image"
 
 
 def run(model: str, options: dict[str, Any], workload: Workload) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def first_requests(workload: Workload, rng: random.Random) -> list[Request]:
                 rng.randint(*workload.max_tokens),
                 rng.randint(0, workload.arrives_by),
                 image,
+                workload.media,
             )
         )
     return requests
@@ -154,7 +157,7 @@ def _due(workload: Workload, waiting: dict[int, Request], step: int, engine: Any
 def prompt_of(request: Request) -> dict[str, Any]:
     prompt: dict[str, Any] = {"prompt_token_ids": request.token_ids}
     if request.image is not None:
-        prompt["multi_modal_data"] = {"image": _image(request.image)}
+        prompt["multi_modal_data"] = {request.media: MEDIA[request.media](request.image)}
     return prompt
 
 
@@ -166,6 +169,35 @@ def _image(seed: int) -> Any:
     rng = np.random.default_rng(seed)
     width, height = (int(side) * 32 for side in rng.integers(2, 5, 2))
     return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def _audio(seed: int) -> Any:
+    """Half a second to two seconds of noise, and its rate."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(int(rng.integers(8000, 32000)), dtype=np.float32), 16000
+
+
+def _video(seed: int) -> Any:
+    """Frames of random pixels, and what a reader of files would tell of them."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    width, height = (int(side) * 32 for side in rng.integers(2, 5, 2))
+    num_frames = 2 * int(rng.integers(1, 4))
+    frames = rng.integers(0, 255, (num_frames, height, width, 3), dtype=np.uint8)
+    return frames, {
+        "fps": 2.0,
+        "duration": num_frames / 2,
+        "total_num_frames": num_frames,
+        "frames_indices": list(range(num_frames)),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
+
+
+MEDIA: dict[str, Callable[[int], Any]] = {"image": _image, "audio": _audio, "video": _video}
 
 
 def fields_of(workload: Workload, number: int, request: Request) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 # KV caches that windows were tested with, by name: others may have metadata that needs more.
-KV_CACHES = ("FullAttentionSpec", "SlidingWindowSpec", "MambaSpec")
+KV_CACHES = ("FullAttentionSpec", "SlidingWindowSpec", "MambaSpec", "CrossAttentionSpec")
 STATE_CACHES = (None, "none", "align")  # of recurrent states; None: a cache of keys and values
 # Sampling parameters that a window honours, or that concern the prompt or the frontend only.
 PARAMETERS = {
@@ -54,10 +54,11 @@ def switch_reason() -> str | None:
 def engine_reason(vllm_config: VllmConfig) -> str | None:
     """The reason that no batch of this engine can decode in a window, or None."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    on_cpu = vllm_config.device_config.device_type == "cpu"
     reasons = (
         (not vllm_config.use_v2_model_runner, Reason.MODEL_RUNNER_V1),
         (model.runner_type != "generate", Reason.POOLING_MODEL),
-        (model.is_encoder_decoder, Reason.ENCODER_DECODER),
+        (model.is_encoder_decoder and not on_cpu, Reason.ENCODER_DECODER),
         (vllm_config.cache_config.use_replayssm, Reason.REPLAY_SSM),
         (vllm_config.mamba_config.enable_stochastic_rounding, Reason.ROUNDED_STATE),
         (model.is_diffusion, Reason.DIFFUSION),

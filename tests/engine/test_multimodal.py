@@ -41,7 +41,12 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "1",  # from the start: not all kernels have a native stand-in
 }
 # KV blocks: so few that requests are preempted, enough for one of max_model_len in each group.
-NUM_BLOCKS = {"qwen25_vl": 18, "qwen3_vl": 18, "gemma3": 40, "gemma4": 34}
+NUM_BLOCKS = {"qwen25_vl": 18, "qwen3_vl": 18, "gemma3": 40, "gemma4": 34, "whisper": 40}
+# Whose prompts are not cut, and take sound.
+WHISPER: dict[str, Any] = {
+    "max_num_batched_tokens": 512,
+    "limit_mm_per_prompt": {"audio": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +104,14 @@ def expected(oracle: EngineChild, models: Callable[[str], str]) -> Callable[...,
 
 
 def options(name: str) -> dict[str, Any]:
-    return OPTIONS | {"num_gpu_blocks_override": NUM_BLOCKS[name]}
+    more = WHISPER if name == "whisper" else {}
+    return OPTIONS | more | {"num_gpu_blocks_override": NUM_BLOCKS[name]}
 
 
 def _workload(name: str, **fields: Any) -> Workload:
     return Workload(
-        image_share=0.7,
+        media="audio" if name == "whisper" else "image",
+        image_share=1.0 if name == "whisper" else 0.7,
         image_tokens=tiny_vlms.IMAGE_TOKENS[name],
         arrives_by=8,
         **fields,
@@ -143,6 +150,9 @@ RUNS = [
     pytest.param("gemma3", "auto", 4, 0.0, None, marks=pytest.mark.exhaustive),
     ("gemma4", "auto", 5, 0.0, None),
     ("gemma4", "auto", None, 0.0, "side effects"),
+    ("whisper", 7, 6, 0.0, None),
+    ("whisper", "auto", 7, 0.8, None),
+    ("whisper", "auto", None, 0.0, "encoder lengths"),
 ]
 
 
@@ -170,7 +180,7 @@ def test_images_and_text(
         return
     assert _tokens(have) == _tokens(want)
     assert sum(phase["preemptions"] for phase in have["phases"]) > 0
-    if name != "gemma3":  # whose blocks are gone when its prompts come again
+    if name not in ("gemma3", "whisper"):  # blocks are gone, prefixes are not cached
         assert sum(have["phases"][1]["cached"]) > 0
 
 

@@ -291,6 +291,7 @@ _ENGINE = {
     },
     "vllm.v1.core.single_type_kv_cache_manager": {
         "SingleTypeKVCacheManager": "block_size, req_to_blocks",
+        "CrossAttentionManager": "",
         "MambaManager": "mamba_cache_mode, _checkpoints, block_size, req_to_blocks",
     },
     "vllm.v1.core.block_pool": {"BlockPool": "get_num_free_blocks()"},

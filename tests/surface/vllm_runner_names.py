@@ -26,7 +26,8 @@ RUNNER = {
             (query_start_loc=_, query_start_loc_cpu=_, seq_lens=_, seq_lens_cpu_upper_bound=_,
              max_seq_len=_, num_reqs=_, num_actual_tokens=_, max_query_len=_,
              block_table_tensor=_, slot_mapping=_, positions=_, is_prefilling=_)
-            max_seq_len, _num_computed_tokens_cache
+            encoder_seq_lens, encoder_seq_lens_cpu, max_seq_len, num_reqs
+            _num_computed_tokens_cache
         """,
     },
     "vllm.v1.worker.utils": {
@@ -112,6 +113,7 @@ RUNNER = {
             rope_state: RopeState
         """,
     },
+    f"{GPU}.model_states.encoder_decoder": {"EncoderDecoderModelState": "encoder_cache"},
     f"{GPU}.model_states.mamba_hybrid": {
         "MambaHybridModelState": """
             _get_mamba_group_info(kv_cache_config)
@@ -125,7 +127,7 @@ RUNNER = {
         """,
     },
     "vllm.v1.attention.backends.utils": {"NULL_BLOCK_ID": ""},
-    "vllm.v1.kv_cache_interface": {"MambaSpec": ""},
+    "vllm.v1.kv_cache_interface": {"CrossAttentionSpec": "", "MambaSpec": ""},
     f"{GPU}.model_states.mm_pruning": {"MultiModalPruner": ""},
     f"{GPU}.model_states.prompt_embeds": {"PromptEmbedsState": ""},
     f"{GPU}.mm.encoder_runner": {

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
 from fusedstep.ops.types import WindowRows
 from fusedstep.vllm_plugin.runner.adapters import Adapters
+from fusedstep.vllm_plugin.runner.cross_attention import EncoderLengths, attends_across
 from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
 from fusedstep.vllm_plugin.runner.recurrent import RecurrentState, is_recurrent
 
@@ -78,7 +79,10 @@ class VllmDecodeModel:
         self.seq_lens_upper_bound = np.zeros(runner.max_num_reqs, dtype=np.int32)
         self.use_graphs = use_graphs
         self.adapters = Adapters(runner)
-        self.groups = attention_groups(runner)
+        groups = attention_groups(runner)
+        across = [group for group in groups if attends_across(group)]
+        self.encoder_lengths = EncoderLengths(runner, across) if across else None
+        self.groups = [group for group in groups if group not in across]  # planned in every step
         self.updates_in_place = all(map(in_place, self.groups))
         recurrent = [g for groups in runner.attn_groups for g in groups if is_recurrent(g)]
         self.recurrent = RecurrentState(runner, recurrent, rows) if recurrent else None
@@ -152,6 +156,8 @@ class VllmDecodeModel:
                 runner.block_tables.input_block_tables, slot_mappings, strict=True
             )
         ]
+        if self.encoder_lengths is not None:
+            self.encoder_lengths.describe(self.common)
         self.attn_metadata = {}
         slots_by_layer = build_slot_mappings_by_layer(slot_mappings, runner.kv_cache_config)
         self._enter(num_reqs, slots_by_layer)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.models.interfaces import requires_raw_input_tokens
+from vllm.v1.worker.gpu.model_states.encoder_decoder import EncoderDecoderModelState
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -31,7 +32,11 @@ class ModelInputs:
         self.buffers = runner.input_buffers
         self.idx_mapping = idx_mapping
         self.prefill_delta = tables.prefill_delta
-        self.rope_positions = None if state.rope_state is None else state.rope_state.positions
+        rope = getattr(state, "rope_state", None)  # which encoder-decoder models lack
+        self.rope_positions = None if rope is None else rope.positions
+        # The encoder's outputs are for prompts: its keys are in the KV cache.
+        across = isinstance(state, EncoderDecoderModelState)
+        self.others: dict[str, Any] = {"encoder_outputs": []} if across else {}
         self.model = runner.model
         self.encoder_runner = state.encoder_runner if state.supports_mm_inputs else None
         self.embeds: torch.Tensor | None = None
@@ -51,6 +56,7 @@ class ModelInputs:
             "positions": positions,
             "inputs_embeds": None if self.embeds is None else self.embeds[:num_rows],
             "intermediate_tensors": None,
+            **self.others,
         }
 
     def write(self, num_rows: int) -> None:

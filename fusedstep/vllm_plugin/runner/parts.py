@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 from vllm.v1.worker.gpu.mm.rope import RopeState
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.encoder_decoder import EncoderDecoderModelState
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 from vllm.v1.worker.gpu.model_states.prompt_embeds import PromptEmbedsState
@@ -40,7 +41,7 @@ INPUT_PARTS = {
     "prompt_embeds_state": PromptEmbedsState,
     "rope_state": RopeState,
 }
-MODEL_STATES = (DefaultModelState, MambaHybridModelState)
+MODEL_STATES = (DefaultModelState, EncoderDecoderModelState, MambaHybridModelState)
 # In this order. Behind them come the user's, which a window calls in every step.
 LOGITS_PROCESSORS = [LogitBiasState, PenaltiesState, BadWordsState]
 # Drafters that a round can ask as a stock step does.
@@ -56,6 +57,7 @@ BUILDERS = {
     "RocmAttentionMetadataBuilder",
     "TritonAttentionMetadataBuilder",
 }
+CROSS_BUILDER = "CrossAttentionBuilder"  # vLLM makes it from one of those
 OURS_AND_VLLMS = ("fusedstep.", "vllm.")
 # Fields of a batch that a window honours, or that say nothing of its decode steps.
 BATCH = {
@@ -124,7 +126,7 @@ def _speculation_reason(runner: GPUModelRunner) -> str | None:
         (runner.device.type != "cpu", "a device that is not a CPU"),
         (type(runner.model_state) is not DefaultModelState, "recurrent states"),
         (runner.uses_inputs_embeds, "embeddings as inputs"),
-        (runner.model_state.rope_state is not None, "M-RoPE"),
+        (getattr(runner.model_state, "rope_state", None) is not None, "M-RoPE"),
         (len(runner.sampler.logits_processors) > len(LOGITS_PROCESSORS), "custom processors"),
     )
     return next((f"{Reason.WITH_DRAFTS} {words}" for applies, words in others if applies), None)
@@ -145,6 +147,8 @@ def metadata_reason(runner: GPUModelRunner) -> str | None:
     """The reason that windows cannot plan a step for these layers, or None."""
     for group in (group for groups in runner.attn_groups for group in groups):
         builder = type(group.get_metadata_builder(0))
+        if builder.__name__ == CROSS_BUILDER and builder.__module__.startswith(OURS_AND_VLLMS):
+            builder = builder.__base__ or builder
         known = STATE_INDICES if is_recurrent(group) else BUILDERS
         if builder.__name__ not in known or not builder.__module__.startswith(OURS_AND_VLLMS):
             return f"{Reason.METADATA} {builder.__name__}"

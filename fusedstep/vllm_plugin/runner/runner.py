@@ -394,6 +394,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         logprobs = Logprobs.wanted(self.sampler, rows, processing)
         in_step = logprobs is not None and processing is None and logprobs.are_in_the_step
         self.decode_model.adapters.stage(rows)
+        if self.decode_model.encoder_lengths is not None:
+            self.decode_model.encoder_lengths.stage(rows)
         num_rows, num_loras = self.decode_model.stage(seq_lens, int(steps_allowed.max(initial=0)))
         slot = self.windows.next_slot()
         slot.stage(

@@ -185,7 +185,7 @@ class DeviceTables:
             grammar=grammar,
         )
         self.prefill_len = static.of(state.prefill_len)
-        rope = runner.model_state.rope_state
+        rope = getattr(runner.model_state, "rope_state", None)  # encoder-decoder models lack it
         self.prefill_delta = None if rope is None else static.of(rope.prefill_delta)
 
         # Where device memory is host memory the host sees at once which requests have stopped.

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager, MambaManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -23,7 +23,12 @@ class Blocks:
 
     def __init__(self, manager: KVCacheManager, max_model_len: int) -> None:
         self.manager, self.max_model_len = manager, max_model_len
-        self.groups = manager.coordinator.single_type_managers
+        # Not those of the encoder's keys: a request has them all from its prefill on.
+        self.groups = [
+            group
+            for group in manager.coordinator.single_type_managers
+            if not isinstance(group, CrossAttentionManager)
+        ]
         states: list[MambaManager] = [g for g in self.groups if isinstance(g, MambaManager)]
         # Groups that cache recurrent states: a request holds those of its last blocks only.
         self.state_groups = [group for group in states if group.mamba_cache_mode == "align"]
