@@ -206,6 +206,27 @@ def qwen3_next() -> Any:
     return transformers.Qwen3NextForCausalLM(config)
 
 
+@maker
+def gemma3n() -> Any:
+    """Gemma 3n, text only: embeddings for each layer, shared KV caches, several hidden states."""
+    import transformers
+
+    config = transformers.Gemma3nTextConfig(
+        num_hidden_layers=4,
+        head_dim=32,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+        altup_num_inputs=2,
+        **TEXT | {"tie_word_embeddings": True},  # vLLM knows no other
+    )
+    return transformers.Gemma3nForCausalLM(config)
+
+
 if __name__ == "__main__":  # python tests/tiny_models.py FOLDER NAME...
     for each in sys.argv[2:]:
         print(make(each, Path(sys.argv[1], each)))

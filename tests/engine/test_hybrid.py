@@ -139,6 +139,11 @@ def test_mixture_of_experts(compare: Any) -> None:
     compare("mixtral", OPTIONS, CUT, SAMPLED)
 
 
+def test_embeddings_for_each_layer(compare: Any) -> None:
+    """Gemma 3n, which is no hybrid model either."""
+    compare("gemma3n", OPTIONS, CUT, SAMPLED)
+
+
 def test_nemotron(compare: Any) -> None:
     compare("nemotron", FORGETS, replace(CUT, num_requests=5, decode_steps=2))
 

@@ -173,6 +173,7 @@ _PLATFORM = {
     },
     "vllm.platforms.cpu": {
         "CpuPlatform": """
+            def get_vit_attn_backend(*args, **kwargs)
             def register_triton_kernel_overrides()
             def check_and_update_config(vllm_config)
         """,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.fusedstep")
+
+# Vision towers with a Triton kernel and the same in torch. In bfloat16 Triton's interpreter (3.9)
+# gives NaN for some of their position embeddings.
+TOWERS = ("qwen3_vl", "cohere_compass", "kimi_k25_vit")
 
 
 class OracleCpuPlatform(CpuPlatform):  # type: ignore[misc]
@@ -38,6 +43,15 @@ class OracleCpuPlatform(CpuPlatform):  # type: ignore[misc]
             vllm.triton_utils.HAS_TRITON = True
         topk_topp_sampler.HAS_TRITON = False  # torch sorts faster than an interpreted kernel
         stock_kernels.register()
+
+    @classmethod
+    def get_vit_attn_backend(cls, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's; asked for while a vision tower is built, whose module is imported by then."""
+        for name in TOWERS:
+            tower: Any = sys.modules.get(f"vllm.model_executor.models.{name}")
+            if tower is not None:
+                tower.HAS_TRITON = False  # as it is in vLLM's CPU build: torch instead
+        return super().get_vit_attn_backend(*args, **kwargs)
 
 
 class FusedStepCpuPlatform(OracleCpuPlatform):
