@@ -32,7 +32,7 @@ class Reason(StrEnum):
     FP64_GUMBEL = "float64 Gumbel noise"
     WATERMARK = "watermarking"
     SPECULATION = "speculative decoding"
-    KV_CONNECTOR = "KV connector"
+    KV_CONNECTOR = "KV connector"  # and which
     EC_CONNECTOR = "encoder-cache connector"
     AUX_OUTPUT = "auxiliary outputs"
     KV_CACHE = "KV cache of"  # and which kind
@@ -58,6 +58,7 @@ class Reason(StrEnum):
     STOP_TOKEN_IDS = "more than 128 stop token ids"
     PARAMETER = "sampling parameter"  # and which
     BATCH_WITH = "a batch with"  # and what
+    REMOTE_KV = "KV cache on its way"
 
     WITH_DRAFTS = "speculative decoding with"  # and what
 

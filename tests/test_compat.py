@@ -111,7 +111,7 @@ def test_tokens_below_a_sliding_window():
     ],
 )
 def test_the_scheduler_refuses_a_foreign_worker(worker_cls, refused):
-    from fusedstep.vllm_plugin.scheduler.scheduler import refuse_foreign_worker
+    from fusedstep.vllm_plugin.compat import refuse_foreign_worker
 
     config = SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=worker_cls))
     if not refused:

@@ -6,7 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
+from vllm.v1.worker.gpu.kv_connector import (
+    NO_OP_KV_CONNECTOR,
+    ActiveKVConnector,
+    KVConnector,
+)
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 from vllm.v1.worker.gpu.mm.rope import RopeState
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -81,6 +85,14 @@ def test_a_state_or_sampler_of_another_class_takes_stock_steps() -> None:
     us = runner()
     us.sampler = bare(type("OwnSampler", (Sampler,), {}))
     assert parts.runner_reason(us) == "sampler OwnSampler"
+
+
+def test_a_kv_connector_with_hooks_of_another_class_takes_stock_steps() -> None:
+    us = runner()
+    us.kv_connector = bare(ActiveKVConnector)
+    assert parts.runner_reason(us) is None
+    us.kv_connector = bare(type("OwnHooks", (KVConnector,), {}))
+    assert parts.runner_reason(us) == "KV connector OwnHooks"
 
 
 def test_a_realtime_model_takes_stock_steps() -> None:

@@ -101,6 +101,15 @@ def runs_windows(worker_cls: str | type) -> bool:
     return getattr(worker_cls, "runs_windows", False)
 
 
+def refuse_foreign_worker(vllm_config: VllmConfig) -> None:
+    """Placeholders under a runner that does not know them corrupt output silently: refuse."""
+    if not runs_windows(vllm_config.parallel_config.worker_cls):
+        raise ConfigError(
+            f"FusedStepScheduler needs fusedstep's worker: add --worker-cls {WORKER_CLS} "
+            "(or fix decode steps at 1)"
+        )
+
+
 def options(vllm_config: VllmConfig) -> Options:
     """The engine's, from additional_config["fusedstep"]; ConfigError for what it cannot do."""
     additional: Any = vllm_config.additional_config

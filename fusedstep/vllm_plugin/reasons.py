@@ -15,7 +15,7 @@ from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -36,6 +36,9 @@ PARAMETERS = {
     *("repetition_detection", "routed_experts_prompt_start", "trace_decode_token_ids"),
 }
 MAX_STOP_TOKEN_IDS = 128
+# KV connectors that a decode step has nothing to do for, by class. One of somebody's own says so of
+# itself: ``decodes_in_windows = True`` in its class.
+KV_CONNECTORS = {"vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector"}
 SPECULATION_METHODS = ("draft_model", "eagle", "eagle3", "ngram", "ngram_gpu")
 MOST_DRAFTS = MAX_STEPS // 2 - 1  # so that a window has room for two rounds
 # Attention backends that take the host's upper bound of a length for the length: after a window
@@ -68,7 +71,7 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (model.use_fp64_gumbel, Reason.FP64_GUMBEL),
         (vllm_config.watermark_config is not None, Reason.WATERMARK),
         *_speculation_reasons(vllm_config),
-        (vllm_config.kv_transfer_config is not None, Reason.KV_CONNECTOR),
+        *_connector_reasons(vllm_config),
         (vllm_config.ec_transfer_config is not None, Reason.EC_CONNECTOR),
         (vllm_config.aux_output_config.enabled, Reason.AUX_OUTPUT),
         (vllm_config.cache_config.kv_sharing_fast_prefill, Reason.FAST_PREFILL),
@@ -98,6 +101,33 @@ def _speculation_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...
         (spec.uses_dynamic_speculative_decoding(), f"{Reason.WITH_DRAFTS} dynamic lengths"),
         (vllm_config.lora_config is not None, f"{Reason.WITH_DRAFTS} LoRA"),
     )
+
+
+def _connector_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
+    """KV connectors that have something to do for a decode step, and what none was tried with."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None:
+        return ()
+    name, role = transfer.kv_connector, transfer.kv_role
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    in_parallel = vllm_config.parallel_config.tensor_parallel_size > 1
+    return (
+        (role != "kv_consumer", f"{Reason.KV_CONNECTOR} {name} as {role}"),
+        (not _only_receives(transfer), f"{Reason.KV_CONNECTOR} {name}"),
+        (vllm_config.speculative_config is not None, f"{Reason.WITH_DRAFTS} a KV connector"),
+        (vllm_config.model_config.is_hybrid, f"{Reason.KV_CONNECTOR} with recurrent states"),
+        (in_parallel, f"{Reason.KV_CONNECTOR} with tensor parallelism"),
+        (not on_cpu, f"{Reason.KV_CONNECTOR} on a device that is not a CPU"),
+    )
+
+
+def _only_receives(transfer: KVTransferConfig) -> bool:
+    """Is it known of this connector's class, or said by itself? A subclass may do more."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    connector: Any = KVConnectorFactory.get_connector_class(transfer)
+    known = f"{connector.__module__}.{connector.__qualname__}" in KV_CONNECTORS
+    return known or vars(connector).get("decodes_in_windows") is True
 
 
 def cache_reason(kv_cache_config: KVCacheConfig) -> str | None:

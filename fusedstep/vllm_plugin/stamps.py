@@ -29,6 +29,16 @@ def stamp_of(output: SchedulerOutput) -> WindowStamp:
     return WindowStamp(output.arrivals_seen, output.ends_at_stop)
 
 
+def stamp_stock_step(output: SchedulerOutput, reason: str) -> None:
+    """The worker takes one stock step, whatever was reserved."""
+    output.stock_step_reason = reason
+
+
+def stock_step_of(output: SchedulerOutput) -> str | None:
+    """The reason of such a step, or None."""
+    return getattr(output, "stock_step_reason", None)
+
+
 class TraceStamp(NamedTuple):
     """Numbers of a traced turn, and of the file of its trace."""
 

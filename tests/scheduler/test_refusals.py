@@ -146,7 +146,7 @@ def test_batches_of_text_models_have_nothing_that_a_window_leaves_out() -> None:
     for name in parts.OTHER:
         batch = replace(output, **{name: ["something"]})
         assert parts.batch_reason(batch) == f"a batch with {name.replace('_', ' ')}"
-    assert "kv_connector_metadata" in parts.OTHER
+    assert "has_sync_kv_loads" in parts.OTHER
 
 
 def test_without_init() -> None:

@@ -28,8 +28,8 @@ _CONFIG = {
             ()
             additional_config, compute_hash, instance_id, use_v2_model_runner
             watermark_config
-            lora_config, speculative_config, kv_transfer_config, ec_transfer_config
-            structured_outputs_config
+            lora_config, speculative_config, ec_transfer_config, structured_outputs_config
+            kv_transfer_config: KVTransferConfig
             model_config: ModelConfig
             parallel_config: ParallelConfig
             scheduler_config: SchedulerConfig
@@ -41,10 +41,11 @@ _CONFIG = {
         "CacheConfig": """
             kv_cache_memory_bytes, kv_sharing_fast_prefill, mamba_cache_mode, use_replayssm
         """,
+        "KVTransferConfig": "kv_connector, kv_role",
         "MambaConfig": "enable_stochastic_rounding",
         "ModelConfig": """
             runner_type, is_encoder_decoder, supports_multimodal_inputs
-            is_diffusion, rswa_window
+            is_diffusion, is_hybrid, rswa_window
             return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
             model, skip_tokenizer_init
             get_vocab_size()
@@ -228,7 +229,7 @@ _ENGINE = {
         """,
         "RequestStatus": """
             WAITING, PREEMPTED, WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR, WAITING_FOR_STREAMING_REQ
-            FINISHED_ERROR
+            WAITING_FOR_REMOTE_KVS, FINISHED_ERROR
         """,
     },
     "vllm.v1.core.sched.async_scheduler": {
@@ -247,6 +248,7 @@ _ENGINE = {
             def _handle_stopped_request(request)
             def has_requests()
             finished_req_ids_dict
+            connector, finished_recving_kv_req_ids
             current_step, lora_config, max_model_len, max_num_active_reqs, max_num_scheduled_tokens
             num_spec_tokens, num_waiting_for_streaming_input, policy, requests
             vllm_config: VllmConfig
@@ -256,14 +258,17 @@ _ENGINE = {
             kv_cache_manager: KVCacheManager
         """,
     },
+    "vllm.distributed.kv_transfer.kv_connector.factory": {
+        "KVConnectorFactory": "get_connector_class(kv_transfer_config)",
+    },
     "vllm.v1.core.sched.output": {
         "SchedulerOutput": """
             num_scheduled_tokens, total_num_scheduled_tokens, scheduled_spec_decode_tokens
             scheduled_new_reqs: NewRequestData
             scheduled_cached_reqs: CachedRequestData
-            preempted_req_ids
+            preempted_req_ids, finished_req_ids
             has_structured_output_requests, pending_structured_output_tokens
-            +arrivals_seen, ends_at_stop, grammars, trace
+            +arrivals_seen, ends_at_stop, grammars, stock_step_reason, trace
         """,
         "NewRequestData": "req_id, prompt_len\nsampling_params: sampling_params.SamplingParams",
         "CachedRequestData": "req_ids, num_computed_tokens",
@@ -317,11 +322,13 @@ _ENGINE = {
             def get_kv_connector_output() since 0.33
         """,
         "ModelRunnerOutput": """
-            (req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_)
+            (req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_, kv_connector_output=_)
             (req_ids=_, req_id_to_index=_, sampled_token_ids=_)
             req_ids, sampled_token_ids
+            kv_connector_output: KVConnectorOutput
             +rounds
         """,
+        "KVConnectorOutput": "finished_recving",
         "LogprobsLists": """
             (logprob_token_ids, logprobs, sampled_token_ranks, cu_num_generated_tokens)
         """,

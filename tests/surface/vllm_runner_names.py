@@ -65,7 +65,8 @@ RUNNER = {
             def __init__(vllm_config, device)
             def load_model(*args, **kwargs)
             def initialize_kv_cache(kv_cache_config, *args, **kwargs)
-            adaptive_verification, aux_output_connector, fast_prefill, kv_connector, pcp_manager
+            adaptive_verification, aux_output_connector, fast_prefill, pcp_manager
+            kv_connector: KVConnector
             pooling_runner, pp_handler, speculator, ubatch_runner
             def shutdown()
             def add_requests(scheduler_output)
@@ -102,7 +103,14 @@ RUNNER = {
             +stats, use_form, stock_steps_reason, graph_memory, reason
         """,
     },
-    f"{GPU}.kv_connector": {"NO_OP_KV_CONNECTOR": ""},
+    f"{GPU}.kv_connector": {
+        "ActiveKVConnector": "",
+        "KVConnector": """
+            pre_forward(scheduler_output)
+            finish_forward()
+            post_forward(finished_req_ids)
+        """,
+    },
     f"{GPU}.model_states.default": {
         "DefaultModelState": """
             dummy_inputs_embeds(num_tokens)

@@ -14,6 +14,7 @@ from fusedstep.window.state import Fetched, WindowSlot
 if TYPE_CHECKING:
     import torch
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
 
     from fusedstep.counts import WindowCounts
     from fusedstep.vllm_plugin.runner.tracing import TracedStep
@@ -29,10 +30,12 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         live: np.ndarray,  # [num_reqs of the window] int64, place in the scheduled batch
         counts: WindowCounts,
         copy_stream: torch.cuda.Stream | None,
+        kv_connector_output: KVConnectorOutput | None,
     ) -> None:
         self.req_ids = list(scheduler_output.num_scheduled_tokens)
         self.fetched = Fetched(slot, copy_stream)
         self.live, self.counts = live, counts
+        self.kv_connector_output = kv_connector_output
         self.trace: TracedStep | None = None
 
     def tell(self, trace: TracedStep) -> None:
@@ -62,11 +65,12 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
             req_id_to_index={req_id: i for i, req_id in enumerate(self.req_ids)},
             sampled_token_ids=token_ids,
             logprobs=logprobs,
+            kv_connector_output=self.kv_connector_output,
         )
 
-    def get_kv_connector_output(self) -> None:
-        """vLLM 0.33 asks when ``get_output`` failed; a window has none."""
-        return None
+    def get_kv_connector_output(self) -> KVConnectorOutput | None:
+        """vLLM 0.33 asks when ``get_output`` failed."""
+        return self.kv_connector_output
 
 
 def one_step_each(scheduler_output: SchedulerOutput, num_drafts: int) -> SchedulerOutput:

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.worker.gpu.kv_connector import NO_OP_KV_CONNECTOR
+from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector, KVConnector
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 from vllm.v1.worker.gpu.mm.rope import RopeState
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -77,6 +77,7 @@ BATCH = {
     "num_spec_tokens_to_schedule",
     "num_common_prefix_blocks",
     "scheduled_encoder_input_stats",
+    "kv_connector_metadata",
 }
 OTHER = tuple(field.name for field in fields(SchedulerOutput) if field.name not in BATCH)
 
@@ -97,8 +98,8 @@ def runner_reason(runner: GPUModelRunner) -> str | None:
         return f"{Reason.LOGITS_PROCESSORS} {', '.join(each.__name__ for each in processors)}"
     if type(sampler.thinking_budget_state) is not ThinkingBudgetState:
         return f"{Reason.SAMPLER} {type(sampler.thinking_budget_state).__name__}"
-    if runner.kv_connector is not NO_OP_KV_CONNECTOR:
-        return Reason.KV_CONNECTOR
+    if type(runner.kv_connector) not in (KVConnector, ActiveKVConnector):
+        return f"{Reason.KV_CONNECTOR} {type(runner.kv_connector).__name__}"
     if (reason := _speculation_reason(runner)) is not None:
         return reason
     others = (

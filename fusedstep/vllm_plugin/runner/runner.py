@@ -279,6 +279,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             self.stats.counts.windows += 1
             output, counts = self.rounds.output, self.stats.counts
             return RoundsOutput(staged.scheduler_output, output, staged.live, counts)
+        self.kv_connector.pre_forward(staged.scheduler_output)
         run_window(
             self.decode_model,
             staged.ops,
@@ -289,8 +290,14 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             staged.logprobs,
         )
         self.stats.counts.windows += 1
+        self.kv_connector.finish_forward()
         return WindowOutput(
-            staged.scheduler_output, slot, staged.live, self.stats.counts, self.copy_stream
+            staged.scheduler_output,
+            slot,
+            staged.live,
+            self.stats.counts,
+            self.copy_stream,
+            self.kv_connector.post_forward(staged.scheduler_output.finished_req_ids),
         )
 
     def sample(
@@ -358,6 +365,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return Reason.PREFILL
         if self.no_windows is not None:
             return self.no_windows
+        if (reason := stamps.stock_step_of(scheduler_output)) is not None:
+            return reason
         if self.tables.needs_stock[rows].any():
             return next(r for r in map(self.tables.reasons.get, rows) if r)
         if scheduler_output.has_structured_output_requests:

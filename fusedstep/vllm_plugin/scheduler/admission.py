@@ -35,7 +35,9 @@ class Admission:
     @property
     def waiting_for_event(self) -> list[Request]:
         """Waiting requests that wait for an event outside of the scheduler."""
-        return [r for r in self.scheduler.deferred_waiting if r.status not in STARTABLE]
+        received = self.scheduler.finished_recving_kv_req_ids  # their status changes with the turn
+        deferred = (r for r in self.scheduler.deferred_waiting if r.status not in STARTABLE)
+        return [r for r in deferred if r.request_id not in received]
 
     @property
     def num_waiting(self) -> int:
@@ -68,10 +70,21 @@ class Admission:
         return joins or self.num_startable == 0
 
     @property
-    def joins_anytime(self) -> bool:
-        """Does a request wait for its grammar, which is compiled in the background?"""
-        status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    def awaits_kv(self) -> bool:
+        """Does a KV connector load for a waiting request? A step's end tells when it has loaded:
+        nobody announces it, and a window would end late."""
+        status = RequestStatus.WAITING_FOR_REMOTE_KVS
         return any(request.status == status for request in self.waiting_for_event)
+
+    @property
+    def joins_anytime(self) -> bool:
+        """Does a request wait for its grammar, which is compiled in the background, or for a KV
+        connector, which is asked in every turn what it has?"""
+        status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        if any(request.status == status for request in self.waiting_for_event):
+            return True
+        deferred = self.scheduler.deferred_waiting
+        return bool(self.scheduler.connector) and any(r.status in STARTABLE for r in deferred)
 
     @contextmanager
     def adapters_keep_their_places(self, ending: list[Request]) -> Iterator[None]:

@@ -19,7 +19,6 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
-from fusedstep.errors import ConfigError
 from fusedstep.policy import MAX_STEPS, Decision, DecodeSteps, Turn, decide
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat, reasons, stamps
@@ -38,7 +37,6 @@ from fusedstep.window.arrivals import ArrivalCounter
 from fusedstep.window.tracing import TracePage
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
@@ -108,7 +106,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         options = compat.options(self.vllm_config)
         self.decode_steps, self.latency_ms = options.decode_steps, options.window_latency_ms
         if self.decode_steps.fixed != 1:
-            refuse_foreign_worker(self.vllm_config)
+            compat.refuse_foreign_worker(self.vllm_config)
         self.engine_reason = (
             reasons.switch_reason()
             or reasons.engine_reason(self.vllm_config)
@@ -186,6 +184,9 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         decision = self.last_decision
         if scheduler_output.scheduled_new_reqs:
             decision = Decision(1, Reason.PREFILL)
+        elif self.admission.awaits_kv:  # if only since this turn
+            decision = Decision(1, Reason.REMOTE_KV)
+            stamps.stamp_stock_step(scheduler_output, Reason.REMOTE_KV)
         self.in_flight.sent(
             scheduler_output, self.requests, decision, on_device=on_device, since=since
         )
@@ -207,6 +208,9 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
                 self._take_back(scheduler_output, everything=gave_way)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._follow_grammars(scheduler_output)
+            received = model_runner_output.kv_connector_output
+            if received is not None and received.finished_recving:
+                self.admission.retry()
             self.refusals.deliver(outputs)
             self._cut_windows_short()
         self.counts.add_turn(
@@ -483,16 +487,9 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
                 request.num_output_placeholders -= num_tokens
 
     def _stock_reason(self) -> str | None:
+        if self.admission.awaits_kv:
+            return Reason.REMOTE_KV
         if not self.stock_reasons:
             return None
         reasons = (self.stock_reasons.get(r.request_id) for r in self.running)
         return next((reason for reason in reasons if reason), None)
-
-
-def refuse_foreign_worker(vllm_config: VllmConfig) -> None:
-    """Placeholders under a runner that does not know them corrupt output silently: refuse."""
-    if not compat.runs_windows(vllm_config.parallel_config.worker_cls):
-        raise ConfigError(
-            f"FusedStepScheduler needs fusedstep's worker: add --worker-cls {compat.WORKER_CLS} "
-            "(or fix decode steps at 1)"
-        )
