@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import engine_child
+import features_child
 import standin_child
 import workload_child
 
@@ -60,6 +61,15 @@ def recorded_unmoved(form: str, workload: workload_child.Workload) -> dict[str, 
     with _unmoved():
         standin_child.use_loop(form)
         return workload_child.answer(workload)
+
+
+def routed_experts(model: str, options: dict[str, Any]) -> list[tuple[list[int], Any]]:
+    """Per request its tokens, and the experts of each token in each layer."""
+    llm = features_child.use(model, options)
+    prompts = [{"prompt_token_ids": [10 + number, 20, 30]} for number in range(3)]
+    params = features_child.sampling_params({"max_tokens": 12, "ignore_eos": True})
+    answers = [o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]
+    return [(list(answer.token_ids), answer.routed_experts.tolist()) for answer in answers]
 
 
 def cache() -> tuple[str, int, int]:

@@ -182,6 +182,13 @@ PATCHES = (
         "CommonAttentionMetadata (our own instance)",
         "one more token per row before a backend plans the next step",
     ),
+    Patch(
+        "runner/cross_attention.py",
+        "common.*",
+        Kind.SET,
+        "CommonAttentionMetadata (our own instance)",
+        "the encoder's lengths, for the groups that attend to it",
+    ),
     # vLLM on a CPU.
     Patch(
         "cpu/platform.py",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import engine_child
 import hybrid_child
 import pytest
 import standin_child
@@ -33,6 +34,7 @@ OPTIONS: dict[str, Any] = {
 FORGETS: dict[str, Any] = OPTIONS | {"enable_prefix_caching": False}
 # Every block's state is kept, not only the last of a prompt: tokens of windows are found again.
 CACHES: dict[str, Any] = OPTIONS | {"enable_prefix_caching": True}
+RETURNS_EXPERTS: dict[str, Any] = CACHES | {"enable_return_routed_experts": True}
 EVERY_32, EVERY_96 = ({"prefix_cache_retention_interval": n} for n in (32, 96))
 SHORT = Workload(num_requests=8, prompt_len=(3, 40), max_tokens=(2, 60), arrives_by=20, phases=1)
 CUT = replace(SHORT, decode_steps=7, cut_seed=1)
@@ -137,6 +139,18 @@ def test_mamba2_with_a_prefix_cache(
 def test_mixture_of_experts(compare: Any) -> None:
     """No recurrent layers here, but experts, beside those of Qwen3-Next below."""
     compare("mixtral", OPTIONS, CUT, SAMPLED)
+
+
+def test_routed_experts(
+    oracle: EngineChild, fused: EngineChild, models: Callable[[str], str]
+) -> None:
+    """A window would not collect them: stock steps, by name, and the experts of stock."""
+    ask = hybrid_child.routed_experts, models("mixtral"), RETURNS_EXPERTS
+    have = fused.call(*ask)
+    assert have == oracle.call(*ask)
+    assert all(len(experts) == 3 + len(tokens) - 1 for tokens, experts in have)
+    stats = fused.call(engine_child.window_stats)
+    assert stats["windows"] == 0 and set(stats["stock_steps"]) == {"auxiliary outputs"}
 
 
 def test_embeddings_for_each_layer(compare: Any) -> None:

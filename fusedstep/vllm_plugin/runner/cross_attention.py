@@ -38,12 +38,13 @@ class EncoderLengths:
             features = self.features.get(self.req_ids[row], ())
             self.lengths[index] = sum(each.mm_position.get_num_embeds() for each in features)
 
-    def describe(self, common: list[CommonAttentionMetadata]) -> None:
-        """Adds the lengths to the metadata of those groups, of which there is one for each group.
+    def describe(self, metadata: list[CommonAttentionMetadata]) -> None:
+        """Adds the lengths to the ``metadata`` of those groups; it has one entry for each group.
 
         Host memory is the device's: ``reasons.py`` lets such models decode in windows on a CPU.
         """
         for group_id in self.group_ids:
-            lengths = self.lengths[: common[group_id].num_reqs]
-            common[group_id].encoder_seq_lens = torch.from_numpy(lengths)
-            common[group_id].encoder_seq_lens_cpu = lengths
+            common = metadata[group_id]
+            lengths = self.lengths[: common.num_reqs]
+            common.encoder_seq_lens = torch.from_numpy(lengths)
+            common.encoder_seq_lens_cpu = lengths
