@@ -12,6 +12,7 @@ WINDOW = "standin/test_window.py"
 RUNNER = "standin/test_runner.py"
 FORMS = "test_forms.py"
 DRIVER = "libcuda/test_driver.py"
+ROUNDS = "engine/test_speculation.py"
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ SLOTS = "a slot's output or staging used for the window after it"
 READS = "a result that is read before its copy is waited for"
 COPIES = "a result that is copied before the steps have run"
 STATE = "fusedstep/window/state.py"
-OUTPUT = "fusedstep/window/output.py"
+OUTPUT = "fusedstep/window/host_copies.py"
 RECORDER = "fusedstep/window/recorder.py"
 DECODE_MODEL = "fusedstep/vllm_plugin/runner/decode_model.py"
 RECORDING = "fusedstep/vllm_plugin/runner/recording.py"
+ROUNDS_PY = "fusedstep/vllm_plugin/runner/rounds.py"
 RUNNER_PY = "fusedstep/vllm_plugin/runner/runner.py"
 
 MUTATIONS = (
@@ -157,9 +159,17 @@ MUTATIONS = (
         )
         for test in tests
     ),
+    *(
+        Mutation(fault, path, old, new, ROUNDS, "test_on_the_stand_in", may_hang=True)
+        for fault, path, old, new in (
+            (SLOTS, ROUNDS_PY, "self.outputs[self.output is self.outputs[0]]", "self.outputs[0]"),
+            (READS, OUTPUT, "self._ready.synchronize()", "pass"),
+            (COPIES, OUTPUT, "stream.wait_stream(torch.cuda.current_stream())", "pass"),
+        )
+    ),
     Mutation(
         SPINS,
-        "fusedstep/window/output.py",
+        OUTPUT,
         "torch.cuda.Event(blocking=True)",
         "torch.cuda.Event()",
         WINDOW,

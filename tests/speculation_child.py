@@ -6,12 +6,14 @@ The models are random, of so few tokens that drafts hold now and then.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import engine_child
 import features_child
+import standin_child
 import workload_child
 
 CONFIG: dict[str, Any] = {
@@ -65,8 +67,15 @@ def run(
     decode_steps: object = 1,
     cut_seed: int | None = None,
 ) -> dict[str, Any]:
-    """Each request's tokens, how it ended, and vLLM's own counts of its drafts, step by step."""
+    """``answer`` of an engine with these options."""
     features_child.use(model, options)
+    return answer(requests, decode_steps, cut_seed)
+
+
+def answer(
+    requests: list[Asked], decode_steps: object = 1, cut_seed: int | None = None
+) -> dict[str, Any]:
+    """Each request's tokens, how it ended, and vLLM's own counts of its drafts, step by step."""
     engine_child.reset_prefix_cache()
     before = features_child.counts()
     if before:
@@ -90,6 +99,29 @@ def run(
         "drafts": [drafts_of(o.outputs[0].spec_decode_metrics) for o in ordered],
         "counts": features_child.since(before),
     }
+
+
+def answer_on_the_stand_in(
+    seed: int | None, requests: list[Asked], *windows: Any
+) -> dict[str, Any]:
+    """``answer``; and what the host waited for inside windows, and vLLM's full graphs replayed."""
+    from standin.device import GPU
+
+    from fusedstep.vllm_plugin.runner import runner
+
+    standin_child.use_timing(seed)
+    run_window, waits = runner.run_window, Counter[str]()
+
+    def counted(*args: Any) -> None:
+        before = Counter(GPU.asked)
+        run_window(*args)
+        waits.update(GPU.asked - before)
+
+    graphs = standin_child.num_replays()["full"]
+    with patch.object(runner, "run_window", counted):
+        answered = answer(requests, *windows)
+    graphs = standin_child.num_replays()["full"] - graphs
+    return answered | {"waits": dict(waits), "graphs": graphs}
 
 
 def drafts_of(metrics: Any) -> Any:

@@ -97,7 +97,8 @@ def num_replays() -> dict[str, int]:
     """Graphs that were replayed: vLLM's full ones, pieces of its piecewise ones (graphs between
     calls in Python), and those of windows."""
     runner = engine_child.runner()
-    manager, ours = runner.cudagraph_manager, runner.graph_store.graphs
+    manager = runner.cudagraph_manager
+    ours = None if runner.rounds is not None else runner.graph_store.graphs
     pieces = getattr(manager, "breakable_cg_runner", None)
     captures = [] if pieces is None else [entry.capture for entry in pieces.entries.values()]
     parts = [getattr(part, "__self__", None) for capture in captures for part in capture.segments]

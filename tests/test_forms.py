@@ -45,6 +45,7 @@ def runner(
     in_place: tuple[bool, ...] = (True, True),  # the attention's groups
     name: str = "SOME_ATTN",
     states: bool = False,  # a hybrid model
+    drafter: str | None = None,  # its attention
 ) -> Any:
     attention = SimpleNamespace(get_name=lambda: name)
     recurrent = SimpleNamespace(get_name=lambda: "RECURRENT_ATTN")
@@ -62,7 +63,9 @@ def runner(
                 kv_cache_spec=STATE,
             )
         )
+    drafts = SimpleNamespace(backend=SimpleNamespace(get_name=lambda: drafter))
     return SimpleNamespace(
+        speculator=None if drafter is None else SimpleNamespace(attn_groups=[[drafts]]),
         device=torch.device(device),
         compilation_config=SimpleNamespace(cudagraph_mode=mode),
         parallel_config=SimpleNamespace(tensor_parallel_size=tensor_parallel_size),
@@ -256,6 +259,10 @@ def test_batches_above_the_full_graphs_are_recorded(
         ({"in_place": (False,), "name": "FLASHINFER"}, "planned on the host by FLASHINFER"),
         ({"in_place": (False,), "name": "FLASHINFER", "device": "cpu"}, None),
         ({"in_place": (True,), "name": "FLASHINFER"}, None),
+        # Each round is planned again.
+        ({"name": "FLASHINFER", "drafter": "OTHER_ATTN"}, "planned on the host by FLASHINFER"),
+        ({"drafter": "FLASHINFER"}, "planned on the host by FLASHINFER"),
+        ({"drafter": "OTHER_ATTN"}, None),
     ],
 )
 def test_engines_that_keep_stock_steps(engine: dict[str, Any], words: str | None) -> None:

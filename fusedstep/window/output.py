@@ -8,25 +8,20 @@ import numpy as np
 import torch
 
 from fusedstep.ops.types import WindowRows
-from fusedstep.window.pinned import host_zeros
+from fusedstep.window.host_copies import HostCopies
 
 
 class WindowBuffers:
-    """Two copies of a window's result: on the device, so that the next window may reuse its rows,
-    and in pinned memory for the host.
+    """A window's result, out of its rows' way: the next window may reuse them.
 
-    The logprobs' buffers grow to the largest asked for; column 0 is the sampled token. Where device
-    memory is host memory the host reads the device's side.
+    The logprobs' buffers grow to the largest asked for; column 0 is the sampled token.
     """
 
     def __init__(self, max_steps: int, max_num_reqs: int, device: torch.device) -> None:
-        self.device = device
-        self._host: dict[str, torch.Tensor] = {}
-        self.num_sampled = self._buffer("num_sampled", (max_num_reqs,), torch.int32)  # [B]
-        self.out_tokens = self._buffer("out_tokens", (max_steps, max_num_reqs), torch.int64)
+        self.copies = HostCopies(device)
+        self.num_sampled = self.copies.buffer("num_sampled", (max_num_reqs,), torch.int32)  # [B]
+        self.out_tokens = self.copies.buffer("out_tokens", (max_steps, max_num_reqs), torch.int64)
         self._reserve_logprobs((0, 0, 1))
-        # A thread that waits for a window sleeps: K steps of spinning would be a core.
-        self._ready = torch.cuda.Event(blocking=True) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def reserve_logprobs(self, num_steps: int, num_reqs: int, num_logprobs: int) -> None:
         """Room for one window; allocates only when a window asks for more than any before."""
@@ -36,15 +31,10 @@ class WindowBuffers:
             self._reserve_logprobs(shape)
 
     def _reserve_logprobs(self, shape: tuple[int, ...]) -> None:
-        self.token_ids = self._buffer("token_ids", shape, torch.int64)  # [K, B, 1 + n]
-        self.logprobs = self._buffer("logprobs", shape, torch.float32)  # [K, B, 1 + n]
-        self.ranks = self._buffer("ranks", shape[:2], torch.int64)  # [K, B]
-
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        buffer = torch.zeros(shape, dtype=dtype, device=self.device)
-        pinned = self.device.type == "cuda"
-        self._host[name] = host_zeros(*shape, dtype=dtype, pinned=True) if pinned else buffer
-        return buffer
+        buffer = self.copies.buffer
+        self.token_ids = buffer("token_ids", shape, torch.int64)  # [K, B, 1 + n]
+        self.logprobs = buffer("logprobs", shape, torch.float32)  # [K, B, 1 + n]
+        self.ranks = buffer("ranks", shape[:2], torch.int64)  # [K, B]
 
     def keep(
         self,
@@ -55,11 +45,7 @@ class WindowBuffers:
         logprobs: bool,  # asked for: they lie in these buffers already,
         sampled_alone: bool,  # or, those of the sampled tokens, with the window's rows
     ) -> None:
-        """The window's work is enqueued: keep its result, and bring it to the host on ``stream``.
-
-        Whole leading parts are copied: they are contiguous, so that no copy waits.
-        """
-        names = ["num_sampled", "out_tokens"]
+        """The window's work is enqueued: keep its result, to be copied on ``stream``."""
         self.num_sampled.copy_(rows.num_sampled)
         self.out_tokens[:steps].copy_(rows.out_tokens[:steps])
         if sampled_alone:
@@ -67,24 +53,13 @@ class WindowBuffers:
             self.token_ids[:steps, :, 0] = rows.out_tokens[:steps, :n]
             self.logprobs[:steps, :, 0] = rows.out_logprobs[:steps, :n]
             self.ranks[:steps] = rows.out_ranks[:steps, :n]
-        if logprobs:
-            names += ["token_ids", "logprobs", "ranks"]
-        if stream is None:
-            assert self._ready is None, "the result of a GPU comes on a stream"
-            return
-        assert self._ready is not None
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for name in names:
-                size = len(self.num_sampled) if name == "num_sampled" else steps
-                self._host[name][:size].copy_(getattr(self, name)[:size], non_blocking=True)
-            self._ready.record()
+        names = ["out_tokens", *(("token_ids", "logprobs", "ranks") if logprobs else ())]
+        of_steps = {name: getattr(self, name)[:steps] for name in names}
+        self.copies.bring({"num_sampled": self.num_sampled} | of_steps, stream)
 
     def read(self, num_reqs: int, steps: int, num_logprobs: int) -> WindowTokens:
         """Wait for the copies; the result has memory of its own."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        host = {name: part.numpy() for name, part in self._host.items()}
+        host = self.copies.arrived()
         num_sampled = host["num_sampled"][:num_reqs].copy()
         token_ids = host["out_tokens"][:steps, :num_reqs].T.tolist()
         for tokens, count in zip(token_ids, num_sampled.tolist(), strict=True):
@@ -111,8 +86,11 @@ class WindowTokens:
     logprob_token_ids: np.ndarray | None  # [sum(num_sampled), 1 + n] int64, request-major
     logprobs: np.ndarray | None  # [sum(num_sampled), 1 + n] float32
     ranks: np.ndarray | None  # [sum(num_sampled)] int64
+    rounds: list[list[int]] | None = None  # speculative ones: tokens of each that gave some
 
     @property
     def num_steps(self) -> int:
         """Steps of the window that gave a token."""
+        if self.rounds is not None:
+            return max(map(len, self.rounds), default=0)
         return int(self.num_sampled.max(initial=0))

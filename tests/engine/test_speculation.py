@@ -6,13 +6,15 @@ Its kernels for drafts run in Triton's interpreter here, so the models are of fe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 import speculation_child
 from engine_child import EngineChild
 from features_child import FeatureChild, ready
+from standin_child import StandInChild
 
 OPTIONS: dict[str, Any] = {
     "max_model_len": 96,
@@ -48,6 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "eagle": {"model": "eagle"},
 }
 
+# Of vLLM: for one row of four tokens, and for three, one of which may be padding.
+GRAPHS: dict[str, Any] = {"ops": "triton", "capture_sizes": (4, 12, 32)}
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -65,8 +70,36 @@ def stock() -> Iterator[EngineChild]:
     child.close()
 
 
+@pytest.fixture(scope="module")
+def wanted(stock: EngineChild, models: dict[str, str]) -> Callable[[str], dict[str, Any]]:
+    """Stock's answers with a drafter."""
+
+    @cache
+    def of(method: str) -> dict[str, Any]:
+        options = with_drafts(models, method)
+        want: dict[str, Any] = stock.call(
+            speculation_child.run, models["target"], options, REQUESTS
+        )
+        accepted = [n for _, numbers in filter(None, want["drafts"]) for n in numbers]
+        assert 0.05 < sum(accepted) / (3 * len(accepted)) < 0.95, "drafts hold now and then"
+        return want
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def stand_in(models: dict[str, str]) -> Iterator[StandInChild]:
+    """On the stand-in GPU; ``accept`` is Triton's, interpreted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        child = StandInChild(models["target"], GRAPHS, **with_drafts(models, "draft_model"))
+        child.call(ready)
+    yield child
+    child.close()
+
+
 def with_drafts(models: dict[str, str], method: str) -> dict[str, Any]:
-    config = {"method": method, "num_speculative_tokens": 3} | METHODS[method]
+    config = {"method": method, "num_speculative_tokens": 3} | METHODS[method.removesuffix("_gpu")]
     if "model" in config:
         config["model"] = models[config["model"]]
     return OPTIONS | {
@@ -85,36 +118,72 @@ def assert_same(have: dict[str, Any], want: dict[str, Any]) -> None:
 
 
 def check(
-    stock: EngineChild, fused: EngineChild, models: dict[str, str], method: str, *windows: Any
+    want: dict[str, Any], fused: EngineChild, models: dict[str, str], method: str, *windows: Any
 ) -> None:
     """``windows``: decode steps, and a seed if they end after a random number of rounds."""
     options = with_drafts(models, method)
-    want = stock.call(speculation_child.run, models["target"], options, REQUESTS)
-    accepted = [n for _, numbers in filter(None, want["drafts"]) for n in numbers]
-    assert 0.05 < sum(accepted) / (3 * len(accepted)) < 0.95, "drafts hold now and then"
     for decode_steps, cut_seed in windows:
         args = (models["target"], options, REQUESTS, decode_steps, cut_seed)
         have = fused.call(speculation_child.run, *args)
         assert_same(have, want)
-        counts = have["counts"]
-        assert counts["steps"] > 1.2 * counts["windows"] > 0, counts
-        assert set(counts["stock_steps"]) <= {"prefill", "fewer drafts than configured"}
+        assert_in_windows(have["counts"])
+
+
+def assert_in_windows(counts: dict[str, Any]) -> None:
+    assert counts["steps"] > 1.2 * counts["windows"] > 0, counts
+    assert set(counts["stock_steps"]) <= {"prefill", "fewer drafts than configured"}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_equal_to_stock(
-    stock: EngineChild, fused: EngineChild, models: dict[str, str], method: str
-) -> None:
-    check(stock, fused, models, method, (64, 5))
+def test_equal_to_stock(wanted: Any, fused: EngineChild, models: Any, method: str) -> None:
+    check(wanted(method), fused, models, method, (64, 5))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_equal_to_stock_for_every_length(
-    stock: EngineChild, fused: EngineChild, models: dict[str, str], method: str
+    wanted: Any, fused: EngineChild, models: Any, method: str
 ) -> None:
     lengths = (8, 16, 64, "auto")
-    check(stock, fused, models, method, *((k, None) for k in lengths), (64, 1), (20, 2))
+    check(wanted(method), fused, models, method, *((k, None) for k in lengths), (64, 1), (20, 2))
+
+
+def check_on_the_stand_in(
+    want: Any, stand_in: StandInChild, models: Any, method: str, mode: str, *windows: Any
+) -> None:
+    """``windows``: a seed if the device works at random times, None as late as it may; then as in
+    ``check``."""
+    stand_in.become(GRAPHS | {"cudagraph_mode": mode}, **with_drafts(models, method))
+    for seed, *window in windows:
+        have = stand_in.call(speculation_child.answer_on_the_stand_in, seed, REQUESTS, *window)
+        assert_same(have, want)
+        assert_in_windows(have["counts"])
+        assert set(have["waits"]) == {"an event"}, "of the pace; nothing else is waited for"
+        is_full = mode.startswith("FULL")
+        assert have["graphs"] >= have["counts"]["steps"] if is_full else not have["graphs"]
+
+
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [("draft_model", "FULL_AND_PIECEWISE"), ("eagle", "FULL_AND_PIECEWISE"), ("ngram_gpu", "NONE")],
+)
+def test_on_the_stand_in(
+    wanted: Any, stand_in: StandInChild, models: Any, method: str, mode: str
+) -> None:
+    """A GPU's memory and streams."""
+    want = wanted(method.removesuffix("_gpu"))
+    check_on_the_stand_in(want, stand_in, models, method, mode, (None, 64, None), (3, 64, 5))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL", "PIECEWISE", "NONE"])
+@pytest.mark.parametrize("method", [*METHODS, "ngram_gpu"])
+def test_on_the_stand_in_in_every_mode(
+    wanted: Any, stand_in: StandInChild, models: Any, method: str, mode: str
+) -> None:
+    want = wanted(method.removesuffix("_gpu"))
+    windows = [(seed, k, None) for seed, k in ((None, 8), (1, 16), (2, "auto"))]
+    check_on_the_stand_in(want, stand_in, models, method, mode, *windows, (4, 64, 1), (None, 20, 2))
 
 
 def test_wrong_drafts(stock: EngineChild, fused: EngineChild, models: dict[str, str]) -> None:

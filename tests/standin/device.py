@@ -171,6 +171,7 @@ class Device:
         self.live: Counter[Any] = Counter()  # bytes by owner: a stream, or a pool and a stream
         self.reserved: Counter[Any] = Counter()
         self.waits: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()  # what the program has waited for
         self.shapes: dict[Any, list[tuple[Any, ...]]] = {}
         self.memory_pool: Any = None  # of ``use_mem_pool``
         self.unfinished: list[Any] = []  # recordings whose end torch has not seen
@@ -205,12 +206,17 @@ class Device:
         return self.current.line.capture
 
     def may_wait(self, what: str) -> None:
+        self.asked[what] += 1
         if self.capturing is not None:
             self.capturing.invalid = True
             raise RuntimeError(f"CUDA error: not permitted when a stream is capturing: {what}")
 
     def synchronize(self, *_: object) -> None:
         self.may_wait("the device")
+        self.finish()
+
+    def finish(self) -> None:
+        """Do all work that waits."""
         for line in (self.default, *self.pool):
             line.run()
 

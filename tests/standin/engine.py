@@ -170,8 +170,10 @@ def runner_class() -> Any:
         def load_model(self, *args: Any, **kwargs: Any) -> None:
             with on_device(ops):
                 super().load_model(*args, **kwargs)
-            for tensor in (*self.model.parameters(), *self.model.buffers()):
-                GPU.adopt(tensor)
+            drafter = getattr(self.speculator, "model", None)
+            for model in (self.model, *([] if drafter is None else [drafter])):
+                for tensor in (*model.parameters(), *model.buffers()):
+                    GPU.adopt(tensor)
             forward = self.model.forward
 
             def checked(*args: Any, **kwargs: Any) -> Any:
@@ -205,12 +207,15 @@ def install() -> None:
     import vllm.v1.worker.cpu_worker  # noqa: F401
     import vllm.v1.worker.gpu.buffer_utils as buffers
     from vllm.utils import torch_utils
+    from vllm.v1.sample.ops import topk_topp_sampler
 
     for name in ("pin_memory", "record_stream"):
         if name in vars(torch.Tensor):
             delattr(torch.Tensor, name)
     graphs.install()
     buffers.UvaBuffer = UvaBuffer
+    truncate = topk_topp_sampler.apply_top_k_top_p_pytorch  # on a CPU it asks for the largest k
+    topk_topp_sampler.apply_top_k_top_p_pytorch = lambda logits, k, p, **_: truncate(logits, k, p)
     replaced = {
         "async_tensor_h2d": async_tensor_h2d,
         "current_stream": lambda *_: GPU.current,

@@ -191,7 +191,7 @@ class Late(TorchDispatchMode):
         )
         if name in WAITS or by_mask:
             GPU.may_wait(name)
-            GPU.synchronize()
+            GPU.finish()
             result = func(*args, **kwargs)
             return GPU.adopt(result) if isinstance(result, T) else result
         if name in ("aten::_to_copy",):
@@ -214,7 +214,7 @@ class Late(TorchDispatchMode):
         shapes = GPU.shapes.get(key)
         if shapes is None:
             if GPU.capturing is None:
-                GPU.synchronize()
+                GPU.finish()
             with running():
                 # vLLM's kernels for the CPU write more than their schemas say.
                 copies = (

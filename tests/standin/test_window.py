@@ -137,9 +137,9 @@ def test_host_buffers_and_events(gpu: None) -> None:
         state = WindowState.allocate(3, 4, torch.device("cuda"))
         pace = AheadPace()
     for slot in state.slots:
-        host = [*slot.output._host.values(), slot.staging.steps_allowed, slot.staging.seen]
+        host = [*slot.output.copies._host.values(), slot.staging.steps_allowed, slot.staging.seen]
         assert all(tensor.is_pinned() and not tensor.is_cuda for tensor in host)
-        assert slot.output._ready is not None and slot.output._ready.blocking
+        assert slot.output.copies._ready is not None and slot.output.copies._ready.blocking
     assert pace._counts.is_pinned() and all(event.blocking for event in pace._events)
 
 

@@ -323,7 +323,6 @@ _ENGINE = {
         """,
         "ModelRunnerOutput": """
             (req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_, kv_connector_output=_)
-            (req_ids=_, req_id_to_index=_, sampled_token_ids=_)
             req_ids, sampled_token_ids
             kv_connector_output: KVConnectorOutput
             +rounds

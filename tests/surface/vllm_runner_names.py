@@ -16,8 +16,6 @@ RUNNER = {
         "set_forward_context": """
             (attn_metadata, vllm_config, num_tokens=_, cudagraph_runtime_mode=_,
              batch_descriptor=_, slot_mapping=_, is_padding=_)
-            (attn_metadata, vllm_config, num_tokens=_, batch_descriptor=_, slot_mapping=_,
-             is_padding=_)
         """,
     },
     "vllm.v1.attention.backend": {
@@ -176,7 +174,7 @@ RUNNER = {
             run_fullgraph(desc)
             run_pw_graph(model, model_inputs)
         """,
-        "BatchExecutionDescriptor": "cg_mode, num_tokens, num_active_loras",
+        "BatchExecutionDescriptor": "cg_mode, num_reqs, num_tokens, num_active_loras",
         "prepare_inputs_to_capture": """
             (num_reqs, num_tokens, model_state, input_buffers, block_tables, attn_groups,
              kv_cache_config, full_cudagraph=_, max_query_len=_)
@@ -195,6 +193,7 @@ RUNNER = {
              cu_num_logits=_, cu_num_logits_np=_, has_structured_output_reqs=_, prompt_lens=_)
             cu_num_logits, idx_mapping, idx_mapping_np, logits_indices, num_reqs, positions
             query_start_loc, seq_lens, num_tokens, seq_lens_cpu_upper_bound, input_ids, is_padding
+            num_tokens_after_padding
         """,
         "InputBuffers": """
             (max_num_reqs, max_num_tokens, device)

@@ -35,10 +35,15 @@ def in_place(group: AttentionGroup) -> bool:
     return bool(group.supports_draft_decode_metadata_update)
 
 
-def decode_graph(runner: GPUModelRunner, num_reqs: int, num_loras: int) -> Any:
-    """vLLM's graph for a decode step of such a batch; its mode is NONE where there is none."""
+def decode_graph(runner: GPUModelRunner, num_reqs: int, num_loras: int, width: int = 1) -> Any:
+    """vLLM's graph for a step of such a batch, of ``width`` tokens each; its mode is NONE where
+    there is none."""
     return runner.cudagraph_manager.dispatch(
-        num_reqs, num_reqs, uniform_token_count=1, num_active_loras=num_loras, max_query_len=1
+        num_reqs,
+        num_reqs * width,
+        uniform_token_count=width,
+        num_active_loras=num_loras,
+        max_query_len=width,
     )
 
 

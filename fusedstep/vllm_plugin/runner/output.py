@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-import numpy as np
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
 
 from fusedstep.vllm_plugin.grammar_tables import bring_grammars, grammars_of
-from fusedstep.window.state import Fetched, WindowSlot
+from fusedstep.vllm_plugin.stamps import report_rounds
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Callable
+
+    import numpy as np
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import KVConnectorOutput
 
     from fusedstep.counts import WindowCounts
     from fusedstep.vllm_plugin.runner.tracing import TracedStep
+    from fusedstep.window.output import WindowTokens
 
 
 class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
@@ -26,15 +29,13 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
     def __init__(
         self,
         scheduler_output: SchedulerOutput,
-        slot: WindowSlot,
+        tokens: Callable[[], WindowTokens],  # waits for them
         live: np.ndarray,  # [num_reqs of the window] int64, place in the scheduled batch
         counts: WindowCounts,
-        copy_stream: torch.cuda.Stream | None,
         kv_connector_output: KVConnectorOutput | None,
     ) -> None:
         self.req_ids = list(scheduler_output.num_scheduled_tokens)
-        self.fetched = Fetched(slot, copy_stream)
-        self.live, self.counts = live, counts
+        self.tokens, self.live, self.counts = tokens, live, counts
         self.kv_connector_output = kv_connector_output
         self.trace: TracedStep | None = None
 
@@ -42,15 +43,11 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         self.trace = trace
 
     def get_output(self) -> ModelRunnerOutput:
-        result = self.fetched.tokens()
+        result = self.tokens()
         if self.trace is not None:
             self.trace.write(reason=None, has_tokens=True)
-        token_ids: list[list[int]] = [[] for _ in self.req_ids]
-        counts = np.zeros(len(self.req_ids), dtype=np.int64)
-        for index, tokens in zip(self.live.tolist(), result.token_ids, strict=True):
-            token_ids[index] = tokens
-        counts[self.live] = result.num_sampled
-        self.counts.tokens += int(counts.sum())
+        token_ids = self._of_all(result.token_ids)
+        self.counts.tokens += sum(map(len, token_ids))
         self.counts.steps += result.num_steps
         logprobs = None
         if result.logprobs is not None:
@@ -58,15 +55,25 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
                 result.logprob_token_ids,
                 result.logprobs,
                 result.ranks,
-                np.concatenate(([0], np.cumsum(counts))).tolist(),
+                [0, *accumulate(map(len, token_ids))],
             )
-        return ModelRunnerOutput(
+        output = ModelRunnerOutput(
             req_ids=self.req_ids,
             req_id_to_index={req_id: i for i, req_id in enumerate(self.req_ids)},
             sampled_token_ids=token_ids,
             logprobs=logprobs,
             kv_connector_output=self.kv_connector_output,
         )
+        if result.rounds is not None:
+            report_rounds(output, self._of_all(result.rounds))
+        return output
+
+    def _of_all(self, of_live: list[list[int]]) -> list[list[int]]:
+        """Lists of the window's requests, as those of the scheduled batch."""
+        lists: list[list[int]] = [[] for _ in self.req_ids]
+        for index, numbers in zip(self.live.tolist(), of_live, strict=True):
+            lists[index] = numbers
+        return lists
 
     def get_kv_connector_output(self) -> KVConnectorOutput | None:
         """vLLM 0.33 asks when ``get_output`` failed."""

@@ -124,7 +124,6 @@ def _speculation_reason(runner: GPUModelRunner) -> str | None:
     if type(speculator) not in SPECULATORS:
         return f"{Reason.SPECULATION} by {type(speculator).__name__}"
     others = (
-        (runner.device.type != "cpu", "a device that is not a CPU"),
         (type(runner.model_state) is not DefaultModelState, "recurrent states"),
         (runner.uses_inputs_embeds, "embeddings as inputs"),
         (getattr(runner.model_state, "rope_state", None) is not None, "M-RoPE"),

@@ -106,6 +106,10 @@ def no_windows_reason(runner: GPUModelRunner) -> str | None:
     if runner.device.type == "cpu":
         return None
     planners = _planners(runner)
+    if runner.speculator is not None:  # each round plans again, and so does its drafter
+        drafters = getattr(runner.speculator, "attn_groups", [])
+        groups = [g for each in (*runner.attn_groups, *drafters) for g in each]
+        planners = {g.backend.get_name() for g in groups}
     if planners & reasons.PLAN_FROM_BOUND:
         return f"{Reason.HOST_PLAN} {', '.join(sorted(planners))}"
     return None

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.input_batch import (
     InputBatch,
@@ -23,15 +22,12 @@ from vllm.v1.worker.gpu.input_batch import (
 from vllm.v1.worker.gpu.spec_decode.utils import get_drafter_hidden_states
 
 from fusedstep.ops.types import PAD_SLOT_ID, BatchNeeds, WindowRows
-from fusedstep.vllm_plugin.stamps import report_rounds
+from fusedstep.vllm_plugin.runner.decode_model import decode_graph
 from fusedstep.window.rounds import RoundTokens
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-
-    from fusedstep.counts import WindowCounts
-    from fusedstep.vllm_plugin.runner.tracing import TracedStep
 
 
 class RoundOps(Protocol):
@@ -51,10 +47,13 @@ class Rounds:
 
     What a round needs of the host is the same for all rounds of a window, but for an upper bound of
     the lengths. A row that has stopped goes on in the batch: it writes no key, takes no token, and
-    its drafts are nobody's.
+    its drafts are nobody's. The forward is what vLLM's own step has for such a batch: its full
+    graph, its piecewise one, or plain calls; so are the drafter's.
     """
 
-    def __init__(self, runner: GPUModelRunner, ops: RoundOps, rows: WindowRows) -> None:
+    def __init__(
+        self, runner: GPUModelRunner, ops: RoundOps, rows: WindowRows, *, use_graphs: bool
+    ) -> None:
         self.runner, self.ops, self.rows = runner, ops, rows
         self.model, self.verify = runner.model, runner.rejection_sampler
         device, max_num_reqs = runner.device, runner.max_num_reqs
@@ -67,6 +66,10 @@ class Rounds:
         )
         self.outputs = tuple(RoundTokens(max_num_reqs, self.width, device) for _ in range(2))
         self.output = self.outputs[0]  # of the window that runs
+        # Its kernel is compiled before a request waits for it. No row is active.
+        ops.accept(self.output.tokens[0, :1], self.output.num_tokens[0, :1], rows, 1)
+        self.use_graphs = use_graphs
+        self.graph: Any = None  # of vLLM, for this window's batch
         self.batch: InputBatch | None = None
         self.req_ids: list[str] = []
         self.reqs = np.zeros(0, np.int64)  # [num_reqs], batch_idx -> req_state_idx
@@ -90,12 +93,22 @@ class Rounds:
         self.ops.prepare(rows, num_reqs)
 
     def begin(self, num_reqs: int) -> None:
+        runner, num_tokens = self.runner, num_reqs * self.width
+        self.graph = None
+        if self.use_graphs and runner.cudagraph_manager is not None:
+            graph = decode_graph(runner, num_reqs, 0, self.width)
+            self.graph = None if graph.cg_mode == CUDAGraphMode.NONE else graph
         self.batch = self._batch(num_reqs)
-        num_tokens = num_reqs * self.width
-        starts = self.runner.input_buffers.query_start_loc
+        starts = runner.input_buffers.query_start_loc
         starts[: num_reqs + 1] = self.starts[: num_reqs + 1]
         starts[num_reqs + 1 :] = num_tokens
-        self.batch.is_padding.fill_(False)
+        self.batch.is_padding[:num_tokens].fill_(False)
+        self.batch.is_padding[num_tokens:].fill_(True)
+
+    @property
+    def mode(self) -> Any:
+        """vLLM's word for the graph that a forward takes."""
+        return CUDAGraphMode.NONE if self.graph is None else self.graph.cg_mode
 
     def plan(self) -> None:
         runner, batch = self.runner, self.batch
@@ -123,10 +136,10 @@ class Rounds:
         of_rows = slot_mappings[:, : batch.num_tokens].unflatten(1, (num_reqs, self.width))
         of_rows.masked_fill_(~self.rows.active[:num_reqs, None], PAD_SLOT_ID)
         self.slots_by_layer = build_slot_mappings_by_layer(slot_mappings, runner.kv_cache_config)
-        batch.seq_lens_cpu_upper_bound += self.width
+        batch.seq_lens_cpu_upper_bound[:num_reqs] += self.width
         self.attn_metadata = runner.model_state.prepare_attn(
             batch,
-            CUDAGraphMode.NONE,
+            self.mode,
             block_tables,
             slot_mappings,
             runner.attn_groups,
@@ -136,26 +149,38 @@ class Rounds:
     def forward(self) -> torch.Tensor:
         runner, batch = self.runner, self.batch
         assert batch is not None
-        with set_forward_context(
-            self.attn_metadata,
-            runner.vllm_config,
-            num_tokens=batch.num_tokens,
-            batch_descriptor=BatchDescriptor(num_tokens=batch.num_tokens),
-            slot_mapping=self.slots_by_layer,
-            is_padding=batch.is_padding,
-        ):
-            output = self.model(
-                input_ids=batch.input_ids,
-                positions=batch.positions,
-                inputs_embeds=None,
-                intermediate_tensors=None,
-            )
+        if self.mode == CUDAGraphMode.FULL:
+            output = runner.cudagraph_manager.run_fullgraph(self.graph)
+        else:
+            output = self._call(batch)
         self.aux_hidden_states = None
         if runner.use_aux_hidden_state_outputs:
             output, self.aux_hidden_states = output
         self.hidden_states = output
         logits: torch.Tensor = self.model.compute_logits(output[batch.logits_indices])
         return logits
+
+    def _call(self, batch: InputBatch) -> Any:
+        """The model's output, by a piecewise graph or without one."""
+        runner = self.runner
+        inputs = {
+            "input_ids": batch.input_ids,
+            "positions": batch.positions,
+            "inputs_embeds": None,
+            "intermediate_tensors": None,
+        }
+        with set_forward_context(
+            self.attn_metadata,
+            runner.vllm_config,
+            num_tokens=batch.num_tokens_after_padding,
+            cudagraph_runtime_mode=self.mode,
+            batch_descriptor=BatchDescriptor(num_tokens=batch.num_tokens_after_padding),
+            slot_mapping=self.slots_by_layer,
+            is_padding=batch.is_padding,
+        ):
+            if self.mode == CUDAGraphMode.PIECEWISE:
+                return runner.cudagraph_manager.run_pw_graph(self.model, inputs)
+            return self.model(**inputs)
 
     def step(
         self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
@@ -194,30 +219,36 @@ class Rounds:
         self.batch = None
 
     def _batch(self, num_reqs: int) -> InputBatch:
-        """As vLLM describes a batch whose rows have all their drafts."""
+        """As vLLM describes a batch whose rows have all their drafts, padded to its graph."""
         runner, buffers = self.runner, self.runner.input_buffers
         states, reqs = runner.req_states, self.reqs
         num_tokens = num_reqs * self.width
+        num_rows, num_padded = num_reqs, num_tokens
+        if self.graph is not None:
+            num_rows, num_padded = self.graph.num_reqs or num_reqs, self.graph.num_tokens
         idx_mapping = self.rows.idx_mapping[:num_reqs]
         num_computed = states.num_computed_tokens_np[reqs]
         prefill_lens = states.prefill_len.np[reqs]
+        starts_np = np.minimum(self.starts_np[: num_rows + 1], num_tokens)
+        upper_bound = np.zeros(num_rows, np.int32)
+        upper_bound[:num_reqs] = num_computed
         return InputBatch(
             req_ids=self.req_ids,
             num_reqs=num_reqs,
-            num_reqs_after_padding=num_reqs,
+            num_reqs_after_padding=num_rows,
             idx_mapping=idx_mapping,
             idx_mapping_np=reqs,
             expanded_idx_mapping=idx_mapping.repeat_interleave(self.width),
             expanded_local_pos=self.local_pos[:num_tokens],
             num_scheduled_tokens=np.full(num_reqs, self.width, np.int32),
             num_tokens=num_tokens,
-            num_tokens_after_padding=num_tokens,
+            num_tokens_after_padding=num_padded,
             num_draft_tokens=num_reqs * self.num_drafts,
             num_draft_tokens_per_req=np.full(num_reqs, self.num_drafts, np.int32),
-            query_start_loc=buffers.query_start_loc[: num_reqs + 1],
-            query_start_loc_np=self.starts_np[: num_reqs + 1],
-            seq_lens=buffers.seq_lens[:num_reqs],
-            seq_lens_cpu_upper_bound=torch.from_numpy(num_computed.astype(np.int32)),
+            query_start_loc=buffers.query_start_loc[: num_rows + 1],
+            query_start_loc_np=starts_np,
+            seq_lens=buffers.seq_lens[:num_rows],
+            seq_lens_cpu_upper_bound=torch.from_numpy(upper_bound),
             dcp_local_seq_lens=None,
             num_computed_tokens_np=num_computed,
             prefill_len_np=prefill_lens,
@@ -225,52 +256,12 @@ class Rounds:
             is_prefilling_np=np.zeros(num_reqs, np.bool_),
             has_prefill=False,
             decode_graph_eligible=True,
-            input_ids=buffers.input_ids[:num_tokens],
-            positions=buffers.positions[:num_tokens],
-            is_padding=buffers.is_padding[:num_tokens],
+            input_ids=buffers.input_ids[:num_padded],
+            positions=buffers.positions[:num_padded],
+            is_padding=buffers.is_padding[:num_padded],
             logits_indices=idx_mapping,  # until it is planned
             cu_num_logits=self.starts[: num_reqs + 1],
             cu_num_logits_np=self.starts_np[: num_reqs + 1],
             has_structured_output_reqs=False,
             prompt_lens=None,
         )
-
-
-class RoundsOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
-    """A window's tokens in vLLM's form, and how many of them each round gave."""
-
-    def __init__(
-        self,
-        scheduler_output: SchedulerOutput,
-        rounds: RoundTokens,
-        live: np.ndarray,  # [num_reqs of the window] int64, place in the scheduled batch
-        counts: WindowCounts,
-    ) -> None:
-        self.req_ids = list(scheduler_output.num_scheduled_tokens)
-        self.rounds, self.live, self.counts = rounds, live, counts
-        self.trace: TracedStep | None = None
-
-    def tell(self, trace: TracedStep) -> None:
-        self.trace = trace
-
-    def get_output(self) -> ModelRunnerOutput:
-        token_ids, by_round = self.rounds.read(len(self.live))
-        if self.trace is not None:
-            self.trace.write(reason=None, has_tokens=True)
-        of_all: list[list[int]] = [[] for _ in self.req_ids]
-        rounds: list[list[int]] = [[] for _ in self.req_ids]
-        for n, index in enumerate(self.live.tolist()):
-            of_all[index], rounds[index] = token_ids[n], by_round[n]
-        self.counts.tokens += sum(map(len, token_ids))
-        self.counts.steps += max(map(len, by_round), default=0)
-        output = ModelRunnerOutput(
-            req_ids=self.req_ids,
-            req_id_to_index={req_id: i for i, req_id in enumerate(self.req_ids)},
-            sampled_token_ids=of_all,
-        )
-        report_rounds(output, rounds)
-        return output
-
-    def get_kv_connector_output(self) -> None:
-        """vLLM 0.33 asks when ``get_output`` failed; a window has none."""
-        return None

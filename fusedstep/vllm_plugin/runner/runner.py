@@ -30,7 +30,7 @@ from fusedstep.vllm_plugin.runner.output import WindowOutput, one_step_each
 from fusedstep.vllm_plugin.runner.parts import batch_reason, metadata_reason, runner_reason
 from fusedstep.vllm_plugin.runner.processing import Processing
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
-from fusedstep.vllm_plugin.runner.rounds import Rounds, RoundsOutput
+from fusedstep.vllm_plugin.runner.rounds import Rounds
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
 from fusedstep.vllm_plugin.runner.truncation import allocate_buffers, truncate_as_stock
 from fusedstep.vllm_plugin.shared import arrival_counter
@@ -38,7 +38,7 @@ from fusedstep.window import arrivals
 from fusedstep.window.graphs import variant
 from fusedstep.window.loop import StepOps, run_window
 from fusedstep.window.pace import AheadPace, HostPace, Pace
-from fusedstep.window.state import WindowSlot, WindowState
+from fusedstep.window.state import Fetched, WindowSlot, WindowState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,11 +180,14 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         on_cpu = self.device.type == "cpu"
         self.pace: Pace = HostPace() if on_cpu else AheadPace()
         self.copy_stream = None if on_cpu else self.output_copy_stream
+        self.no_windows = no_windows_reason(self)
+        loop = compat.options(self.vllm_config).loop
         if self.speculator is not None:
-            self.rounds = Rounds(self, self.ops, self.windows.rows)
+            use_graphs = loop != LoopForm.EAGER
+            self.rounds = Rounds(self, self.ops, self.windows.rows, use_graphs=use_graphs)
             self.stats.loop_reason = "speculative rounds are not recorded"
             return
-        self._choose_form(compat.options(self.vllm_config).loop)
+        self._choose_form(loop)
 
     @torch.inference_mode()
     def capture_model(self, profile_only: bool = False) -> int:
@@ -208,7 +211,6 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def _choose_form(self, loop: str) -> None:
         form = choose(self, loop)
-        self.no_windows = no_windows_reason(self)
         rows = self.windows.rows
         model_inputs = ModelInputs(self, self.tables, rows.idx_mapping)
         self.decode_model = VllmDecodeModel(
@@ -277,8 +279,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             cut_short = self._cut_short(slot.arrivals_seen)
             run_window(self.rounds, self.rounds, slot, cut_short, self.pace)
             self.stats.counts.windows += 1
-            output, counts = self.rounds.output, self.stats.counts
-            return RoundsOutput(staged.scheduler_output, output, staged.live, counts)
+            self.rounds.output.keep(self.copy_stream)
+            tokens = partial(self.rounds.output.read, len(staged.live))
+            scheduled, counts = staged.scheduler_output, self.stats.counts
+            return WindowOutput(scheduled, tokens, staged.live, counts, None)
         self.kv_connector.pre_forward(staged.scheduler_output)
         run_window(
             self.decode_model,
@@ -291,13 +295,13 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         )
         self.stats.counts.windows += 1
         self.kv_connector.finish_forward()
+        received = self.kv_connector.post_forward(staged.scheduler_output.finished_req_ids)
         return WindowOutput(
             staged.scheduler_output,
-            slot,
+            Fetched(slot, self.copy_stream).tokens,
             staged.live,
             self.stats.counts,
-            self.copy_stream,
-            self.kv_connector.post_forward(staged.scheduler_output.finished_req_ids),
+            received,
         )
 
     def sample(
