@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import features_child
+import kv_connectors_child
 import pytest
 import safetensors.torch
 from engine_child import EngineChild
@@ -152,7 +153,7 @@ def test_a_window_tells_the_connector_that_it_begins_and_ends(
     shutil.rmtree(store, ignore_errors=True)
     shutil.copytree(written, store)
     args = tiny, connected("LateConnector", store), ASKS
-    result = fused.call(features_child.ask_with_loads_in_windows, *args, hooks=True)
+    result = fused.call(kv_connectors_child.ask_with_loads_in_windows, *args, hooks=True)
     assert tokens(result) == computed and LATE not in result["counts"]["stock_steps"]
     with pytest.raises(AssertionError):
-        fused.call(features_child.ask_with_loads_in_windows, *args, hooks=False)
+        fused.call(kv_connectors_child.ask_with_loads_in_windows, *args, hooks=False)
