@@ -35,6 +35,14 @@ IMAGE_TOKENS: dict[str, tuple[int, ...]] = {
     "gemma4": (IMAGE,),
     "whisper": (),  # its encoder's, not its prompt's
 }
+QWEN3_VISION = VISION | {
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 64,
+}
 CHAT = (
     "{%- for message in messages %}{%- if message.content is string %}{{ message.content }}"
     "{%- else %}{%- for part in message.content %}"
@@ -116,20 +124,16 @@ def qwen3_vl(folder: Path) -> None:
                 "mrope_interleaved": True,
             },
         },
-        vision_config={
-            **VISION,
-            "depth": 3,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "deepstack_visual_indexes": [0, 1],
-            "num_position_embeddings": 64,
-        },
+        vision_config=QWEN3_VISION | {"depth": 3, "deepstack_visual_indexes": [0, 1]},
         **QWEN_IDS,
     )
     _save(folder, transformers.Qwen3VLForConditionalGeneration(config))
+    _save_qwen3_processor(folder)
+
+
+def _save_qwen3_processor(folder: Path) -> None:
+    import transformers
+
     transformers.Qwen3VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(
             patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
@@ -164,27 +168,11 @@ def qwen3_5(folder: Path) -> None:
                 "mrope_interleaved": True,
             },
         },
-        vision_config={
-            **VISION,
-            "depth": 2,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "num_position_embeddings": 64,
-        },
+        vision_config=QWEN3_VISION | {"depth": 2},
         **QWEN_IDS,
     )
     _save(folder, transformers.Qwen3_5ForConditionalGeneration(config))
-    transformers.Qwen3VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            patch_size=16, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
-        ),
-        tokenizer=save_tokenizer(folder, QWEN),
-        video_processor=transformers.Qwen3VLVideoProcessor(),
-        chat_template=CHAT.replace("@", "<|vision_start|> <|image_pad|> <|vision_end|>"),
-    ).save_pretrained(folder)
+    _save_qwen3_processor(folder)
 
 
 @maker
