@@ -11,6 +11,7 @@ from scheduler.trace import Spec, Trace, device_stop, next_hash, next_token
 from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
 from vllm.v1.outputs import ModelRunnerOutput
 
+from fusedstep.vllm_plugin.stamps import report_rounds
 from fusedstep.window.arrivals import END_AFTER_ONE_STEP
 
 
@@ -19,6 +20,7 @@ class Row:
     """A request on the device."""
 
     spec: Spec
+    number: int  # in its trace
     tokens: list[int]
     num_computed: int
     prefill_len: int
@@ -33,17 +35,21 @@ class Batch:
 
     output: Any  # SchedulerOutput
     sampled: dict[str, list[int]] = field(default_factory=dict)
+    rounds: dict[str, list[int]] | None = None  # tokens of each, if it is a window of them
     num_steps: int = 0
     begun: bool = False
     done: bool = False
 
     def result(self) -> ModelRunnerOutput:
         req_ids = list(self.output.num_scheduled_tokens)
-        return ModelRunnerOutput(
+        result = ModelRunnerOutput(
             req_ids=req_ids,
             req_id_to_index={req_id: n for n, req_id in enumerate(req_ids)},
             sampled_token_ids=[self.sampled.get(req_id, []) for req_id in req_ids],
         )
+        if self.rounds is not None:
+            report_rounds(result, [self.rounds.get(req_id, []) for req_id in req_ids])
+        return result
 
 
 class Device:
@@ -52,7 +58,8 @@ class Device:
     def __init__(self, trace: Trace, fused: bool, arrivals: Callable[[], int]) -> None:
         self.trace, self.fused, self.arrivals = trace, fused, arrivals
         self.rows: dict[str, Row] = {}
-        self.values: dict[tuple[int, int], int] = {}  # (block, offset) -> what the KV cache holds
+        # (block, offset) -> what the KV cache holds; None: a key that nobody may read
+        self.values: dict[tuple[int, int], int | None] = {}
         self.states: dict[int, tuple[int, int]] = {}  # block -> tokens seen, and their hash
         self.random = Random(trace.seed)
         # Where states are cached windows do not: a newcomer may begin from a state of this one.
@@ -80,16 +87,21 @@ class Device:
             assert new.prefill_token_ids is not None
             tokens = list(new.prefill_token_ids)
             blocks = [list(group) for group in new.block_ids]
-            spec = self.trace.specs[new.sampling_params.extra_args["number"]]
-            self.rows[new.req_id] = Row(spec, tokens, new.num_computed_tokens, len(tokens), blocks)
+            number = new.sampling_params.extra_args["number"]
+            self.rows[new.req_id] = Row(
+                *(self.trace.specs[number], number, tokens, new.num_computed_tokens),
+                *(len(tokens), blocks),
+            )
         cached = output.scheduled_cached_reqs
         for req_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             for held, more in zip(self.rows[req_id].blocks, new_blocks or (), strict=False):
                 held.extend(more)
         scheduled = output.num_scheduled_tokens
         if self._is_window(batch):
-            budgets = [n for req_id, n in scheduled.items() if not self.rows[req_id].stopped]
-            longest = max(budgets, default=0)
+            if self.trace.num_drafts:
+                batch.rounds = {}
+            live = {i: n for i, n in scheduled.items() if not self.rows[i].stopped}
+            longest = max(live.values(), default=0) // self.width
             batch.done = not longest or (longest > 1 and self._gives_way(output.arrivals_seen))
         else:
             batch.done = not scheduled
@@ -101,25 +113,38 @@ class Device:
             self.fused
             and not batch.output.scheduled_new_reqs
             and bool(cached.req_ids)
+            and self._are_whole(batch.output)
             and all(
                 computed >= self.rows[req_id].prefill_len
                 for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
             )
         )
 
+    @property
+    def width(self) -> int:
+        return 1 + self.trace.num_drafts
+
+    def _are_whole(self, output: Any) -> bool:
+        """As the runner decides it: as many rounds for each, with all drafts."""
+        numbers = set(output.num_scheduled_tokens.values())
+        return self.width == 1 or (len(numbers) == 1 and numbers.pop() % self.width == 0)
+
     def _window_step(self, batch: Batch) -> bool:
-        """A token of each live row; is the window over after it?"""
+        """A token of each live row, or a round; is the window over after it?"""
         goes_on = stops = False
         live = []
         for req_id, budget in batch.output.num_scheduled_tokens.items():
             row, sampled = self.rows[req_id], batch.sampled.setdefault(req_id, [])
-            if not row.stopped and len(sampled) < budget:
-                live.append((row, sampled, budget))
-        self._load_states([row for row, _, _ in live])
-        for row, sampled, budget in live:
-            sampled.append(self._decode(row))
+            if not row.stopped and batch.num_steps * self.width <= budget:
+                live.append((req_id, row, sampled, budget))
+        self._load_states([row for _, row, _, _ in live])
+        for req_id, row, sampled, budget in live:
+            tokens = self._decode(row, self.trace.num_drafts)
+            sampled += tokens
+            if batch.rounds is not None:
+                batch.rounds.setdefault(req_id, []).append(len(tokens))
             stops |= row.stopped
-            goes_on |= not row.stopped and len(sampled) < budget
+            goes_on |= not row.stopped and batch.num_steps * self.width < budget
         arrived = self.arrivals() > batch.output.arrivals_seen
         cut = self.random.random() < self.trace.cut
         return not goes_on or arrived or cut or (stops and batch.output.ends_at_stop)
@@ -140,7 +165,8 @@ class Device:
             num_tokens = scheduled - len(placeholders.get(req_id, ()))
             if row.num_computed >= row.prefill_len:
                 assert num_tokens == 1
-                batch.sampled[req_id] = [] if row.stopped else [self._decode(row)]
+                drafts = min(scheduled - num_tokens, self.trace.num_drafts)
+                batch.sampled[req_id] = [] if row.stopped else self._decode(row, drafts)
                 continue
             self._checkpoint(row, row.num_computed + num_tokens)
             for _ in range(num_tokens - 1):
@@ -150,11 +176,22 @@ class Device:
             if row.num_computed == row.prefill_len:
                 batch.sampled[req_id] = [self._sample(row, value)]
 
-    def _decode(self, row: Row) -> int:
-        assert row.num_computed == len(row.tokens) - 1
-        value = self._compute(row)
-        self._store_state(row)
-        return self._sample(row, value)
+    def _decode(self, row: Row, num_drafts: int = 0) -> list[int]:
+        """The token behind the row's last, and the drafts that hold; a stop does not cut them."""
+        start = row.num_computed
+        assert start == len(row.tokens) - 1
+        held = self.trace.num_held(row.number, start, num_drafts)
+        tokens = []
+        for _ in range(1 + held):
+            value = self._compute(row)
+            self._store_state(row)
+            tokens.append(self._sample(row, value))
+        for position in range(start + 1 + held, start + 1 + num_drafts):
+            self._write(row, position, None)  # of a draft that did not hold
+        if self.trace.draft_model and num_drafts:  # it drafts again, if it may
+            end = min(row.num_computed + self.trace.num_drafts, self.trace.max_model_len)
+            assert all(-(-end // self.trace.block_size) <= len(blocks) for blocks in row.blocks)
+        return tokens
 
     def _load_states(self, rows: list[Row]) -> None:
         """What each row begins the step with. None sees what another writes in the same step."""
@@ -203,22 +240,28 @@ class Device:
             row.state = position + 1, hash((row.state[1], row.tokens[position]))
         half = self._read(row, 0, position // 2) if position > 1 else 0
         value = next_hash(before, half, position, row.tokens[position])
-        size = self.trace.block_size
-        for blocks in keys:
-            self.values[blocks[position // size], position % size] = value
+        self._write(row, position, value)
         row.num_computed += 1
         return value
 
+    def _write(self, row: Row, position: int, value: int | None) -> None:
+        size = self.trace.block_size
+        for blocks in row.blocks[:-1] if self.trace.states else row.blocks:
+            self.values[blocks[position // size], position % size] = value
+
     def _read(self, row: Row, group: int, position: int) -> int:
         size = self.trace.block_size
-        return self.values[row.blocks[group][position // size], position % size]
+        value = self.values[row.blocks[group][position // size], position % size]
+        assert value is not None, "the key of a draft that did not hold"
+        return value
 
     def _sample(self, row: Row, value: int) -> int:
         num_prompt_tokens = len(row.spec.prompt)
         token = next_token(value, row.spec, len(row.tokens) - num_prompt_tokens)
         row.tokens.append(token)
         output = row.tokens[num_prompt_tokens:]
-        row.stopped = self.fused and bool(device_stop(row.spec, self.trace.max_model_len, output))
+        stop = self.fused and device_stop(row.spec, self.trace.max_model_len, output)
+        row.stopped = row.stopped or bool(stop)
         return token
 
 

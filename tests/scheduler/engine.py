@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import queue
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from scheduler.device import Batch, Device
 from scheduler.trace import Trace
 from scheduler.world import make_request, make_scheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import RequestStatus
 
 from fusedstep.vllm_plugin.scheduler import in_flight
@@ -41,6 +42,8 @@ class Answer:
     first_at: int | None = None
     last_at: int = 0
     longest_pause: int = 0  # steps between two deliveries
+    drafts: tuple[list[int], list[int]] | None = None  # verified and held, by round, at its end
+    is_odd: bool = False  # a round with fewer drafts, or with none that a drafter had made
 
 
 class Engine:
@@ -64,6 +67,7 @@ class Engine:
         self.aborts: queue.Queue[list[str]] = queue.Queue()
         self.queue: deque[Batch] = deque()  # oldest first
         self.turns = self.steps = self.preemptions = 0
+        self.drafts: Counter[str] = Counter()  # vLLM's statistics, summed
 
     @property
     def num_free_blocks(self) -> int:
@@ -133,6 +137,7 @@ class Engine:
         if self.scheduler.has_requests():
             batch = Batch(self.scheduler.schedule())
             self.queue.append(batch)
+            self._note_odd_rounds(batch.output)
             self.preemptions += len(batch.output.preempted_req_ids or ())
             executed = batch.output.total_num_scheduled_tokens > 0
             depth = 2 if self.trace.asynchronous else 1
@@ -151,6 +156,35 @@ class Engine:
         outputs = self.scheduler.update_from_output(batch.output, batch.result())
         for output in outputs[0].outputs if outputs else ():
             self._deliver(output)
+        if self.trace.num_drafts:
+            self._count_drafts(outputs[0].scheduler_stats.spec_decoding_stats)
+            if not self.trace.asynchronous:
+                ids = list(batch.output.num_scheduled_tokens)
+                drafts = [[1] * self.trace.num_drafts for _ in ids]
+                self.scheduler.update_draft_token_ids(DraftTokenIds(ids, drafts))
+
+    def _note_odd_rounds(self, output: Any) -> None:
+        """Which requests' drafts depend on what else runs?"""
+        odd = set(output.preempted_req_ids or ())
+        placeholders = output.scheduled_spec_decode_tokens
+        odd |= {new.req_id for new in output.scheduled_new_reqs}.intersection(placeholders)
+        for req_id in output.num_scheduled_tokens:
+            request, num_drafts = self.scheduler.requests[req_id], len(placeholders.get(req_id, ()))
+            if request.num_output_tokens and (1 + num_drafts) % self.device.width:
+                odd.add(req_id)
+        for req_id in odd:
+            self.answers[self.numbers[req_id]].is_odd = True
+
+    def _count_drafts(self, stats: Any) -> None:
+        if stats is None:
+            return
+        self.drafts["rounds"] += stats.num_drafts
+        self.drafts["drafts"] += stats.num_draft_tokens
+        self.drafts["held"] += stats.num_accepted_tokens
+        for n, held in enumerate(stats.num_accepted_tokens_per_pos):
+            self.drafts[f"held at {n}"] += held
+        for n, drafts in enumerate(stats.num_draft_tokens_per_pos):
+            self.drafts[f"drafts at {n}"] += drafts
 
     def _step(self, batch: Batch) -> bool:
         if not self.device.step(batch):
@@ -171,6 +205,9 @@ class Engine:
             answer.longest_pause = max(answer.longest_pause, now - answer.last_at)
         answer.last_at = now
         answer.tokens += output.new_token_ids
+        if output.spec_decode_metrics is not None:
+            counted = output.spec_decode_metrics
+            answer.drafts = counted.per_step_drafted, counted.per_step_accepted
         if spec.stop_string in answer.tokens:
             del answer.tokens[answer.tokens.index(spec.stop_string) + 1 :]
             answer.reason = "stop"

@@ -2,7 +2,10 @@
 
     cd tests && python -m scheduler.simulate --requests 10000 --seed 1
 
-Prints what was compared; the exit code is 1 if anything differs.
+    cd tests && python -m scheduler.simulate --requests 10000 --seed 1 --drafts
+
+Prints what was compared; the exit code is 1 if anything differs. ``--drafts``: speculative rounds,
+which give each request one token and as many more as drafts hold.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from scheduler.engine import Engine
-from scheduler.trace import Trace, expected, make_trace
+from scheduler.trace import Trace, expected, make_trace, make_trace_with_drafts
 from scheduler.watched import Watched
 from scheduler.world import STOCK
 
@@ -43,6 +46,8 @@ class Comparison:
     stock_steps: int = 0
     first_tokens: list[int] = field(default_factory=list)  # steps later than stock's
     waits: list[float] = field(default_factory=list)  # longest for blocks held ahead, in steps
+    counted: int = 0  # requests whose drafts were compared, round by round
+    summed: int = 0  # rounds in traces whose statistics were compared
 
     def __iadd__(self, other: Comparison) -> Comparison:
         for name, value in vars(other).items():
@@ -79,6 +84,8 @@ def compare(trace: Trace) -> Comparison:
         first, stock_first = ours.answers[n].first_at, stock.answers[n].first_at
         if first is not None and stock_first is not None:
             found.first_tokens.append(first - stock_first)
+    if trace.num_drafts:
+        _compare_drafts(trace, ours, stock, found)
     found.waits = [ours.scheduler.longest_wait * 1000 / trace.step_ms]
     if found.waits[0] > LONGEST_WAIT:
         found.faults.append(f"a request waited {found.waits[0]:.0f} steps for blocks held ahead")
@@ -91,6 +98,29 @@ def compare(trace: Trace) -> Comparison:
     return found
 
 
+def _compare_drafts(trace: Trace, ours: Engine, stock: Engine, found: Comparison) -> None:
+    """Drafts of each round, where nothing but the request decides how many there are."""
+    counts = ours.scheduler.counts
+    if (counts.drafts, counts.accepted_drafts) != (ours.drafts["drafts"], ours.drafts["held"]):
+        found.differences.append(f"{counts.drafts} drafts counted, not {ours.drafts['drafts']}")
+    all_compared = True
+    for n, (spec, our, other) in enumerate(
+        zip(trace.specs, ours.answers, stock.answers, strict=True)
+    ):
+        end = len(spec.prompt) + spec.max_tokens + 2 * (1 + trace.num_drafts)
+        is_cut = spec.aborted_after is not None or spec.stop_string is not None
+        if our.is_odd or other.is_odd or is_cut or end > trace.max_model_len:
+            all_compared = False
+            continue
+        found.counted += 1
+        if our.drafts != other.drafts:
+            found.differences.append(f"request {n}: drafts {our.drafts}, not {other.drafts}")
+    if all_compared:
+        found.summed += stock.drafts["rounds"]
+        if ours.drafts != stock.drafts:
+            found.differences.append(f"statistics {ours.drafts}, not {stock.drafts}")
+
+
 def left_behind(engine: Engine) -> list[str]:
     """What FusedStepScheduler itself keeps of requests, when there is none any more."""
     scheduler = engine.scheduler
@@ -98,6 +128,7 @@ def left_behind(engine: Engine) -> list[str]:
         "reasons": scheduler.stock_reasons,
         "outside the door": scheduler.door.outside,
         "a window in flight": scheduler.in_flight.has_window,
+        "rounds": scheduler.rounds and (scheduler.rounds.given or scheduler.rounds.asked),
     }
     return [f"{what} is left" for what, value in kept.items() if value]
 
@@ -106,12 +137,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--drafts", action="store_true")
     given = parser.parse_args()
+    make = make_trace_with_drafts if given.drafts else make_trace
     logging.disable(logging.WARNING)
     total, start, seed = Comparison(), time.monotonic(), given.seed
     while total.requests < given.requests:
         random = Random(seed)
-        trace = make_trace(random, min(random.randint(1, 60), given.requests - total.requests))
+        trace = make(random, min(random.randint(1, 60), given.requests - total.requests))
         try:
             found = compare(trace)
         except Exception as error:
@@ -136,6 +169,11 @@ def main() -> int:
         f"{later[len(later) // 2]} p50, {later[len(later) * 99 // 100]} p99, {later[-1]} at most\n"
         f"waits for blocks held ahead: at most {max(total.waits):.0f} steps"
     )
+    if given.drafts:
+        print(
+            f"drafts of {total.counted} requests compared, round by round; statistics of "
+            f"{total.summed} rounds, in traces where nothing cut drafts short"
+        )
     return int(bool(total.problems))
 
 

@@ -13,12 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scheduler.engine import Engine
-from scheduler.simulate import LONGEST_WAIT, compare
-from scheduler.trace import Spec, Trace, expected, make_trace
+from scheduler.simulate import LONGEST_WAIT, Comparison, compare
+from scheduler.trace import Spec, Trace, expected, make_trace, make_trace_with_drafts
 from scheduler.watched import Watched
 from scheduler.world import STOCK
 
 from fusedstep.policy import SLOW_STEP
+from fusedstep.vllm_plugin.scheduler.blocks import Blocks
+from fusedstep.vllm_plugin.scheduler.rounds import Rounds
 from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
 
 SETTINGS = settings(
@@ -39,6 +41,59 @@ def test_same_answers_as_stock(random: Random, num_requests: int) -> None:
 @pytest.mark.parametrize("seed", range(80))
 def test_same_answers_as_stock_in_busy_engines(seed: int) -> None:
     assert compare(make_trace(Random(seed), 50)).problems == []
+
+
+def compare_drafts(*seeds: int) -> Comparison:
+    total = Comparison()
+    for seed in seeds:
+        random = Random(seed)
+        total += compare(make_trace_with_drafts(random, random.randint(1, 60)))
+    return total
+
+
+@pytest.mark.parametrize("seed", [0, 20, 100030])
+def test_rounds_give_stocks_answers_and_drafts(seed: int) -> None:
+    """How many drafts hold depends on request and position; vLLM's counts of them are stock's."""
+    found = compare_drafts(*range(seed, seed + 20))
+    assert found.problems == []
+    assert found.counted > 200 and found.summed > 500
+
+
+def one_round(self: Rounds, request_id: str, num_drafts: int, num_accepted: int) -> Any:
+    """The fault: a window is one round of many drafts."""
+    return [(num_drafts, num_accepted)]
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """The fault: what a window that gave way had reserved is kept."""
+
+
+def to_its_end(self: Blocks, request: Any, num_tokens: int) -> int:
+    """The fault: a window reserves nothing beyond a request's end."""
+    return needed(self, request, min(num_tokens, request.num_prompt_tokens + request.max_tokens))
+
+
+needed = Blocks.needed
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "fault", "seeds", "words"),
+    [
+        (Rounds, "verified", one_round, range(12), "list index out of range"),  # vLLM's counts
+        (Rounds, "come_back", nothing, range(12), ""),
+        (FusedStepScheduler, "_take_back", nothing, range(12), ""),
+        (Blocks, "needed", to_its_end, (100034, 100037), "preempted for a window"),
+    ],
+)
+def test_a_fault_of_rounds_is_found(
+    monkeypatch: pytest.MonkeyPatch, part: type, name: str, fault: Any, seeds: Any, words: str
+) -> None:
+    monkeypatch.setattr(part, name, fault)
+    try:
+        problems = compare_drafts(*seeds).problems
+    except (AssertionError, IndexError) as error:
+        problems = [str(error)]
+    assert any(words in problem for problem in problems), problems
 
 
 @pytest.mark.parametrize("seed", range(8))

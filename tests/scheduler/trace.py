@@ -52,11 +52,19 @@ class Trace:
     cut: float = 0.0  # probability that a window ends after any of its steps
     gives_way: float = 1.0  # that it ends before its first, if a request has come
     seed: int = field(default=0, compare=False)  # of the two above
+    num_drafts: int = 0  # of a speculative round; 0: none
+    draft_model: bool = False  # the drafter has a KV cache, and asks for blocks and places
 
     def name(self, number: int) -> str:
         """The request's id."""
         before = self.specs[number].reuses
         return str(number) if before is None else self.name(before)
+
+    def num_held(self, number: int, position: int, num_drafts: int) -> int:
+        """Of so many drafts behind a request's token at this position, those that hold."""
+        value = next_hash(number, 0, position, 1)
+        usual = (0, self.num_drafts, value, value)[number % 4] % (self.num_drafts + 1)
+        return min(usual if value % 7 else value // 7 % (self.num_drafts + 1), num_drafts)
 
     def with_states(self, checkpoints: bool) -> Trace:
         """A hybrid model: as many blocks more as a request's states may take."""
@@ -158,6 +166,47 @@ def make_trace(random: Random, num_requests: int) -> Trace:
     if random.random() < 0.4:
         return trace.with_states(checkpoints=random.random() < 0.5)
     return trace
+
+
+def make_trace_with_drafts(random: Random, num_requests: int) -> Trace:
+    """The same with speculative rounds. In a third of the engines nothing cuts drafts short, so
+    that both schedulers must count the same drafts; a third have room in a batch for anything."""
+    trace = make_trace(random, num_requests)
+    num_drafts, draft_model = random.randint(1, 5), random.random() < 0.5
+    least = trace.max_num_seqs * (1 + num_drafts + draft_model)
+    plenty = trace.max_num_seqs * trace.max_model_len
+    trace = replace(
+        trace,
+        states=False,
+        checkpoints=False,
+        num_drafts=num_drafts,
+        draft_model=draft_model,
+        max_num_batched_tokens=max(least, random.choice((12, 40, plenty))),
+    )
+    if random.random() < 0.33:
+        return replace(
+            trace,
+            specs=tuple(_at_ease(each, trace) for each in trace.specs),
+            num_blocks=2 + 2 * plenty,
+            max_num_batched_tokens=plenty,
+            prefix_caching=False,
+        )
+    return trace
+
+
+def _at_ease(spec: Spec, trace: Trace) -> Spec:
+    """Nobody aborts it, and it ends before its drafts get fewer."""
+    most = trace.max_model_len - 2 * (1 + trace.num_drafts)
+    prompt = (1, *spec.prompt)[: most // 2]
+    return replace(
+        spec,
+        prompt=prompt,
+        max_tokens=min(spec.max_tokens, most - len(prompt)),
+        min_tokens=min(spec.min_tokens, most - len(prompt), spec.max_tokens),
+        stop_string=None,
+        aborted_after=None,
+        reuses=None,
+    )
 
 
 def _spec(random: Random, arrives: int, max_model_len: int, streams: bool, aborts: bool) -> Spec:

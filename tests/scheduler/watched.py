@@ -21,18 +21,24 @@ class Watched(FusedStepScheduler):  # type: ignore[misc]
         self.longest_wait = 0.0  # seconds
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        drafts = self.num_spec_tokens
+        reserved = self.num_lookahead_tokens + (2 * (1 + drafts) if drafts else 0)  # by stock's
         self.held = sum(
-            max(0, len(group.req_to_blocks[r.request_id]) - -(-r.num_tokens // group.block_size))
+            max(0, len(group.req_to_blocks[r.request_id]) - -(-tokens // group.block_size))
             for r in self.running
+            for tokens in (r.num_tokens + reserved,)
             for group in self.blocks.groups
         )
         free = self.blocks.num_free + self.held
         output = super().schedule(*args, **kwargs)
-        placeholders = sum(map(len, output.scheduled_spec_decode_tokens.values()))
+        reserved = map(len, output.scheduled_spec_decode_tokens.values())
+        placeholders = sum(number - drafts for number in reserved)
         if output.scheduled_new_reqs and placeholders > self.max_num_scheduled_tokens // 4:
             self.faults.append("placeholders took the token budget of a prefill")
         for request in map(self.requests.get, output.num_scheduled_tokens):
             end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+            if drafts:  # how many of a round's tokens it will need is not known
+                end = self.max_model_len - 1 + self.num_sampled_tokens_per_step
             if request.num_tokens + request.num_output_placeholders > end:
                 self.faults.append(f"{request.request_id} has a reservation beyond its end")
         self._watch_the_door(free, output)

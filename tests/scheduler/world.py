@@ -13,7 +13,16 @@ from unittest.mock import patch
 
 import torch
 from scheduler.trace import EOS, Trace
-from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    ModelConfig,
+    ObservabilityConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -75,11 +84,31 @@ def _vllm_config(trace: Trace, decode_steps: str) -> VllmConfig:
     )
     config.cache_config.num_gpu_blocks = trace.num_blocks
     config.cache_config.mamba_cache_mode = state_cache(trace)
+    if trace.num_drafts:
+        method = "draft_model" if trace.draft_model else "ngram"
+        config.speculative_config = _speculative_config(trace.num_drafts, method)
+        config.observability_config = ObservabilityConfig(
+            per_request_spec_decode_metrics="detailed"
+        )
     config.parallel_config = _copy(config.parallel_config)
     config.parallel_config.worker_cls = compat.WORKER_CLS
     config.additional_config = {
         "fusedstep": {"decode_steps": decode_steps, "window_latency_ms": trace.latency_ms}
     }
+    return config
+
+
+@cache
+def _speculative_config(num_drafts: int, method: str) -> SpeculativeConfig:
+    """Of n-grams; a draft model's is the same but for its name, by which a scheduler tells them."""
+    config = SpeculativeConfig(
+        method="ngram",
+        num_speculative_tokens=num_drafts,
+        prompt_lookup_max=3,
+        target_model_config=_model_config(),
+        target_parallel_config=ParallelConfig(),
+    )
+    config.method = method
     return config
 
 
@@ -111,6 +140,7 @@ def make_scheduler(
             structured_output_manager=StructuredOutputManager(config),
             block_size=unit,
             hash_block_size=unit,
+            log_stats=bool(trace.num_drafts),
         )
 
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 class Blocks:
     """Blocks by vLLM's own arithmetic, over all groups of the KV cache."""
 
-    def __init__(self, manager: KVCacheManager, max_model_len: int) -> None:
+    def __init__(self, manager: KVCacheManager, max_model_len: int, round_tokens: int = 0) -> None:
+        """``round_tokens``: that a speculative round takes beside its first; 0 without rounds."""
         self.manager, self.max_model_len = manager, max_model_len
+        self.round_tokens = round_tokens
         # Not those of the encoder's keys: a request has them all from its prefill on.
         self.groups = [
             group
@@ -46,9 +48,11 @@ class Blocks:
         return sum(-(-num_tokens // group.block_size) for group in self.groups)
 
     def needed(self, request: Request, num_tokens: int) -> int:
-        """Blocks that the request lacks until it can hold ``num_tokens`` tokens, or ends."""
-        end = request.num_prompt_tokens + request.max_tokens
-        num_tokens = min(num_tokens, end, self.max_model_len)
+        """Blocks that the request lacks until it can hold ``num_tokens`` tokens, or ends: a window
+        of rounds reserves beyond its end."""
+        num_tokens = min(num_tokens, self.max_model_len)
+        if not self.round_tokens:
+            num_tokens = min(num_tokens, request.num_prompt_tokens + request.max_tokens)
         with self._planned_checkpoints(request.request_id):
             needed: int = self.manager.coordinator.get_num_blocks_to_allocate(
                 request_id=request.request_id,
@@ -108,7 +112,9 @@ class Blocks:
         )
 
     def to_go_on(self, running: Collection[Request], num_tokens: int) -> int:
-        """Blocks that all of them lack for ``num_tokens`` tokens more; a quick bound if it fits."""
+        """Blocks that all of them lack for ``num_tokens`` tokens more and the next turn's; a quick
+        bound if it fits."""
+        num_tokens += self.round_tokens
         bound = len(running) * self.at_most(num_tokens + 1)
         bound += sum(
             self.at_most(r.num_tokens - r.num_computed_tokens)

@@ -118,7 +118,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         if spec is not None:
             more_places = spec.max_num_new_slots_for_drafting
             self.rounds = Rounds(self.num_spec_tokens, more_places, self.max_model_len)
-        self.blocks = Blocks(self.kv_cache_manager, self.max_model_len)
+        round_tokens = self.num_spec_tokens + self.num_lookahead_tokens
+        self.blocks = Blocks(self.kv_cache_manager, self.max_model_len, round_tokens)
         counter = arrival_counter(self.vllm_config)
         counter.unlink()  # the workers, started before, have it mapped
         rank = self.vllm_config.parallel_config.data_parallel_index
