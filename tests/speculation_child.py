@@ -26,38 +26,108 @@ CONFIG: dict[str, Any] = {
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
 }
+MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+DRAFT_VOCAB = 24  # tokens that the head of EAGLE-3 knows
 Asked = tuple[list[int], dict[str, Any], int]  # prompt, sampling fields, step of its arrival
 
 
 def make_models(folder: Path) -> dict[str, str]:
-    """A target, a draft model that is nearly the target, and an EAGLE head of its first layer."""
+    """A target; a draft model that is nearly the target; heads of EAGLE and EAGLE-3; and MiMo, a
+    target with a head of its own (MTP)."""
     import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(1)
     target = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **CONFIG))
-    with torch.no_grad():  # the last token says much of the next: a head can know it
-        target.model.embed_tokens.weight *= 10
-        for layer in target.model.layers:
-            layer.self_attn.o_proj.weight *= 0.3
-            layer.mlp.down_proj.weight *= 0.3
+    _follow_the_last_token(target)
     target.save_pretrained(folder / "target")
     weights = target.state_dict()
     draft = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **CONFIG))
     draft.load_state_dict({k: w + 0.03 * torch.randn_like(w) for k, w in weights.items()})
     draft.save_pretrained(folder / "draft")
-    head = folder / "eagle"
-    head.mkdir()
     config = LlamaConfig(num_hidden_layers=1, architectures=["LlamaForCausalLM"], **CONFIG)
-    (head / "config.json").write_text(json.dumps(config.to_dict()))
-    first = "model.layers.0."
+    _save(folder / "eagle", config, _eagle_head(weights))
+    config.update({"draft_vocab_size": DRAFT_VOCAB, "eagle_aux_hidden_state_layer_ids": [0, 1, 2]})
+    config.architectures = ["LlamaForCausalLMEagle3"]
+    _save(folder / "eagle3", config, _eagle3_head(weights))
+    mimo = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, **CONFIG))
+    _follow_the_last_token(mimo)
+    config = Qwen2Config(num_hidden_layers=2, architectures=["MiMoForCausalLM"], **CONFIG)
+    config.update({"num_nextn_predict_layers": 1})
+    weights = mimo.state_dict()
+    _save(folder / "mimo", config, weights | _mtp_head(weights))
+    return {name: str(folder / name) for name in ("target", "draft", "eagle", "eagle3", "mimo")}
+
+
+def _follow_the_last_token(model: Any) -> None:
+    """The last token says much of the next: a head can know it."""
+    import torch
+
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 10
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight *= 0.3
+            layer.mlp.down_proj.weight *= 0.3
+
+
+def _save(folder: Path, config: Any, tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _eagle_head(weights: dict[str, Any]) -> dict[str, Any]:
+    """The target's first layer, of the token's embedding alone."""
+    import torch
+
+    first, size = "model.layers.0.", CONFIG["hidden_size"]
     tensors = {k.removeprefix("model."): w for k, w in weights.items() if k.startswith(first)}
     del tensors["layers.0.input_layernorm.weight"]  # the head has none
-    size = CONFIG["hidden_size"]
     tensors["fc.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], dim=1)
-    save_file(tensors, head / "model.safetensors", metadata={"format": "pt"})
-    return {name: str(folder / name) for name in ("target", "draft", "eagle")}
+    return tensors
+
+
+def _eagle3_head(weights: dict[str, Any]) -> dict[str, Any]:
+    """Its attention looks up the token's embedding, to which it adds the target's hidden states of
+    three layers, mixed at random. It drafts three tokens of four."""
+    import torch
+
+    size, vocab_size = CONFIG["hidden_size"], CONFIG["vocab_size"]
+    table = weights["model.embed_tokens.weight"]
+    normed = table / table.square().mean(dim=1, keepdim=True).sqrt()
+    one_hot = torch.linalg.pinv(normed.T)  # [V, size]: of an embedding, which token it is
+    embeds = torch.cat([one_hot, torch.zeros(vocab_size, size)], dim=1)  # not the hidden states
+    mlp = {f"midlayer.{k}": weights[f"model.layers.0.{k}"] for k in MLP}
+    drafted = torch.arange(vocab_size)[torch.arange(vocab_size) % 4 != 3]
+    return mlp | {
+        "midlayer.self_attn.q_proj.weight": 8 * embeds.repeat(2, 1),
+        "midlayer.self_attn.k_proj.weight": 8 * embeds,  # so that a token looks at its like
+        "midlayer.self_attn.v_proj.weight": embeds,
+        "midlayer.self_attn.o_proj.weight": torch.cat([table.T, torch.zeros_like(table.T)], dim=1),
+        "midlayer.input_layernorm.weight": torch.ones(size),
+        "midlayer.hidden_norm.weight": torch.ones(size),
+        "midlayer.post_attention_layernorm.weight": torch.ones(size),
+        "norm.weight": torch.ones(size),
+        "fc.weight": 0.03 * torch.randn(size, 3 * size),
+        "lm_head.weight": weights["lm_head.weight"][drafted],
+        "d2t": drafted - torch.arange(DRAFT_VOCAB),
+    }
+
+
+def _mtp_head(weights: dict[str, Any]) -> dict[str, Any]:
+    """The target's first layer, of the token's embedding and a little of the hidden state."""
+    import torch
+
+    first, head, size = "model.layers.0.", "model.mtp_layers.0.", CONFIG["hidden_size"]
+    tensors = {head + k.removeprefix(first): w for k, w in weights.items() if k.startswith(first)}
+    mix = [0.1 * torch.randn(size, size), torch.eye(size)]
+    tensors[head + "input_proj.weight"] = torch.cat(mix, dim=1)
+    for name, scale in (("token", 2.0), ("hidden", 1.0), ("final", 1.0)):
+        tensors[f"{head}{name}_layernorm.weight"] = scale * torch.ones(size)
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def run(

@@ -27,9 +27,9 @@ class StandInChild(EngineChild):
         self.arguments = model, settings, options
         self.pool = ProcessPoolExecutor(1, get_context("spawn"), start, self.arguments)
 
-    def become(self, settings: dict[str, Any], **options: Any) -> None:
-        """An engine with these, unless it is that already."""
-        arguments = self.arguments[0], settings, options
+    def become(self, settings: dict[str, Any], model: str | None = None, **options: Any) -> None:
+        """An engine with these, unless it is that already; of the same model if of no other."""
+        arguments = model or self.arguments[0], settings, options
         if arguments != self.arguments:
             self.arguments = arguments
             self.call(build, *arguments)

@@ -39,7 +39,7 @@ MAX_STOP_TOKEN_IDS = 128
 # KV connectors that a decode step has nothing to do for, by class. One of somebody's own says so of
 # itself: ``decodes_in_windows = True`` in its class.
 KV_CONNECTORS = {"vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector"}
-SPECULATION_METHODS = ("draft_model", "eagle", "eagle3", "ngram", "ngram_gpu")
+SPECULATION_METHODS = ("draft_model", "eagle", "eagle3", "mtp", "ngram", "ngram_gpu")
 MOST_DRAFTS = MAX_STEPS // 2 - 1  # so that a window has room for two rounds
 # Attention backends that take the host's upper bound of a length for the length: after a window
 # that ended early it is too high.
@@ -59,6 +59,7 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     on_cpu = vllm_config.device_config.device_type == "cpu"
     reasons = (
+        *_speculation_reasons(vllm_config),  # vLLM may take its older runner for the drafter
         (not vllm_config.use_v2_model_runner, Reason.MODEL_RUNNER_V1),
         (model.runner_type != "generate", Reason.POOLING_MODEL),
         (model.is_encoder_decoder and not on_cpu, Reason.ENCODER_DECODER),
@@ -70,7 +71,6 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (model.enable_trace_replay, Reason.TRACE_REPLAY),
         (model.use_fp64_gumbel, Reason.FP64_GUMBEL),
         (vllm_config.watermark_config is not None, Reason.WATERMARK),
-        *_speculation_reasons(vllm_config),
         *_connector_reasons(vllm_config),
         (vllm_config.ec_transfer_config is not None, Reason.EC_CONNECTOR),
         (vllm_config.aux_output_config.enabled, Reason.AUX_OUTPUT),

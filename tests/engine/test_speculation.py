@@ -48,7 +48,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"prompt_lookup_max": 3, "prompt_lookup_min": 1},
     "draft_model": {"model": "draft"},
     "eagle": {"model": "eagle"},
+    "eagle3": {"model": "eagle3"},
+    "mtp": {},
 }
+TARGETS = {"mtp": "mimo"}  # others: "target"
 
 # Of vLLM: for one row of four tokens, and for three, one of which may be padding.
 GRAPHS: dict[str, Any] = {"ops": "triton", "capture_sizes": (4, 12, 32)}
@@ -77,9 +80,8 @@ def wanted(stock: EngineChild, models: dict[str, str]) -> Callable[[str], dict[s
     @cache
     def of(method: str) -> dict[str, Any]:
         options = with_drafts(models, method)
-        want: dict[str, Any] = stock.call(
-            speculation_child.run, models["target"], options, REQUESTS
-        )
+        target = target_of(models, method)
+        want: dict[str, Any] = stock.call(speculation_child.run, target, options, REQUESTS)
         accepted = [n for _, numbers in filter(None, want["drafts"]) for n in numbers]
         assert 0.05 < sum(accepted) / (3 * len(accepted)) < 0.95, "drafts hold now and then"
         return want
@@ -96,6 +98,10 @@ def stand_in(models: dict[str, str]) -> Iterator[StandInChild]:
         child.call(ready)
     yield child
     child.close()
+
+
+def target_of(models: dict[str, str], method: str) -> str:
+    return models[TARGETS.get(method, "target")]
 
 
 def with_drafts(models: dict[str, str], method: str) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def check(
     """``windows``: decode steps, and a seed if they end after a random number of rounds."""
     options = with_drafts(models, method)
     for decode_steps, cut_seed in windows:
-        args = (models["target"], options, REQUESTS, decode_steps, cut_seed)
+        args = (target_of(models, method), options, REQUESTS, decode_steps, cut_seed)
         have = fused.call(speculation_child.run, *args)
         assert_same(have, want)
         assert_in_windows(have["counts"])
@@ -153,7 +159,8 @@ def check_on_the_stand_in(
 ) -> None:
     """``windows``: a seed if the device works at random times, None as late as it may; then as in
     ``check``."""
-    stand_in.become(GRAPHS | {"cudagraph_mode": mode}, **with_drafts(models, method))
+    settings = GRAPHS | {"cudagraph_mode": mode}
+    stand_in.become(settings, target_of(models, method), **with_drafts(models, method))
     for seed, *window in windows:
         have = stand_in.call(speculation_child.answer_on_the_stand_in, seed, REQUESTS, *window)
         assert_same(have, want)

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.sample.thinking_budget import ThinkingBudgetState
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
@@ -45,7 +46,7 @@ MODEL_STATES = (DefaultModelState, EncoderDecoderModelState, MambaHybridModelSta
 # In this order. Behind them come the user's, which a window calls in every step.
 LOGITS_PROCESSORS = [LogitBiasState, PenaltiesState, BadWordsState]
 # Drafters that a round can ask as a stock step does.
-SPECULATORS = (EagleSpeculator, NgramGPUSpeculator, StandaloneARSpeculator)
+SPECULATORS = (EagleSpeculator, MTPSpeculator, NgramGPUSpeculator, StandaloneARSpeculator)
 # Builders of attention metadata that plan a decode step from the lengths and block tables alone.
 BUILDERS = {
     "AiterFlashAttentionMetadataBuilder",
