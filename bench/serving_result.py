@@ -48,6 +48,7 @@ class Request:
     e2el_ms: float
     output_tokens: int
     repeat: int = 0
+    text: str | None = None  # None: the tool has not kept it
 
     @property
     def tpot_ms(self) -> float | None:
@@ -72,6 +73,7 @@ class Run:
     output_tokens: int
     failed: int
     requests: tuple[Request, ...] = ()
+    accepted_drafts: float | None = None  # share; None without speculative decoding
 
     @classmethod
     def parse(cls, result: dict[str, Any]) -> Run:
@@ -90,6 +92,7 @@ class Run:
                 if not error
             ]
             pooled = [gap for request in gaps for gap in request]
+            percent = result.get("spec_decode_acceptance_rate")
             times = {
                 name: (float(result[f"p50_{name}_ms"]), float(result[f"p99_{name}_ms"]))
                 for name in ("ttft", "tpot", "itl", "e2el")
@@ -106,6 +109,7 @@ class Run:
                 output_tokens=int(result["total_output_tokens"]),
                 failed=int(result["failed"]),
                 requests=tuple(_requests(result)),
+                accepted_drafts=None if percent is None else float(percent) / 100,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FusedStepError(
@@ -116,8 +120,10 @@ class Run:
 
 def _requests(result: dict[str, Any]) -> Iterator[Request]:
     names = ("start_times", "ttfts", "latencies", "output_lens", "errors")
-    for start, ttft, latency, tokens, error in zip(*(result[n] for n in names), strict=True):
-        yield Request(start, None if error else 1e3 * ttft, 1e3 * latency, tokens)
+    texts = result.get("generated_texts") or [None] * len(result["errors"])
+    columns = (*(result[n] for n in names), texts)
+    for start, ttft, latency, tokens, error, text in zip(*columns, strict=True):
+        yield Request(start, None if error else 1e3 * ttft, 1e3 * latency, tokens, text=text)
 
 
 def chunk_gaps_ms(gaps: list[float]) -> list[float]:
@@ -155,6 +161,7 @@ class Row:
     output_tokens: tuple[int, ...]  # per repeat
     failed: int
     requests: tuple[Request, ...] = ()  # of all repeats; not in JSON
+    accepted_drafts: tuple[float | None, ...] = ()  # share, per repeat
 
     @classmethod
     def of(cls, engine: Kind, rate: float, concurrency: float, runs: list[Run]) -> Row:
@@ -184,6 +191,7 @@ class Row:
             requests=tuple(
                 replace(one, repeat=n) for n, run in enumerate(runs) for one in run.requests
             ),
+            accepted_drafts=tuple(run.accepted_drafts for run in runs),
         )
 
     def figures(self) -> Iterator[tuple[str, str, Spread]]:
@@ -203,6 +211,7 @@ class Row:
             **_nested((n, q, value.median) for n, q, value in self.figures()),
             "output_tokens": self.output_tokens,
             "failed": self.failed,
+            "accepted_drafts": self.accepted_drafts,
             "spread": _nested((n, q, (value.min, value.max)) for n, q, value in self.figures()),
         }
 
@@ -225,6 +234,16 @@ class Result:
             return "numbers of tokens differ"
         return None
 
+    def same_texts(self, stock: Row, ours: Row) -> tuple[int, int] | None:
+        """Requests with the same answer, of how many; None where answers are drawn, or not known.
+
+        In bfloat16 a near-tie may fall to either side: other requests shared its batch.
+        """
+        texts = [(a.text, b.text) for a, b in zip(stock.requests, ours.requests, strict=False)]
+        if self.env.get("temperature") != 0 or not texts or any(a is None for a, _ in texts):
+            return None
+        return sum(a == b for a, b in texts), len(texts)
+
     def ratios(self, stock: Row, ours: Row) -> Iterator[tuple[str, str, float | None]]:
         """Ours / stock of every figure's median; None where they cannot be compared."""
         comparable = self.why_no_ratio(stock, ours) is None
@@ -241,6 +260,7 @@ class Result:
                     **_load(stock),
                     **_nested(self.ratios(stock, ours)),
                     "why_none": self.why_no_ratio(stock, ours),
+                    "same_texts": self.same_texts(stock, ours),
                 }
                 for stock, ours in self.pairs()
             ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -110,8 +111,9 @@ def serve(
 ) -> None:
     """Latency and throughput of stock and fusedstep servers under load.
 
-    The load is that of `vllm bench serve`; every other option goes to both servers. Without MODEL
-    the bundled one is served. Exits with 1 when requests failed.
+    The load is that of `vllm bench serve`; every other option (--speculative-config, ...) goes to
+    both servers. Without MODEL the bundled one is served. Greedy answers are compared. Exits with 1
+    when requests failed.
     """
     from fusedstep.bench import report
     from fusedstep.bench import serving as library
@@ -168,8 +170,19 @@ def _add_load(table: Any, result: Result, stock: Row, ours: Row) -> None:
         load = ("", "") if index else (f"{stock.rate:g}", f"{stock.concurrency:g}")
         shown = reason if reason and not index else f"{ratio:.2f}" if ratio is not None else ""
         table.add_row(*load, f"{NAMES[name]} {quantile}".rstrip(), _cell(a), _cell(b), shown)
+    if (same := result.same_texts(stock, ours)) is not None:
+        table.add_row("", "", "same texts", "", "{} of {}".format(*same), "")
+    if any(share is not None for share in (*stock.accepted_drafts, *ours.accepted_drafts)):
+        shares = (_share(stock.accepted_drafts), _share(ours.accepted_drafts))
+        table.add_row("", "", "drafts that held", *shares, "")
     table.add_row("", "", "failed requests", str(stock.failed), str(ours.failed), "")
     table.add_section()
+
+
+def _share(shares: tuple[float | None, ...]) -> str:
+    """Their median, in percent; "-" of none."""
+    known = [share for share in shares if share is not None]
+    return f"{100 * median(known):.1f} %" if known else "-"
 
 
 def _cell(spread: Spread) -> str:

@@ -84,7 +84,7 @@ def test_failed_requests_give_no_chunks(recorded: dict[str, Any]) -> None:
 
 def test_nothing_answered_is_no_error(recorded: dict[str, Any]) -> None:
     recorded |= {"errors": ["no"], "itls": [[]], "failed": 1, "total_output_tokens": 0}
-    for name in ("start_times", "ttfts", "latencies", "output_lens"):
+    for name in ("start_times", "ttfts", "latencies", "output_lens", "generated_texts"):
         del recorded[name][1:]
     assert Run.parse(recorded).chunk_ms == (0, 0)
 
@@ -148,6 +148,33 @@ def test_no_ratio_to_nothing() -> None:
     row = row_of("stock", run_of(tpot_ms=(0.0, 0.0)))
     (found,) = result_of(row, replace(row, engine="fusedstep")).as_dict()["ratios"]
     assert found["tpot_ms"] == {"p50": None, "p99": None}
+
+
+@pytest.mark.parametrize(("temperature", "same"), [(0, (1, 2)), (0.5, None)])
+def test_greedy_answers_are_compared(
+    recorded: dict[str, Any],
+    invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: float,
+    same: tuple[int, int] | None,
+) -> None:
+    """The same repeat's, one by one; beside them the share of the drafts that held."""
+    monkeypatch.setenv("COLUMNS", "160")
+    names = ("start_times", "ttfts", "latencies", "output_lens", "errors", "itls")
+    short = {name: recorded[name][:2] for name in names}
+    share = {"spec_decode_acceptance_rate": 62.5}
+    runs = [
+        Run.parse(recorded | short | share | {"generated_texts": texts})
+        for texts in (["a", "b"], ["a", "c"])
+    ]
+    result = result_of(row_of("stock", runs[0]), row_of("fusedstep", runs[1]))
+    result.env["temperature"] = temperature
+    found = result.as_dict()
+    assert found["ratios"][0]["same_texts"] == same
+    assert [row["accepted_drafts"] for row in found["rows"]] == [(0.625,)] * 2
+    monkeypatch.setattr(serving, "measure", lambda *_: result)
+    _, out, _ = invoke()
+    assert ("1 of 2" in out) == (same is not None) and out.count("62.5 %") == 2
 
 
 def test_rows_in_json() -> None:

@@ -144,6 +144,22 @@ def test_verify(tmp_path: Path, sampling: dict[str, Any]) -> None:
     assert set(result["stock_steps"]) == {"prefill"}
 
 
+@pytest.mark.exhaustive  # two servers of a minute
+def test_bench_serve(tmp_path: Path) -> None:
+    """Servers with the same drafter give the same answers; some of the drafts hold."""
+    model = tiny_models.make("llama", tmp_path / "llama")
+    prompts, report = tmp_path / "prompts.txt", tmp_path / "serve.json"
+    prompts.write_text("".join(f"w17 w33 w{n} w5 w17 w33 w{n} w5\n" for n in range(700, 706)))
+    load = ("--dataset", "file", "--dataset-path", str(prompts), "--num-prompts", "6")
+    args = (*load, "--output-len", "48", "--concurrency", "3", "--repeats", "1", *DRAFTS)
+    done = run("bench", "serve", model, *args, "--json", str(report), "--dtype=float32", *SMALL)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(report.read_text())
+    assert result["ratios"][0]["same_texts"] == [6, 6]
+    stock, ours = (row["accepted_drafts"][0] for row in result["rows"])
+    assert 0 < stock == pytest.approx(ours, abs=0.05)
+
+
 @pytest.mark.exhaustive  # three engines of a minute
 def test_bench_latency(tmp_path: Path) -> None:
     """Greedy tokens are equal, and about 70 % of the drafts hold."""
