@@ -250,7 +250,8 @@ _ENGINE = {
             finished_req_ids_dict
             connector, finished_recving_kv_req_ids
             current_step, lora_config, max_model_len, max_num_active_reqs, max_num_scheduled_tokens
-            num_spec_tokens, num_waiting_for_streaming_input, policy, requests
+            num_lookahead_tokens, num_spec_tokens, num_waiting_for_streaming_input, policy
+            requests
             vllm_config: VllmConfig
             kv_cache_config: KVCacheConfig
             running, deferred_waiting: Request

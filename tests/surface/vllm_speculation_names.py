@@ -4,6 +4,7 @@ from __future__ import annotations
 
 SPECULATION = {
     "vllm.v1.worker.gpu.spec_decode.eagle.speculator": {"EagleSpeculator": ""},
+    "vllm.v1.worker.gpu.spec_decode.mtp.speculator": {"MTPSpeculator": ""},
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator": {"NgramGPUSpeculator": ""},
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": {"_resample_kernel": ""},
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler": {
