@@ -1,8 +1,9 @@
-"""A target and a draft model of random weights, so small that a round is nearly all framework.
+"""Models of random weights, so small that a step is nearly all framework.
 
 ``python -m fusedstep.bench.pair FOLDER`` writes FOLDER/target, of 4 layers, and FOLDER/draft: its
 first layer, its embedding and its head. What the target's other layers add to its hidden state is
-so little that about 70 % of 3 drafts hold.
+so little that about 70 % of 3 drafts hold. FOLDER/alone, of 2 layers, drafts for nobody. Their
+tokenizer knows every byte, so that any JSON can be written.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def make(folder: Path) -> None:
     tensors = {name: _random(name, shape) for name, shape in _shapes(NUM_LAYERS).items()}
     _write(folder / "target", NUM_LAYERS, tensors)
     _write(folder / "draft", 1, {name: tensors[name] for name in _shapes(1)})
+    _write(folder / "alone", 2, {name: tensors[name] for name in _shapes(2)})
 
 
 def _shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
@@ -87,12 +89,30 @@ def _write(folder: Path, num_layers: int, tensors: dict[str, torch.Tensor]) -> N
     config = CONFIG | {"num_hidden_layers": num_layers}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _tokenizer().save_pretrained(folder)
+
+
+def _tokenizer() -> Any:
+    """The 256 bytes, one token each, and words that only a model says."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<unk>", "<s>", "</s>", *characters]
+    tokens += [f"word{n}" for n in range(len(tokens), CONFIG["vocab_size"])]
+    model = models.BPE({token: n for n, token in enumerate(tokens)}, [], unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(folder: Path) -> None:
-    """Write the models to FOLDER/target and FOLDER/draft."""
+    """Write the models to FOLDER/target, FOLDER/draft and FOLDER/alone."""
     make(folder)
 
 

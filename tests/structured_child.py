@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import engine_child
 import features_child
+import standin_child
 
 Asked = tuple[str, dict[str, Any], int]  # prompt, sampling fields, engine step of its arrival
 
@@ -17,6 +18,21 @@ def run(
 ) -> dict[str, Any]:
     """``engine_child.run``, with the worker's counts and the scheduler's one-step turns."""
     features_child.use(model, options)
+    return answer(requests, decode_steps)
+
+
+def run_on_the_stand_in(
+    form: str, seed: int | None, requests: list[Asked], decode_steps: object
+) -> dict[str, Any]:
+    """The same of the child's engine, in this form of the loop; ``replays`` of its graphs."""
+    loop = standin_child.use_loop(form)["loop"]
+    standin_child.use_timing(seed)
+    before = standin_child.num_replays()["windows"]
+    result = answer(requests, decode_steps)
+    return result | {"loop": loop, "replays": standin_child.num_replays()["windows"] - before}
+
+
+def answer(requests: list[Asked], decode_steps: object) -> dict[str, Any]:
     engine_child.reset_prefix_cache()
     before, turns, refused = features_child.counts(), Counter(one_step_turns()), num_refused()
     if before:

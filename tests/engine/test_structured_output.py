@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import structured_child
 from engine_child import EngineChild
 from features_child import OPTIONS
 from jsonschema import validate
+from standin_child import StandInChild
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -122,6 +124,40 @@ def test_texts_obey(expected: dict[str, Any]) -> None:
     assert len(ended) >= 2
     for person in ended:
         validate(person, PERSON)
+
+
+# A window's batch has a graph of its own size, or one row of padding.
+GRAPHS = {"capture_sizes": (1, 3, 4, 32)}
+
+
+@pytest.fixture(scope="module")
+def stand_in(tiny: str) -> Iterator[StandInChild]:
+    child = StandInChild(tiny, GRAPHS, **OPTIONS)
+    yield child
+    child.close()
+
+
+@pytest.mark.parametrize(
+    ("form", "decode_steps", "seed"),
+    [("while", 64, None), ("unrolled", 7, 1), ("replay", "auto", 2), ("eager", 7, None)],
+)
+def test_on_the_stand_in(
+    stand_in: StandInChild,
+    expected: dict[str, Any],
+    form: str,
+    decode_steps: object,
+    seed: int | None,
+) -> None:
+    """A GPU's memory and streams, as late as they may be or at random times: the tables come
+    while windows run, a request's state changes in recorded steps."""
+    args = (form, seed, REQUESTS, decode_steps)
+    have = stand_in.call(structured_child.run_on_the_stand_in, *args)
+    assert have["loop"] == form
+    assert_same(have, expected)
+    counts = have["counts"]
+    assert counts["steps"] > 1.5 * counts["windows"] > 0, counts
+    assert set(counts["stock_steps"]) == {"prefill"}, have["turns"]
+    assert (have["replays"] > 0) == (form != "eager")
 
 
 def test_preemption(fused: EngineChild, tiny: str, expected: dict[str, Any]) -> None:

@@ -89,7 +89,8 @@ class LaunchedNative:
     allocate_scratch = staticmethod(TritonStep.allocate_scratch)
 
     def __init__(self, state: Any, scratch: Any = None, truncation: Any = None) -> None:
-        for part in (state.requests, state.sampling, state.stop, state.inputs):
+        parts = (state.requests, state.sampling, state.stop, state.inputs, state.grammar)
+        for part in filter(None, parts):
             readable(vars(part).values())
         with running():
             self.native = native.NativeStep(state)
@@ -102,6 +103,12 @@ class LaunchedNative:
 
     def sample(self, logits: Any, rows: Any, num_reqs: int, needs: Any) -> None:
         enqueue(lambda: self.native.sample(logits, rows, num_reqs, needs))
+
+    def constrain(self, logits: Any, rows: Any, num_reqs: int) -> None:
+        enqueue(lambda: self.native.constrain(logits, rows, num_reqs))
+
+    def follow(self, rows: Any, num_reqs: int) -> None:
+        enqueue(lambda: self.native.follow(rows, num_reqs))
 
 
 class UvaBuffer:
