@@ -32,6 +32,14 @@ def run_on_the_stand_in(
     return result | {"loop": loop, "replays": standin_child.num_replays()["windows"] - before}
 
 
+def answer_without_tables(requests: list[Asked]) -> dict[str, Any]:
+    """What a new grammar needs does not come to the device."""
+    from fusedstep.vllm_plugin.runner.grammars import Grammars
+
+    with patch.object(Grammars, "take", lambda *_: None):
+        return answer(requests, 7)
+
+
 def answer(requests: list[Asked], decode_steps: object) -> dict[str, Any]:
     engine_child.reset_prefix_cache()
     before, turns, refused = features_child.counts(), Counter(one_step_turns()), num_refused()

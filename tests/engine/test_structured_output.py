@@ -160,6 +160,15 @@ def test_on_the_stand_in(
     assert (have["replays"] > 0) == (form != "eager")
 
 
+def test_tables_that_never_come(stand_in: StandInChild) -> None:
+    """The control: the device masks with what it has, and vLLM's matcher refuses the token."""
+    requests = [asked("Letters:", regex="[a-m]{9}"), asked("Once upon a time", max_tokens=9)]
+    have = stand_in.call(structured_child.answer_without_tables, requests)
+    [constrained], [free] = have["completions"]
+    assert (constrained["finish_reason"], free["finish_reason"]) == ("error", "length")
+    assert have["refused"] == 1
+
+
 def test_preemption(fused: EngineChild, tiny: str, expected: dict[str, Any]) -> None:
     """A request that comes back is in its grammar where it was."""
     few = OPTIONS | {"max_model_len": 96, "num_gpu_blocks_override": 5}
