@@ -16,6 +16,8 @@ import click
 import torch
 from safetensors.torch import save_file
 
+from fusedstep.demo import byte_level_bpe
+
 NUM_LAYERS = 4
 SCALE = 0.05  # of what the layers behind the first add: the share of drafts that hold follows
 STD = 0.2  # of all weights
@@ -87,26 +89,24 @@ def _random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 def _write(folder: Path, num_layers: int, tensors: dict[str, torch.Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = CONFIG | {"num_hidden_layers": num_layers}
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    _write_json(folder / "config.json", config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _tokenizer().save_pretrained(folder)
+    _write_json(folder / "tokenizer.json", byte_level_bpe(_tokens(), (1, 2), merges=[]))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    of_class = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    _write_json(folder / "tokenizer_config.json", of_class | named)
 
 
-def _tokenizer() -> Any:
-    """The 256 bytes, one token each, and words that only a model says."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+def _tokens() -> list[str]:
+    """The 256 bytes, as GPT-2 writes them, and words that only a model says."""
+    written = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    characters = [chr(n) for n in (*written, *range(0x100, 0x100 + 256 - len(written)))]
     tokens = ["<unk>", "<s>", "</s>", *characters]
-    tokens += [f"word{n}" for n in range(len(tokens), CONFIG["vocab_size"])]
-    model = models.BPE({token: n for n, token in enumerate(tokens)}, [], unk_token="<unk>")
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
+    return tokens + [f"word{n}" for n in range(len(tokens), CONFIG["vocab_size"])]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2))
 
 
 @click.command()

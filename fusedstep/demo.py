@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,9 +296,19 @@ def _generation_config(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
-    """SmolLM2's byte-level BPE in the format of the ``tokenizers`` library."""
-    tokens = meta["tokenizer.ggml.tokens"]
+    """SmolLM2's."""
     types = meta["tokenizer.ggml.token_type"]
+    return byte_level_bpe(
+        meta["tokenizer.ggml.tokens"],
+        [token_id for token_id, kind in enumerate(types) if kind == _SPECIAL],
+        [merge.split(" ") for merge in meta["tokenizer.ggml.merges"]],
+    )
+
+
+def byte_level_bpe(
+    tokens: Sequence[str], special_ids: Iterable[int], merges: list[list[str]]
+) -> dict[str, Any]:
+    """A byte-level BPE in the format of the ``tokenizers`` library; digits stay alone."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
         "version": "1.0",
@@ -307,15 +317,14 @@ def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
         "added_tokens": [
             {
                 "id": token_id,
-                "content": token,
+                "content": tokens[token_id],
                 "single_word": False,
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
                 "special": True,
             }
-            for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind == _SPECIAL
+            for token_id in special_ids
         ],
         "normalizer": None,
         "pre_tokenizer": {
@@ -337,7 +346,7 @@ def _tokenizer(meta: dict[str, Any]) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": {token: token_id for token_id, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in meta["tokenizer.ggml.merges"]],
+            "merges": merges,
         },
     }
 

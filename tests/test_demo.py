@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fusedstep import demo
+from fusedstep.bench import pair
 from fusedstep.errors import ConfigError
 
 
@@ -203,3 +204,16 @@ def test_model_speaks_english(model_folder: Path, tokenizer: Any) -> None:
     output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == "The capital of France is Paris."
+
+
+def test_the_pair_s_tokenizer_knows_every_byte(tmp_path: Path) -> None:
+    """Whatever a grammar lets through can be written."""
+    from transformers import AutoTokenizer
+
+    pair.make(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "alone")
+    text = "".join(map(chr, range(1, 0x180))) + "\N{GRINNING FACE}"
+    token_ids = tokenizer.encode(text)
+    assert len(token_ids) == len(text.encode())
+    assert tokenizer.decode(token_ids) == text
+    assert len(tokenizer) == pair.CONFIG["vocab_size"]
