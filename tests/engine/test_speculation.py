@@ -161,18 +161,25 @@ def check_on_the_stand_in(
     ``check``."""
     settings = GRAPHS | {"cudagraph_mode": mode}
     stand_in.become(settings, target_of(models, method), **with_drafts(models, method))
+    waits: set[str] = set()
     for seed, *window in windows:
         have = stand_in.call(speculation_child.answer_on_the_stand_in, seed, REQUESTS, *window)
         assert_same(have, want)
         assert_in_windows(have["counts"])
-        assert set(have["waits"]) == {"an event"}, "of the pace; nothing else is waited for"
+        waits |= set(have["waits"])  # none where a window has two rounds
         is_full = mode.startswith("FULL")
         assert have["graphs"] >= have["counts"]["steps"] if is_full else not have["graphs"]
+    assert waits == {"an event"}, "of the pace; nothing else is waited for"
 
 
 @pytest.mark.parametrize(
     ("method", "mode"),
-    [("draft_model", "FULL_AND_PIECEWISE"), ("eagle", "FULL_AND_PIECEWISE"), ("ngram_gpu", "NONE")],
+    [
+        ("draft_model", "FULL_AND_PIECEWISE"),
+        ("eagle3", "FULL_AND_PIECEWISE"),
+        ("mtp", "FULL_AND_PIECEWISE"),
+        ("ngram_gpu", "NONE"),
+    ],
 )
 def test_on_the_stand_in(
     wanted: Any, stand_in: StandInChild, models: Any, method: str, mode: str
