@@ -26,7 +26,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from fusedstep.counts import WindowCounts
 from fusedstep.vllm_plugin import compat
-from fusedstep.vllm_plugin.shared import counts_page, trace_path
+from fusedstep.vllm_plugin.shared import counts_page, engine_is_here, trace_path
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,13 +50,20 @@ COUNTERS = {
 
 
 class WindowStatLogger(StatLoggerBase, Collector):  # type: ignore[misc]
-    """One engine's windows. Silent for an engine whose scheduler is not ours."""
+    """One engine's windows. Silent where its scheduler is not ours, or on another machine."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self.engine = str(engine_index)
         self.is_ours = vllm_config.scheduler_config.scheduler_cls == compat.SCHEDULER_CLS
         self.logged = WindowCounts()
         if not self.is_ours:
+            return
+        if not engine_is_here(vllm_config, engine_index):
+            logger.warning(
+                "fusedstep: engine %s is on another machine: its windows are not counted here",
+                self.engine,
+            )
+            self.is_ours = False
             return
         self.page = counts_page(vllm_config, engine_index)
         self.trace = trace_path(vllm_config, engine_index)

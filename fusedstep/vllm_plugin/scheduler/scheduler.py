@@ -32,8 +32,13 @@ from fusedstep.vllm_plugin.scheduler.in_flight import InFlight, steps_of
 from fusedstep.vllm_plugin.scheduler.refusals import Refusals
 from fusedstep.vllm_plugin.scheduler.rounds import Rounds
 from fusedstep.vllm_plugin.scheduler.tracing import Tracing
-from fusedstep.vllm_plugin.shared import arrival_counter, counts_page, trace_path
-from fusedstep.window.arrivals import ArrivalCounter
+from fusedstep.vllm_plugin.shared import (
+    arrival_counter,
+    counts_page,
+    trace_path,
+    workers_are_here,
+)
+from fusedstep.window.arrivals import NEVER_END, ArrivalCounter
 from fusedstep.window.tracing import TracePage
 
 if TYPE_CHECKING:
@@ -125,8 +130,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         rank = self.vllm_config.parallel_config.data_parallel_index
         self.tracing = Tracing(TracePage(trace_path(self.vllm_config, rank), create=True))
         self.door = Door(counter, self.tracing)
-        executor = self.vllm_config.parallel_config.distributed_executor_backend
-        self.shares_memory = executor != "ray"  # whose workers may be on another machine
+        self.shares_memory = workers_are_here(self.vllm_config)
         self.counts.page = counts_page(self.vllm_config, rank)
         if self.engine_reason is not None:
             logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
@@ -164,7 +168,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def _schedule_window(self, throttle_prefills: bool) -> SchedulerOutput:
         """Decide K at the start of the turn, where the waiting queue is in view."""
-        count = self.door.counter.count  # before the look at what waits
+        # Before the look at what waits. Where a worker sees none, all take the same steps without.
+        count = self.door.counter.count if self.shares_memory else NEVER_END
         since = time.monotonic()
         batch = self._look()
         self._reserve_window(batch)
