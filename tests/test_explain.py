@@ -51,7 +51,9 @@ def counted(page: Page | None = None) -> PublishedCounts:
 def config(scheduler_cls: str = compat.SCHEDULER_CLS) -> Any:
     return SimpleNamespace(
         instance_id="x",
-        parallel_config=SimpleNamespace(data_parallel_index=0),
+        parallel_config=SimpleNamespace(
+            data_parallel_index=0, data_parallel_rank=0, data_parallel_size_local=2
+        ),
         scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import numpy as np
@@ -24,12 +25,12 @@ class ArrivalCounter:
     def __init__(self, name: str | None) -> None:
         """Without a name this process has it for itself."""
         self.path = None if name is None else shared_file(name)
-        if self.path is None:
-            self._count = np.zeros(1, dtype=np.int64)
-            return
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
-            file.truncate(16)
-            words = np.memmap(file, dtype=np.int64, mode="r+", shape=(2,))
+        if self.path is None:  # a page of its own, too
+            words = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), dtype=np.int64, count=2)
+        else:
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+                file.truncate(16)
+                words = np.memmap(file, dtype=np.int64, mode="r+", shape=(2,))
         self._count, self._cannot_end = words[:1], words[1:]
 
     @property

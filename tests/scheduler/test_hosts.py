@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,9 @@ def test_who_hears_of_arrivals(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     try:
         writer.add()
         assert len(files()) == here and reader.exceeds(0) == here
+        writer.can_end_windows = False  # a worker, of its form of the loop
+        assert reader.can_end_windows != here
+        assert reader.address % mmap.PAGESIZE == 0  # which a GPU's driver maps
     finally:
         writer.unlink()
     assert files() == []

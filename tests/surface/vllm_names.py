@@ -52,7 +52,8 @@ _CONFIG = {
             try_get_generation_config()
         """,
         "ParallelConfig": """
-            data_parallel_index, distributed_executor_backend, worker_cls
+            data_parallel_index, data_parallel_rank, data_parallel_size_local, worker_cls
+            nnodes_within_dp
             pipeline_parallel_size, tensor_parallel_size
             data_parallel_size, decode_context_parallel_size, prefill_context_parallel_size
             enable_dbo, enable_eplb
@@ -200,6 +201,9 @@ _ENGINE = {
         "EngineCoreOutputs": "()",
         "FinishReason": "LENGTH, ERROR",
     },
+    "vllm.v1.executor.abstract": {"Executor": "get_class(vllm_config)"},
+    "vllm.v1.executor.multiproc_executor": {"MultiprocExecutor": ""},
+    "vllm.v1.executor.uniproc_executor": {"UniProcExecutor": ""},
     "vllm.v1.engine.input_processor": {
         "InputProcessor": "process_inputs, vllm_config, model_config",
     },
