@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import mmap
 import os
@@ -16,6 +17,7 @@ from scheduler.engine import Engine
 from scheduler.trace import Spec, Trace
 from scheduler.watched import Watched
 from vllm.config import ParallelConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
@@ -182,3 +184,28 @@ def test_a_server_makes_pages_of_its_own_machine_s_engines(
     finally:
         for path in files("served"):
             path.unlink()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "external balancing of a dense model": (
+        {"data_parallel_size": 2, "data_parallel_rank": 1},
+        "Non-MoE models do not support external data parallel mode. For external load balancing,"
+        " launch independent vLLM instances without --data-parallel-* arguments.",
+    ),
+    "workers that the nodes cannot share": (
+        {"tensor_parallel_size": 3, "nnodes": 2},
+        "`--nnodes 2` must evenly divide the total world size (3).",
+    ),
+    "Ray": ({"distributed_executor_backend": "ray"}, "No module named 'ray'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_vllm_refuses_is_in_its_words(name: str, tmp_path: Path) -> None:
+    """docs/scale.md quotes them."""
+    options, words = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps(world.MODEL))
+    args = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, **options)
+    with pytest.raises(ValueError) as error:
+        args.create_engine_config()
+    assert words in str(error.value)
