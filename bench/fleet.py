@@ -1,4 +1,4 @@
-"""What windows do to a fleet: replicas behind a router, in simulated time, with the real policy.
+"""A fleet with windows: replicas behind a router, in simulated time, with the real policy.
 
     python -m fusedstep.bench.fleet --replicas 1,100 --load 0.5,0.8
 
@@ -62,7 +62,7 @@ class Counts:
 
 @dataclass
 class Engine:
-    """What a replica is: stock if ``policy`` is None, whose host comes by after every step."""
+    """A kind of replica: stock if ``policy`` is None, whose host comes by after every step."""
 
     model: StepModel
     max_rows: int
@@ -90,13 +90,13 @@ class Replica:
     def begin(self, now: float) -> float | None:
         """The next turn, if there is one; when it ends."""
         self.version += 1
-        engine, places = self.engine, self.engine.max_rows - len(self.running)
+        engine, free = self.engine, self.engine.max_rows - len(self.running)
         tokens = BUDGET - len(self.running)
         self.joining = []
-        while self.waiting and places and tokens >= self.waiting[0].prompt:
+        while self.waiting and free and tokens >= self.waiting[0].prompt:
             tokens -= self.waiting[0].prompt
             self.joining.append(self.waiting.popleft())
-            places -= 1
+            free -= 1
         rows = len(self.running) + len(self.joining)
         if not rows:
             self.began = -1.0

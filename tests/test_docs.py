@@ -47,7 +47,11 @@ VLLM_SERVERS = (
     ("python", "-m", "vllm.entrypoints.openai.api_server"),
 )
 # Modules with a parser of their own, and whether they pass on what they do not know to vLLM.
-MODULES = {"fusedstep.bench.soak": True, "scheduler.simulate": False}
+MODULES = {
+    "fusedstep.bench.soak": True,
+    "fusedstep.bench.fleet": False,
+    "scheduler.simulate": False,
+}
 
 
 class Parsed(Exception):
@@ -119,8 +123,10 @@ def _of_module(name: str, words: list[str]) -> tuple[str, Sequence[str]] | None:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
         patch.setattr(argparse.ArgumentParser, "error", refuse)
         patch.setattr(sys, "argv", [name, *words])
-        folder = name.startswith("fusedstep.")
-        importlib.import_module(f"{name}.__main__" if folder else name).main()
+        module = importlib.import_module(name)
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{name}.__main__")
+        module.main()
     rest = parsed.value.rest
     assert MODULES[name] or not rest, rest
     return ("serve", rest) if rest else None
