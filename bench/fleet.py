@@ -242,7 +242,7 @@ def arrivals(options: argparse.Namespace, per_second: float, seed: int) -> Itera
 def capacity(options: argparse.Namespace, stock: StepModel) -> float:
     """Requests per second of a stock replica whose rows are all taken."""
     mean = options.output_len * math.exp(options.spread**2 / 2)
-    ms = mean * stock.of(options.rows) / options.rows + options.prompt_len * stock.token_ms
+    ms: float = mean * stock.of(options.rows) / options.rows + options.prompt_len * stock.token_ms
     return 1000 / ms
 
 

@@ -34,8 +34,8 @@ def workers_are_here(vllm_config: VllmConfig) -> bool:
 def engine_is_here(vllm_config: VllmConfig, engine_index: int) -> bool:
     """Is this data-parallel engine on its server's machine? Servers start those themselves."""
     parallel = vllm_config.parallel_config
-    first = parallel.data_parallel_rank
-    return first <= engine_index < first + parallel.data_parallel_size_local
+    first: int = parallel.data_parallel_rank
+    return engine_index in range(first, first + parallel.data_parallel_size_local)
 
 
 def arrival_counter(vllm_config: VllmConfig) -> ArrivalCounter:
