@@ -21,7 +21,7 @@ from vllm.v1.request import RequestStatus
 
 from fusedstep.policy import MAX_STEPS, Decision, DecodeSteps, Turn, decide
 from fusedstep.reasons import Reason
-from fusedstep.vllm_plugin import compat, reasons, stamps
+from fusedstep.vllm_plugin import compat, reasons, shared, stamps
 from fusedstep.vllm_plugin.grammar_tables import bring_grammars
 from fusedstep.vllm_plugin.scheduler.admission import Admission
 from fusedstep.vllm_plugin.scheduler.blocks import Blocks
@@ -32,12 +32,6 @@ from fusedstep.vllm_plugin.scheduler.in_flight import InFlight, steps_of
 from fusedstep.vllm_plugin.scheduler.refusals import Refusals
 from fusedstep.vllm_plugin.scheduler.rounds import Rounds
 from fusedstep.vllm_plugin.scheduler.tracing import Tracing
-from fusedstep.vllm_plugin.shared import (
-    arrival_counter,
-    counts_page,
-    trace_path,
-    workers_are_here,
-)
 from fusedstep.window.arrivals import NEVER_END, ArrivalCounter
 from fusedstep.window.tracing import TracePage
 
@@ -125,13 +119,13 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             self.rounds = Rounds(self.num_spec_tokens, more_places, self.max_model_len)
         round_tokens = self.num_spec_tokens + self.num_lookahead_tokens
         self.blocks = Blocks(self.kv_cache_manager, self.max_model_len, round_tokens)
-        counter = arrival_counter(self.vllm_config)
+        counter = shared.arrival_counter(self.vllm_config)
         counter.unlink()  # the workers, started before, have it mapped
         rank = self.vllm_config.parallel_config.data_parallel_index
-        self.tracing = Tracing(TracePage(trace_path(self.vllm_config, rank), create=True))
+        self.tracing = Tracing(TracePage(shared.trace_path(self.vllm_config, rank), create=True))
         self.door = Door(counter, self.tracing)
-        self.shares_memory = workers_are_here(self.vllm_config)
-        self.counts.page = counts_page(self.vllm_config, rank)
+        self.shares_memory = shared.workers_are_here(self.vllm_config)
+        self.counts.page = shared.counts_page(self.vllm_config, rank)
         if self.engine_reason is not None:
             logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
 
