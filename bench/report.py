@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -254,7 +255,8 @@ td {{ padding: 0 1.5em 0 0; vertical-align: top }}
 <script type="application/json" id="data">{data}</script>
 <script>
 JSON.parse(document.getElementById("data").textContent).forEach((figure, n) =>
-  Plotly.newPlot("figure-" + n, figure.traces, figure.layout, {{responsive: true}}));
+  Plotly.newPlot("figure-" + n, figure.traces, figure.layout,
+    {{responsive: true, displaylogo: false}}));
 </script>
 </body>
 </html>
@@ -284,8 +286,13 @@ def _page(title: str, env: Data, figures: list[Figure], notes: list[str]) -> str
             for n, figure in enumerate(figures)
         ),
         env="".join(
-            f"<tr><td>{escape(str(name))}</td><td>{escape(str(value))}</td></tr>"
+            f"<tr><td>{escape(str(name))}</td><td>{escape(_words(value))}</td></tr>"
             for name, value in env.items()
         ),
         data=text,
     )
+
+
+def _words(value: object) -> str:
+    """Options as they were typed; all else as it is."""
+    return shlex.join(map(str, value)) if isinstance(value, list) else str(value)

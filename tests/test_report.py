@@ -21,7 +21,7 @@ from fusedstep.cli.main import group
 RECORDED = Path(__file__).with_name("bench_serve.json")  # vLLM 0.32's, of four requests
 NASTY = "</script><script>alert(1)</script>&"
 ENV = {"model": NASTY, "device": "d", "decode_steps": "auto", "vllm": "0"}
-ENV |= {"ops": "native", "loop": "eager"}
+ENV |= {"ops": "native", "loop": "eager", "options": ["--dtype", "float32", "--tag", "a b"]}
 
 
 class Page(HTMLParser):
@@ -119,6 +119,7 @@ def test_a_page_needs_nothing_and_lets_nothing_in(text: Any) -> None:
     page = Page(text(result))
     assert page.links == [] and page.tags.count("script") == 3
     assert any(NASTY in cell for cell in page.texts["td"]), page.texts["td"]
+    assert "--dtype float32 --tag 'a b'" in page.texts["td"]
     assert any("Plotly.newPlot" in script for script in page.texts["script"])
     assert page.tags.count("div") == len(page.figures)
     for figure in page.figures:  # a title of another form is not drawn
