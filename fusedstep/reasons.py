@@ -38,7 +38,7 @@ class Reason(StrEnum):
     KV_CACHE = "KV cache of"  # and which kind
     FAST_PREFILL = "fast prefill of shared KV caches"
     PIPELINE_PARALLEL = "pipeline parallelism"
-    DATA_PARALLEL = "data parallelism"
+    DATA_PARALLEL = "data parallelism"  # and with what
     DECODE_CONTEXT_PARALLEL = "decode context parallelism"
     PREFILL_CONTEXT_PARALLEL = "prefill context parallelism"
     DBO = "dual-batch overlap"
@@ -83,3 +83,4 @@ class Reason(StrEnum):
     STREAMS = "a request streams"
     JOINS_ANYTIME = "a waiting request may get ready"
     CANNOT_END = "the window cannot be ended"
+    OTHER_RANKS = "another data-parallel rank takes fewer steps"

@@ -148,6 +148,13 @@ PATCHES = (
         "vLLM 0.32's CPU worker names its runner class inside init_device",
     ),
     Patch(
+        "runner/ranks.py",
+        "model_runner.dispatch_cg_and_sync_dp",
+        Kind.LENT,
+        "vllm.v1.worker.gpu.model_runner.dispatch_cg_and_sync_dp",
+        "dummy batches of one agreement make none of their own",
+    ),
+    Patch(
         "runner/tables.py",
         "penalties.output_bin_counts",
         Kind.SET,

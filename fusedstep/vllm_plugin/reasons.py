@@ -76,7 +76,7 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (vllm_config.aux_output_config.enabled, Reason.AUX_OUTPUT),
         (vllm_config.cache_config.kv_sharing_fast_prefill, Reason.FAST_PREFILL),
         (parallel.pipeline_parallel_size > 1, Reason.PIPELINE_PARALLEL),
-        (parallel.data_parallel_size > 1, Reason.DATA_PARALLEL),
+        *_ranks_reasons(vllm_config),
         (parallel.decode_context_parallel_size > 1, Reason.DECODE_CONTEXT_PARALLEL),
         (parallel.prefill_context_parallel_size > 1, Reason.PREFILL_CONTEXT_PARALLEL),
         (parallel.enable_dbo, Reason.DBO),
@@ -86,6 +86,25 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") == "1", Reason.RUST_FRONTEND),
     )
     return next((words for applies, words in reasons if applies), None)
+
+
+def _ranks_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
+    """What windows of data-parallel ranks that share their experts were not tried with."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if parallel.data_parallel_size == 1:
+        return ()
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    others = (
+        (not on_cpu, "on a device that is not a CPU"),
+        (parallel.tensor_parallel_size > 1, "with tensor parallelism"),
+        (parallel.enable_elastic_ep, "of elastic experts"),
+        (vllm_config.speculative_config is not None, "with drafts"),
+        (vllm_config.lora_config is not None, "with LoRA"),
+        (vllm_config.kv_transfer_config is not None, "with a KV connector"),
+        (model.is_hybrid, "with recurrent states"),
+        (model.is_multimodal_model, "of a multimodal model"),
+    )
+    return tuple((applies, f"{Reason.DATA_PARALLEL} {words}") for applies, words in others)
 
 
 def _speculation_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:

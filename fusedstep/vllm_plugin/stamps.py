@@ -54,6 +54,15 @@ def trace_of(output: SchedulerOutput) -> TraceStamp | None:
     return getattr(output, "trace", None)
 
 
+def report_limit(output: ModelRunnerOutput, reason: str) -> None:
+    """The worker has run fewer steps than the scheduler reserved, for this reason."""
+    output.limit_reason = reason
+
+
+def limit_of(output: ModelRunnerOutput) -> str | None:
+    return getattr(output, "limit_reason", None)
+
+
 def report_rounds(output: ModelRunnerOutput, rounds: list[list[int]]) -> None:
     """``rounds``: for each request of the batch the number of tokens that each round gave it."""
     output.rounds = rounds

@@ -91,6 +91,14 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
             step.write(reason=getattr(self.model_runner, "reason", Reason.MODEL_RUNNER_V1))
         return output
 
+    def execute_dummy_batch(self) -> None:
+        """No request of this rank decodes: it joins the others, for as many steps as they run."""
+        ranks = getattr(self.model_runner, "ranks", None)
+        if ranks is None:
+            super().execute_dummy_batch()
+        else:
+            ranks.join(super().execute_dummy_batch)
+
     def no_windows_reason(self) -> str | None:
         """The reason that this worker runs no windows, for its scheduler, or None."""
         return getattr(self.model_runner, "stock_steps_reason", None)

@@ -31,6 +31,16 @@ class HostPace:
         return bool(rows.num_active > 0)
 
 
+class SetPace:
+    """All steps of a window are run, whether or not a row is still active: others count on them."""
+
+    def begin(self) -> None:
+        pass
+
+    def goes_on(self, rows: WindowRows) -> bool:
+        return True
+
+
 class AheadPace:
     """The host enqueues at most ``ahead`` steps that the device has not finished.
 

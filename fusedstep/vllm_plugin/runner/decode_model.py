@@ -93,6 +93,7 @@ class VllmDecodeModel:
         self.recurrent = RecurrentState(runner, recurrent, rows) if recurrent else None
         self.num_reqs = 0  # without padding
         self.num_rows = 0  # with it
+        self.num_tokens_across_dp: torch.Tensor | None = None  # of each data-parallel rank
         self.num_tokens = 0  # of the forward: those of the rows, then those of a larger graph
         self.graph: Any = None  # of vLLM, for this window's padded batch
         self.common: list[CommonAttentionMetadata] = []
@@ -258,6 +259,7 @@ class VllmDecodeModel:
             self.attn_metadata,
             self.runner.vllm_config,
             num_tokens=self.num_tokens,
+            num_tokens_across_dp=self.num_tokens_across_dp,
             cudagraph_runtime_mode=mode,
             batch_descriptor=BatchDescriptor(
                 num_tokens=self.num_tokens,

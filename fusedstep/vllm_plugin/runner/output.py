@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
 
 from fusedstep.vllm_plugin.grammar_tables import bring_grammars, grammars_of
-from fusedstep.vllm_plugin.stamps import report_rounds
+from fusedstep.vllm_plugin.stamps import report_limit, report_rounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,10 +33,11 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         live: np.ndarray,  # [num_reqs of the window] int64, place in the scheduled batch
         counts: WindowCounts,
         kv_connector_output: KVConnectorOutput | None,
+        limit: str | None = None,  # the reason of fewer steps than were reserved
     ) -> None:
         self.req_ids = list(scheduler_output.num_scheduled_tokens)
         self.tokens, self.live, self.counts = tokens, live, counts
-        self.kv_connector_output = kv_connector_output
+        self.kv_connector_output, self.limit = kv_connector_output, limit
         self.trace: TracedStep | None = None
 
     def tell(self, trace: TracedStep) -> None:
@@ -64,6 +65,8 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
             logprobs=logprobs,
             kv_connector_output=self.kv_connector_output,
         )
+        if self.limit is not None:
+            report_limit(output, self.limit)
         if result.rounds is not None:
             report_rounds(output, self._of_all(result.rounds))
         return output

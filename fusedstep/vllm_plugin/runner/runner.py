@@ -29,6 +29,7 @@ from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
 from fusedstep.vllm_plugin.runner.output import WindowOutput, one_step_each
 from fusedstep.vllm_plugin.runner.parts import batch_reason, metadata_reason, runner_reason
 from fusedstep.vllm_plugin.runner.processing import Processing
+from fusedstep.vllm_plugin.runner.ranks import JOINS, Agreement, Ranks
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
 from fusedstep.vllm_plugin.runner.rounds import Rounds
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
@@ -37,7 +38,7 @@ from fusedstep.vllm_plugin.shared import arrival_counter
 from fusedstep.window import arrivals
 from fusedstep.window.graphs import variant
 from fusedstep.window.loop import StepOps, run_window
-from fusedstep.window.pace import AheadPace, HostPace, Pace
+from fusedstep.window.pace import AheadPace, HostPace, Pace, SetPace
 from fusedstep.window.state import Fetched, WindowSlot, WindowState
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class WorkerStats:
     loop: str = LoopForm.EAGER.value
     loop_reason: str = ""
     counts: WindowCounts = field(default_factory=WindowCounts)  # windows, steps, tokens
+    ranks: Ranks | None = None
     stock_steps: Counter[str] = field(default_factory=Counter)  # by reason
 
     def add_stock_step(self, reason: str) -> None:
@@ -80,6 +82,7 @@ class WorkerStats:
             "steps": self.counts.steps,
             "tokens": self.counts.tokens,
             "stock_steps": {str(reason): n for reason, n in self.stock_steps.items()},
+            **({} if self.ranks is None else {"ranks": self.ranks.as_dict()}),
         }
 
 
@@ -91,6 +94,7 @@ class StagedWindow(NamedTuple):
     live: np.ndarray  # [num_reqs of the window] int64, place in the scheduled batch
     ops: StepOps
     logprobs: Logprobs | None  # that the step itself does not take down
+    agreement: Agreement | None = None  # with the other data-parallel ranks
 
 
 class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
@@ -113,6 +117,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.grammars: Grammars | None = None  # None: this engine takes no structured output
         self.reason: str | None = None  # of the step under way
         self.rounds: Rounds | None = None  # of speculative decoding
+        self.ranks: Ranks | None = None  # data-parallel ones, which run the same steps
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
     @property
@@ -179,6 +184,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
         on_cpu = self.device.type == "cpu"
         self.pace: Pace = HostPace() if on_cpu else AheadPace()
+        if self.dp_size > 1:
+            self.ranks = self.stats.ranks = Ranks(self.dp_size, self.dp_rank)
+            self.pace = SetPace()
         self.copy_stream = None if on_cpu else self.output_copy_stream
         self.no_windows = no_windows_reason(self)
         loop = compat.options(self.vllm_config).loop
@@ -233,7 +241,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if (form, reason) != (self.stats.loop, self.stats.loop_reason):
             logger.info("fusedstep: loop form %s: %s", form, reason)
         self.stats.loop, self.stats.loop_reason = form.value, reason
-        self.arrivals.can_end_windows = form.can_be_ended
+        self.arrivals.can_end_windows = form.can_be_ended and self.ranks is None
 
     def shutdown(self) -> None:
         """vLLM's own, and the counter's name if the engine core never came to take it away."""
@@ -284,15 +292,18 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             scheduled, counts = staged.scheduler_output, self.stats.counts
             return WindowOutput(scheduled, tokens, staged.live, counts, None)
         self.kv_connector.pre_forward(staged.scheduler_output)
-        run_window(
-            self.decode_model,
-            staged.ops,
-            slot,
-            self._cut_short(slot.arrivals_seen),
-            self.pace,
-            self.graph_store.graphs if is_ours else None,
-            staged.logprobs,
-        )
+        if self.ranks is not None and not slot.num_reqs:
+            self.ranks.join(partial(self._dummy_run, 1, uniform_decode=True), staged.agreement)
+        else:
+            run_window(
+                self.decode_model,
+                staged.ops,
+                slot,
+                self._cut_short(slot.arrivals_seen),
+                self.pace,
+                self.graph_store.graphs if is_ours else None,
+                staged.logprobs,
+            )
         self.stats.counts.windows += 1
         self.kv_connector.finish_forward()
         received = self.kv_connector.post_forward(staged.scheduler_output.finished_req_ids)
@@ -302,6 +313,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             staged.live,
             self.stats.counts,
             received,
+            Reason.OTHER_RANKS if staged.agreement and staged.agreement.is_cut else None,
         )
 
     def sample(
@@ -427,7 +439,20 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             live,
             processing or self.ops,
             None if in_step else logprobs,
+            self._agree(slot),
         )
+
+    def _agree(self, slot: WindowSlot) -> Agreement | None:
+        """All data-parallel ranks run as many steps as the one that wants the least."""
+        if self.ranks is None:
+            return None
+        if not slot.num_reqs:
+            return self.ranks.agree(1, JOINS)
+        came = self.arrivals.exceeds(slot.arrivals_seen)  # too late for this window to give way
+        agreement = self.ranks.agree(self.decode_model.num_tokens, 1 if came else slot.num_steps)
+        slot.num_steps = agreement.num_steps
+        self.decode_model.num_tokens_across_dp = agreement.sync.num_tokens_across_dp
+        return agreement
 
     def _stage_rounds(
         self,
@@ -455,7 +480,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def _cut_short(self, arrivals_seen: int) -> Callable[[], bool]:
         """Has a request arrived for which this window should end? All ranks say the same."""
-        if arrivals_seen == arrivals.NEVER_END:
+        if arrivals_seen == arrivals.NEVER_END or self.ranks is not None:
             return lambda: False
         group = get_tp_group()
         if group.world_size == 1:

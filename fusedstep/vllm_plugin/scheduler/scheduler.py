@@ -214,7 +214,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             self.refusals.deliver(outputs)
             self._cut_windows_short()
         self.counts.add_turn(
-            batch.decision.reason if batch else self.engine_reason or Reason.FIXED_AT_1,
+            stamps.limit_of(model_runner_output)
+            or (batch.decision.reason if batch else self.engine_reason or Reason.FIXED_AT_1),
             batch.num_steps if batch else 1,
             steps_of(model_runner_output, self.tokens_per_step),
             sum(map(len, model_runner_output.sampled_token_ids)),
