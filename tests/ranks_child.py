@@ -2,7 +2,7 @@
 
     python ranks_child.py '{"switch": "on", "model": ..., "decode_steps": [2, "auto"], ...}'
 
-Writes one JSON object to ``result``: per run the tokens of each request and the counts of each rank.
+Writes one JSON object to ``result``: per run the tokens of each request, the counts of each rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ REQUESTS: list[tuple[int, list[int], dict[str, Any], int]] = [
     (1, [600, 700, 800], GREEDY | {"stop_token_ids": list(range(200, 300)), "max_tokens": 60}, 30),
     (0, [12, 13], GREEDY | {"max_tokens": 11}, 40),
     (1, [21, 22, 23], {"temperature": 0.7, "seed": 5, "max_tokens": 80}, 75),  # rank 0 ends first
+    (0, [40, 41], GREEDY | {"max_tokens": 150}, 10),
 ]
+ABORT = {7: 6}  # request -> aborted after so many of its tokens
 
 
 async def run(engine: Any) -> list[list[int]]:
@@ -41,7 +43,8 @@ async def run(engine: Any) -> list[list[int]]:
         rank, prompt, fields, comes_at = REQUESTS[number]
         async with grown:
             await grown.wait_for(lambda: len(tokens[0]) >= comes_at)
-        kind = RequestOutputKind.FINAL_ONLY if number else RequestOutputKind.DELTA
+        streams = number == 0 or number in ABORT
+        kind = RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY
         params = SamplingParams(
             output_kind=kind, detokenize=False, **{"ignore_eos": True, **fields}
         )
@@ -52,6 +55,10 @@ async def run(engine: Any) -> list[list[int]]:
             async with grown:
                 tokens[number] += output.outputs[0].token_ids
                 grown.notify_all()
+            if number in ABORT and len(tokens[number]) >= ABORT[number]:
+                await engine.abort(f"{number}")
+                tokens[number] = tokens[number][: ABORT[number]]
+                return
 
     await asyncio.gather(*map(one, range(len(REQUESTS))))
     return tokens

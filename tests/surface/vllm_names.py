@@ -45,7 +45,7 @@ _CONFIG = {
         "MambaConfig": "enable_stochastic_rounding",
         "ModelConfig": """
             runner_type, is_encoder_decoder, supports_multimodal_inputs
-            is_diffusion, is_hybrid, rswa_window
+            is_diffusion, is_hybrid, is_multimodal_model, rswa_window
             return_sampling_mask, enable_trace_replay, use_fp64_gumbel, max_model_len
             model, skip_tokenizer_init
             get_vocab_size()
@@ -56,7 +56,7 @@ _CONFIG = {
             nnodes_within_dp
             pipeline_parallel_size, tensor_parallel_size
             data_parallel_size, decode_context_parallel_size, prefill_context_parallel_size
-            enable_dbo, enable_eplb
+            enable_dbo, enable_eplb, enable_elastic_ep
         """,
         "SchedulerConfig": "async_scheduling, max_num_seqs, scheduler_cls",
         "DeviceConfig": "device_type",
@@ -330,7 +330,7 @@ _ENGINE = {
             (req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_, kv_connector_output=_)
             req_ids, sampled_token_ids
             kv_connector_output: KVConnectorOutput
-            +rounds
+            +rounds, limit_reason
         """,
         "KVConnectorOutput": "finished_recving",
         "LogprobsLists": """

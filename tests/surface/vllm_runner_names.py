@@ -7,6 +7,7 @@ GPU = "vllm.v1.worker.gpu"
 RUNNER = {
     "vllm.distributed.parallel_state": {
         "GroupCoordinator": "cpu_group, ranks, world_size",
+        "get_dp_group": "() -> GroupCoordinator",
         "get_tp_group": "() -> GroupCoordinator",
         "graph_capture": "(device=_)",
         "is_global_first_rank": "()",
@@ -14,6 +15,8 @@ RUNNER = {
     "vllm.forward_context": {
         "BatchDescriptor": "(num_tokens=_, has_lora=_, num_active_loras=_)\n(num_tokens=_)",
         "set_forward_context": """
+            (attn_metadata, vllm_config, num_tokens=_, num_tokens_across_dp=_,
+             cudagraph_runtime_mode=_, batch_descriptor=_, slot_mapping=_, is_padding=_)
             (attn_metadata, vllm_config, num_tokens=_, cudagraph_runtime_mode=_,
              batch_descriptor=_, slot_mapping=_, is_padding=_)
         """,
@@ -45,6 +48,7 @@ RUNNER = {
             def _make_model_runner()
             def execute_model(scheduler_output)
             def sample_tokens(grammar_output)
+            def execute_dummy_batch()
             is_driver_worker
             device, use_v2_model_runner
             vllm_config: VllmConfig
@@ -58,7 +62,11 @@ RUNNER = {
         "LoraState": "make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)",
         "create_lora_capture_hook": "(lora_config, runner)",
     },
+    f"{GPU}.dp_utils": {
+        "DPSyncState": "(num_tokens_across_dp=_, uniform_token_count=_, eager=_, num_reqs=_)",
+    },
     f"{GPU}.model_runner": {
+        "dispatch_cg_and_sync_dp": "(*args, dp_sync_state=_, **kwargs)",
         "GPUModelRunner": """
             def __init__(vllm_config, device)
             def load_model(*args, **kwargs)
@@ -98,7 +106,9 @@ RUNNER = {
             kv_cache_config: KVCacheConfig
             req_states: gpu.states.RequestState
             sampler: gpu.sample.sampler.Sampler
-            +stats, use_form, stock_steps_reason, graph_memory, reason
+            _dummy_run(num_tokens, uniform_decode=_)
+            dp_rank, dp_size
+            +stats, use_form, stock_steps_reason, graph_memory, reason, ranks
         """,
     },
     f"{GPU}.kv_connector": {

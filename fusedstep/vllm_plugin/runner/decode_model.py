@@ -135,6 +135,10 @@ class VllmDecodeModel:
             self.seq_lens_upper_bound[:num_reqs] += max(num_steps - 1, 0)
         return num_rows, num_loras
 
+    def join_ranks(self, num_tokens: torch.Tensor) -> None:
+        """Tokens of each data-parallel rank, [num_ranks] int32 on the host, in every step."""
+        self.num_tokens_across_dp = num_tokens
+
     def begin(self, num_reqs: int) -> None:
         runner, buffers = self.runner, self.buffers
         if self.recurrent is not None:

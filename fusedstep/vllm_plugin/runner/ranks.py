@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from vllm.distributed.parallel_state import get_dp_group
@@ -86,7 +85,11 @@ class Ranks:
 def _agreed(sync: DPSyncState) -> Iterator[None]:
     """Model Runner V2 takes the agreement that was made, and makes none."""
     stock = model_runner.dispatch_cg_and_sync_dp
-    model_runner.dispatch_cg_and_sync_dp = partial(stock, dp_sync_state=sync)
+
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        return stock(*args, dp_sync_state=sync, **kwargs)
+
+    model_runner.dispatch_cg_and_sync_dp = dispatch
     try:
         yield
     finally:

@@ -293,7 +293,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return WindowOutput(scheduled, tokens, staged.live, counts, None)
         self.kv_connector.pre_forward(staged.scheduler_output)
         if self.ranks is not None and not slot.num_reqs:
-            self.ranks.join(partial(self._dummy_run, 1, uniform_decode=True), staged.agreement)
+            dummy_batch = lambda: self._dummy_run(1, uniform_decode=True)  # noqa: E731
+            self.ranks.join(dummy_batch, staged.agreement)
         else:
             run_window(
                 self.decode_model,
@@ -450,8 +451,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return self.ranks.agree(1, JOINS)
         came = self.arrivals.exceeds(slot.arrivals_seen)  # too late for this window to give way
         agreement = self.ranks.agree(self.decode_model.num_tokens, 1 if came else slot.num_steps)
-        slot.num_steps = agreement.num_steps
-        self.decode_model.num_tokens_across_dp = agreement.sync.num_tokens_across_dp
+        slot.shorten(agreement.num_steps)
+        self.decode_model.join_ranks(agreement.sync.num_tokens_across_dp)
         return agreement
 
     def _stage_rounds(
