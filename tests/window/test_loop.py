@@ -8,7 +8,7 @@ from window.engine import MAX_TOKENS, PROMPTS, Engine, emitted
 
 from fusedstep.ops.dispatch import load
 from fusedstep.window.arrivals import END_AFTER_ONE_STEP, NEVER_END, ArrivalCounter
-from fusedstep.window.pace import AheadPace
+from fusedstep.window.pace import AheadPace, SetPace
 
 CPU = torch.device("cpu")
 
@@ -82,6 +82,15 @@ def test_a_full_house_ends_at_the_first_stop(engine):
         now = sum(map(list.__eq__, engine.outputs, emitted()))
         assert (steps < 16) <= (now > stopped)
         stopped = now
+
+
+def test_all_steps_are_run_where_others_count_on_them(engine):
+    """After the last row has stopped, too; such steps give no token."""
+    budget = [7] * len(PROMPTS)
+    for _ in range(2 + max(MAX_TOKENS) // 7):
+        engine.window(budget, pace=SetPace(), ends_at_stop=True)
+        assert engine.steps_enqueued == 7
+    assert engine.outputs == emitted()
 
 
 class LateDevice:
