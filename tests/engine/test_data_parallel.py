@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def ask(folder: Path, switch: str, **what: Any) -> Any:
     )
     try:
         assert child.wait(timeout=900) == 0
-        assert not of_session(child.pid)
+        deadline = time.monotonic() + 60
+        while (left := of_session(child.pid)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left
     finally:
         for pid in of_session(child.pid):
             with suppress(ProcessLookupError):
@@ -65,14 +69,14 @@ def ask(folder: Path, switch: str, **what: Any) -> Any:
     return json.loads(Path(asked["result"]).read_text())
 
 
-def of_session(session: int) -> list[int]:
-    """Processes that the child started, and itself, as long as they run."""
-    found = []
+def of_session(session: int) -> dict[int, str]:
+    """Processes that the child started, and itself, as long as they run, and their names."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] != "Z":
-                found.append(int(folder.name))
+                found[int(folder.name)] = (folder / "cmdline").read_text()
     return found
 
 

@@ -24,7 +24,7 @@ NUM_TOKENS, UNIFORM, QUERY_LEN, STEPS_MORE, NUM_REQS, ROWS = 0, 2, 3, 4, 5, 6
 
 
 class Agreement(NamedTuple):
-    """What all ranks run in this turn."""
+    """Steps that all ranks run in this turn."""
 
     num_steps: int
     sync: DPSyncState  # the tokens of each rank, in every step
