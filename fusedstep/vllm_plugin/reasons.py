@@ -89,7 +89,7 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
 
 
 def _ranks_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
-    """Configurations that windows of data-parallel ranks with shared experts were not tried with."""
+    """Configurations that windows of data-parallel ranks were not tried with."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if parallel.data_parallel_size == 1:
         return ()

@@ -80,7 +80,10 @@ def of_session(session: int) -> dict[int, str]:
     return found
 
 
-@pytest.fixture(scope="module", params=SHARES)
+@pytest.fixture(
+    scope="module",
+    params=["a part of each", pytest.param("some of them", marks=pytest.mark.exhaustive)],
+)
 def results(request: pytest.FixtureRequest, folder: Path) -> tuple[list[Any], Any, Any]:
     """The lengths of windows, the results of fusedstep, and of stock Model Runner V2."""
     expert_parallel, steps, fault = SHARES[request.param]
