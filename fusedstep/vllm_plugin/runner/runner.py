@@ -103,6 +103,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     Everything else is Model Runner V2's own step, with a reason in ``stats.stock_steps``.
     """
 
+    ranks: Ranks | None = None  # data-parallel ones, which run the same steps
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.engine_reason = reasons.engine_reason(vllm_config)
@@ -117,7 +119,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.grammars: Grammars | None = None  # None: this engine takes no structured output
         self.reason: str | None = None  # of the step under way
         self.rounds: Rounds | None = None  # of speculative decoding
-        self.ranks: Ranks | None = None  # data-parallel ones, which run the same steps
+        if self.dp_size > 1 and self.engine_reason is None:
+            self.ranks = self.stats.ranks = Ranks(self.dp_size, self.dp_rank)
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
     @property
@@ -169,6 +172,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         )
         self.engine_reason = self.engine_reason or reason
         if self.engine_reason is not None:
+            self.ranks = None
             return
         self._allocate_grammars()
         self.tables = DeviceTables(self, None if self.grammars is None else self.grammars.state)
@@ -184,8 +188,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
         on_cpu = self.device.type == "cpu"
         self.pace: Pace = HostPace() if on_cpu else AheadPace()
-        if self.dp_size > 1:
-            self.ranks = self.stats.ranks = Ranks(self.dp_size, self.dp_rank)
+        if self.ranks is not None:
             self.pace = SetPace()
         self.copy_stream = None if on_cpu else self.output_copy_stream
         self.no_windows = no_windows_reason(self)
