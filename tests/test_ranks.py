@@ -97,6 +97,7 @@ def test_a_stock_step_takes_part(agreed: Any, offer: int) -> None:
     (
         ("device_config", "device_type", "cuda", "on a device that is not a CPU"),
         ("parallel_config", "tensor_parallel_size", 2, "with tensor parallelism"),
+        ("parallel_config", "enable_expert_parallel", True, "with expert parallelism"),
         ("parallel_config", "enable_elastic_ep", True, "of elastic experts"),
         ("model_config", "is_hybrid", True, "with recurrent states"),
         ("model_config", "is_multimodal_model", True, "of a multimodal model"),

@@ -97,6 +97,7 @@ def _ranks_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
     others = (
         (not on_cpu, "on a device that is not a CPU"),
         (parallel.tensor_parallel_size > 1, "with tensor parallelism"),
+        (parallel.enable_expert_parallel, "with expert parallelism"),
         (parallel.enable_elastic_ep, "of elastic experts"),
         (vllm_config.speculative_config is not None, "with drafts"),
         (vllm_config.lora_config is not None, "with LoRA"),

@@ -20,11 +20,7 @@ import ranks_child
 import tiny_models
 
 TESTS = Path(__file__).resolve().parent.parent
-# How the ranks share experts: does each have some of them, the lengths of windows, a fault.
-SHARES: dict[str, tuple[bool, list[Any], str]] = {
-    "a part of each": (False, [2, 7, "auto"], "own K"),
-    "some of them": (True, [7], "one dummy batch"),
-}
+STEPS: list[Any] = [2, 7, "auto"]
 PLUGINS = "[vllm.general_plugins]\n" + "".join(
     f"{name} = {name}:register\n" for name in ("shared_experts", "ranks_child")
 )
@@ -80,29 +76,23 @@ def of_session(session: int) -> dict[int, str]:
     return found
 
 
-@pytest.fixture(
-    scope="module",
-    params=["a part of each", pytest.param("some of them", marks=pytest.mark.exhaustive)],
-)
-def results(request: pytest.FixtureRequest, folder: Path) -> tuple[list[Any], Any, Any]:
-    """The lengths of windows, the results of fusedstep, and of stock Model Runner V2."""
-    expert_parallel, steps, fault = SHARES[request.param]
-    what = {"expert_parallel": expert_parallel}
-    have = ask(folder, "on", decode_steps=steps, fault=fault, **what)
-    return steps, have, ask(folder, "oracle", decode_steps=[1], **what)
+@pytest.fixture(scope="module")
+def results(folder: Path) -> tuple[Any, Any]:
+    """Of fusedstep, and of stock Model Runner V2."""
+    have = ask(folder, "on", decode_steps=STEPS, fault="own K")
+    return have, ask(folder, "oracle", decode_steps=[1])
 
 
-def test_equal_to_stock(results: tuple[list[Any], Any, Any]) -> None:
-    steps, have, want = results
+def test_equal_to_stock(results: tuple[Any, Any]) -> None:
+    have, want = results
     (expected,) = want["tokens"]
     assert all(expected) and len(expected[4]) < 60  # it stops at a token, inside of a window
-    assert have["tokens"] == [expected] * len(steps)
+    assert have["tokens"] == [expected] * len(STEPS)
 
 
-def test_windows_ran_on_both_ranks(results: tuple[list[Any], Any, Any]) -> None:
+def test_windows_ran_on_both_ranks(results: tuple[Any, Any]) -> None:
     """As long as both allow: rank 1 has no request at first, and rank 0 none at the end."""
-    lengths, have, _ = results
-    for steps, (before, after) in zip(lengths, have["counts"], strict=True):
+    for steps, (before, after) in zip(STEPS, results[0]["counts"], strict=True):
         for rank, (then, now) in enumerate(zip(before, after, strict=True)):
             worker, since = now["worker"], then["worker"]
             windows = worker["windows"] - since["windows"]
@@ -117,9 +107,9 @@ def test_windows_ran_on_both_ranks(results: tuple[list[Any], Any, Any]) -> None:
                 assert cut, (steps, limits)  # by the prompts of rank 1
 
 
-def test_ranks_that_do_not_agree(results: tuple[list[Any], Any, Any]) -> None:
+def test_ranks_that_do_not_agree(results: tuple[Any, Any]) -> None:
     """The control: they wait for each other, or take one another's tokens."""
-    _, have, want = results
+    have, want = results
     print("with a fault:", have["broken"])
     assert have["broken"] is not None and have["broken"] != want["tokens"][0]
 

@@ -56,7 +56,7 @@ _CONFIG = {
             nnodes_within_dp
             pipeline_parallel_size, tensor_parallel_size
             data_parallel_size, decode_context_parallel_size, prefill_context_parallel_size
-            enable_dbo, enable_eplb, enable_elastic_ep
+            enable_dbo, enable_eplb, enable_elastic_ep, enable_expert_parallel
         """,
         "SchedulerConfig": "async_scheduling, max_num_seqs, scheduler_cls",
         "DeviceConfig": "device_type",
