@@ -63,7 +63,10 @@ RUNNER = {
         "create_lora_capture_hook": "(lora_config, runner)",
     },
     f"{GPU}.dp_utils": {
-        "DPSyncState": "(num_tokens_across_dp=_, uniform_token_count=_, eager=_, num_reqs=_)",
+        "DPSyncState": """
+            (num_tokens_across_dp=_, uniform_token_count=_, eager=_, num_reqs=_)
+            num_tokens_across_dp
+        """,
     },
     f"{GPU}.model_runner": {
         "dispatch_cg_and_sync_dp": "(*args, dp_sync_state=_, **kwargs)",
