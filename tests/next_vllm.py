@@ -2,26 +2,39 @@
 
     python tests/next_vllm.py 0.33            # or a wheel's file; then what pytest is told
     python tests/next_vllm.py 0.33 tests/engine/test_server.py -k stream
+    python tests/next_vllm.py installed       # the installed one, as it is
 
 A new vLLM has no CPU package at first. Its Python is taken from its CUDA wheel, the compiled parts
 from the vLLM for CPUs that is installed. That is how far it can be tried here: a compiled function
 that only the new one has fails when it is called. pytest's summary is the list of what broke.
+
+A file of TESTS that ran whole, and nothing beside it, is put on record with the numbers of its
+tests: fusedstep/vllm_plugin/tried.json, from which the supported versions follow.
 """
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from fusedstep.vllm_plugin.compat import TRIED, WHOLE
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "vllm"
 ENGINE = ROOT / "tests" / "engine"
-TESTS = [str(ENGINE / f"test_{name}.py") for name in ("equality", "features", "server")]
+TESTS = [str(ENGINE / f"test_{name}.py") for name in WHOLE]
+RAN = (0, 1)  # pytest's exit codes: all tests ran
+QUIET = ("-q", "-v")
 PLATFORM = "manylinux_2_28_x86_64"  # what vLLM's CUDA wheels are built for
 
 
@@ -31,17 +44,57 @@ def main(words: list[str]) -> int:
         return 2
     given, *told = words
     try:
-        folder = unpack(Path(given) if given.endswith(".whl") else download(given), FOLDER)
+        folder = None
+        if given != "installed":
+            folder = unpack(Path(given) if given.endswith(".whl") else download(given), FOLDER)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         print(f"next_vllm: {error}", file=sys.stderr)
         return 2
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(path) for path in (folder, os.environ.get("PYTHONPATH")) if path]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     code = "from fusedstep.vllm_plugin.compat import vllm_version; print(vllm_version())"
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    print(f"next_vllm: vLLM {found.stdout.strip() or found.stderr}, from {folder}", flush=True)
-    pytest = [sys.executable, "-m", "pytest", "-rfE", *(told or TESTS)]
-    return subprocess.run(pytest, env=env, cwd=ROOT).returncode
+    if not (version := found.stdout.strip()):
+        print(f"next_vllm: no version of vLLM: {found.stderr}", file=sys.stderr)
+        return 2
+    print(f"next_vllm: vLLM {version}, from {folder or 'here'}", flush=True)
+    worst, known = 0, json.loads(TRIED.read_text())
+    write(known | {version: {}})  # else a vLLM that is out of range is refused
+    try:
+        for group in [told] if told else [[test] for test in TESTS]:
+            with tempfile.TemporaryDirectory() as scratch:
+                report = Path(scratch, "report.xml")
+                pytest = [sys.executable, "-m", "pytest", "-rfE", f"--junitxml={report}", *group]
+                code_of = subprocess.run(pytest, env=env, cwd=ROOT).returncode
+                worst = worst or code_of
+                if code_of in RAN and (names := whole(group)):
+                    known[version] = known.get(version, {}) | numbers(names, report)
+    finally:
+        write(known)
+    return worst
+
+
+def whole(told: list[str]) -> list[str]:
+    """The names of WHOLE whose files pytest is told to run, all of each; [] if it is told more."""
+    names = {str(Path(test)): name for name, test in zip(WHOLE, TESTS, strict=True)}
+    found = [names.get(str(ROOT / word)) for word in told if word not in QUIET]
+    return [] if None in found else [name for name in found if name]
+
+
+def numbers(names: list[str], report: Path) -> dict[str, dict[str, Any]]:
+    """What a run of these files gave, by file."""
+    today = datetime.date.today().isoformat()
+    counts = {name: {"passed": 0, "failed": 0, "skipped": 0} for name in names}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("classname", "").rpartition("test_")[2].partition(".")[0]
+        kinds = {child.tag for child in case}
+        kind = "failed" if kinds & {"failure", "error"} else "passed"
+        counts[name]["skipped" if "skipped" in kinds else kind] += 1
+    return {name: {"date": today} | count for name, count in counts.items()}
+
+
+def write(known: dict[str, Any]) -> None:
+    TRIED.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
 
 
 def download(version: str) -> Path:

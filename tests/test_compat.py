@@ -1,6 +1,9 @@
 """What decodes in windows and what does not, and which settings win."""
 
+import json
 import re
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,8 @@ from fusedstep.errors import ConfigError, FusedStepError, UnsupportedError
 from fusedstep.options import Options
 from fusedstep.vllm_plugin import compat, reasons, register
 from fusedstep.vllm_plugin.launch import wiring
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.33.4", "0.33.0+cpu"])
@@ -25,6 +30,24 @@ def test_other_versions_get_one_line(monkeypatch, found):
     with pytest.raises(UnsupportedError, match="pip install") as error:
         compat.check_vllm_version()
     assert "\n" not in str(error.value)
+
+
+def test_what_is_supported_is_what_passed():
+    """The record holds what ran; the package asks for those versions and no others."""
+    record = json.loads(compat.TRIED.read_text())
+    for version, ran in record.items():
+        assert ran["equality"]["passed"] > 0 and ran["equality"]["failed"] == 0, version
+        assert set(ran) <= set(compat.WHOLE)
+        assert all(re.fullmatch(r"20\d\d-\d\d-\d\d", each["date"]) for each in ran.values())
+    releases = sorted({compat.release_of(version) for version in record})
+    (low, *_, high), (major, minor) = compat.SUPPORTED, compat.SUPPORTED[1]
+    assert low == releases[0] and high == (major, minor)
+    assert releases == [(major, n) for n in range(low[1], minor)]  # no hole
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = re.findall(r'"(vllm(?:-cpu)?>=[^";]+)', json.dumps(extras["optional-dependencies"]))
+    wanted = f">={low[0]}.{low[1]},<{major}.{minor}"
+    assert len(ranges) >= 2
+    assert {each.removeprefix("vllm").removeprefix("-cpu") for each in ranges} == {wanted}
 
 
 def test_options_of_an_engine(monkeypatch):

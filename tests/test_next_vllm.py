@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import next_vllm
 import pytest
+
+from fusedstep.vllm_plugin import compat
 
 METADATA = "Metadata-Version: 2.4\nName: vllm\nVersion: 9.9.1\n\nVersion: of the text\n"
 FILES = {
@@ -58,3 +61,66 @@ def test_what_cannot_be_done_is_one_line(
     assert next_vllm.main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("next_vllm: ") and error.count("\n") == 1
+
+
+PASSES = "def test_one(): pass\n"
+FAILS = "def test_two(): assert False\n"
+BREAKS = "import nothing_of_that_name\n"
+
+
+def told(name: str) -> str:
+    """What the tests of this file are, where ``engine`` is made."""
+    return f"tests/engine/test_{name}.py"
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A record of another version, and files of the names that are put on record."""
+    record = tmp_path / "tried.json"
+    record.write_text(json.dumps({"0.31.0": {"equality": {"passed": 3, "failed": 0}}}))
+    folder = tmp_path / "tests" / "engine"
+    folder.mkdir(parents=True)
+    for name, text in (("equality", PASSES), ("features", PASSES + FAILS), ("server", BREAKS)):
+        (folder / f"test_{name}.py").write_text(text)
+    monkeypatch.setattr(next_vllm, "TRIED", record)
+    monkeypatch.setattr(next_vllm, "ROOT", tmp_path)
+    monkeypatch.setattr(next_vllm, "TESTS", [str(tmp_path / told(n)) for n in compat.WHOLE])
+    return record
+
+
+def test_a_file_that_ran_whole_is_put_on_record(tree: Path) -> None:
+    """By version, beside what is known; one that pytest could not collect has not run."""
+    assert next_vllm.main(["installed"]) != 0
+    known, version = json.loads(tree.read_text()), compat.vllm_version()
+    assert version is not None and set(known) == {"0.31.0", version}
+    found = {
+        name: [ran[kind] for kind in ("passed", "failed", "skipped")]
+        for name, ran in known[version].items()
+    }
+    assert found == {"equality": [1, 0, 0], "features": [1, 1, 0]}
+    words = ["1 of features failed", "server not run"]
+    assert compat.gaps(version, tree) == words and compat.gaps("0.31.7", tree)[0] != words[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    (
+        ["tests/engine/test_equality.py", "-k", "one"],
+        ["tests/engine/test_equality.py::test_one"],
+        ["tests/engine/test_equality.py", "tests/engine"],
+    ),
+    ids=("some", "one", "more"),
+)
+def test_what_did_not_run_whole_is_not(tree: Path, words: list[str]) -> None:
+    before = tree.read_text()
+    next_vllm.main(["installed", *words])
+    assert json.loads(tree.read_text()) == json.loads(before)
+
+
+def test_a_version_that_is_tried_is_in_range_meanwhile(tmp_path: Path) -> None:
+    """And out of it if its tokens differed from stock's."""
+    record = tmp_path / "tried.json"
+    passed, failed = ({"equality": {"passed": 9, "failed": n}} for n in (0, 1))
+    for tried, high in (({}, 99), (passed, 99), (failed, 33)):
+        record.write_text(json.dumps({"0.32.1+cpu": passed, "0.98.0": tried}))
+        assert compat.supported(record) == ((0, 32), (0, high))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from enum import StrEnum
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusedstep.errors import ConfigError, UnsupportedError
@@ -14,7 +16,9 @@ from fusedstep.options import Options, config_key
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SUPPORTED = ((0, 32), (0, 34))  # at least, below; what we use of them: tests/surface
+# What ran on which vLLM, and how that went: written by tests/next_vllm.py, by nobody else.
+TRIED = Path(__file__).with_name("tried.json")
+WHOLE = ("equality", "features", "server")  # tests/engine/test_*.py: all of a version's run
 WORKER_CLS = "fusedstep.vllm_plugin.worker.FusedStepWorker"
 SCHEDULER_CLS = "fusedstep.vllm_plugin.scheduler.FusedStepScheduler"
 # Set by users of plain vLLM, ``fusedstep serve`` and ``fusedstep.LLM``; every process inherits it.
@@ -22,6 +26,43 @@ SWITCH = "FUSEDSTEP"
 PLUGIN = "fusedstep"  # the name of our entry points, for VLLM_PLUGINS
 BACKEND = "FUSEDSTEP"  # for --attention-backend, of `vllm serve` too; also registered as CUSTOM
 BACKEND_CLS = "fusedstep.vllm_plugin.attention.FusedStepAttentionBackend"
+
+
+def supported(tried: Path = TRIED) -> tuple[tuple[int, int], tuple[int, int]]:
+    """At least, below: the versions on which windows gave stock's tokens (``equality``).
+
+    So does one that is being tried, of which nothing is on record yet. What we use of them is
+    tests/surface.
+    """
+    record = json.loads(tried.read_text())
+    failed = {v for v, ran in record.items() if ran.get("equality", {}).get("failed")}
+    equal = [release_of(version) for version in record if version not in failed]
+    newest = max(equal)
+    return min(equal), (newest[0], newest[1] + 1)
+
+
+def gaps(version: str, tried: Path = TRIED) -> list[str]:
+    """What of WHOLE has not passed on this version's release, in words: ``features not run``."""
+    record, found = json.loads(tried.read_text()), {}
+    for known, ran in record.items():
+        if release_of(known) == release_of(version):
+            found |= ran
+    words = []
+    for name in WHOLE:
+        if name not in found:
+            words.append(f"{name} not run")
+        elif found[name]["failed"]:
+            words.append(f"{found[name]['failed']} of {name} failed")
+    return words
+
+
+def release_of(version: str) -> tuple[int, int]:
+    """``0.33.0+cpu`` -> (0, 33)."""
+    major, minor = version.partition("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
+SUPPORTED = supported()
 
 
 class Switch(StrEnum):
@@ -70,14 +111,16 @@ def vllm_version() -> str | None:
 def check_vllm_version() -> str:
     """The installed version, or UnsupportedError when it is missing or out of range."""
     found = vllm_version()
-    wanted = "needs vLLM >=0.32,<0.34"
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    wanted = f"needs vLLM >={low},<{high}"
     if found is None:
         raise UnsupportedError(
             f"fusedstep {wanted}: pip install 'fusedstep[cuda]' or 'fusedstep[cpu]'"
         )
-    release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
-    if not SUPPORTED[0] <= release < SUPPORTED[1]:
-        raise UnsupportedError(f"fusedstep {wanted}, found {found}: pip install 'vllm>=0.32,<0.34'")
+    if not SUPPORTED[0] <= release_of(found) < SUPPORTED[1]:
+        raise UnsupportedError(
+            f"fusedstep {wanted}, found {found}: pip install 'vllm>={low},<{high}'"
+        )
     return found
 
 
