@@ -43,8 +43,8 @@ def supported(tried: Path = TRIED) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def gaps(version: str, tried: Path = TRIED) -> list[str]:
     """What of WHOLE has not passed on this version's release, in words: ``features not run``."""
-    record, found = json.loads(tried.read_text()), {}
-    for known, ran in record.items():
+    found: dict[str, dict[str, int]] = {}
+    for known, ran in json.loads(tried.read_text()).items():
         if release_of(known) == release_of(version):
             found |= ran
     words = []
