@@ -42,7 +42,7 @@ def supported(tried: Path = TRIED) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def gaps(version: str, tried: Path = TRIED) -> list[str]:
-    """What of WHOLE has not passed on this version's release, in words: ``features not run``."""
+    """Files of WHOLE that have not passed on this release, in words: ``features not run``."""
     found: dict[str, dict[str, int]] = {}
     for known, ran in json.loads(tried.read_text()).items():
         if release_of(known) == release_of(version):
