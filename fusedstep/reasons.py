@@ -43,6 +43,7 @@ class Reason(StrEnum):
     PREFILL_CONTEXT_PARALLEL = "prefill context parallelism"
     DBO = "dual-batch overlap"
     EPLB = "expert-parallel load balancing"
+    OWN_SCHEDULERS = "a scheduler in each worker (external_launcher)"
     NANS = "NaN counting"
     RUST_FRONTEND = "frontend in Rust"
     TOKENS_PER_STEP = "a model of several tokens per step"

@@ -15,7 +15,7 @@ from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat
 
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.config import KVTransferConfig, ParallelConfig, VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -81,6 +81,7 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (parallel.prefill_context_parallel_size > 1, Reason.PREFILL_CONTEXT_PARALLEL),
         (parallel.enable_dbo, Reason.DBO),
         (parallel.enable_eplb, Reason.EPLB),
+        (_has_several_schedulers(parallel), Reason.OWN_SCHEDULERS),
         (os.environ.get("VLLM_COMPUTE_NANS_IN_LOGITS", "0") == "1", Reason.NANS),
         # It would take a window's tokens for one step's: it does not run our unfolding.
         (os.environ.get("VLLM_USE_RUST_FRONTEND", "0") == "1", Reason.RUST_FRONTEND),
@@ -106,6 +107,12 @@ def _ranks_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
         (model.is_multimodal_model, "of a multimodal model"),
     )
     return tuple((applies, f"{Reason.DATA_PARALLEL} {words}") for applies, words in others)
+
+
+def _has_several_schedulers(parallel: ParallelConfig) -> bool:
+    """Each measures its own steps, and would decide on windows of its own."""
+    is_launched = parallel.distributed_executor_backend == "external_launcher"
+    return bool(is_launched and parallel.world_size > 1)
 
 
 def _speculation_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:

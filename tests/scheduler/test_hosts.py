@@ -22,7 +22,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from fusedstep.reasons import Reason
-from fusedstep.vllm_plugin import compat, metrics, shared
+from fusedstep.vllm_plugin import compat, metrics, reasons, shared
 from fusedstep.window.arrivals import END_AFTER_ONE_STEP, NEVER_END
 
 
@@ -94,6 +94,20 @@ def test_who_hears_of_arrivals(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         writer.unlink()
     assert files() == []
+
+
+@pytest.mark.parametrize(("launcher", "workers"), [("external_launcher", 2), ("mp", 2), ("uni", 1)])
+def test_schedulers_of_one_engine_make_no_windows(launcher: str, workers: int) -> None:
+    """torchrun's workers schedule each for itself, and would not take the same steps."""
+    vllm_config = world.make_scheduler(TRACE, world.STOCK[True]).vllm_config
+    made = vllm_config.parallel_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setitem(vars(made), "distributed_executor_backend", launcher)
+        patch.setitem(vars(made), "world_size", workers)
+        reason = reasons.engine_reason(vllm_config)
+    own = launcher == "external_launcher"
+    assert reason == (Reason.OWN_SCHEDULERS if own else None)
 
 
 def windows_of(engine: Engine) -> tuple[list[int], list[int]]:

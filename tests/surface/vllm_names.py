@@ -53,7 +53,7 @@ _CONFIG = {
         """,
         "ParallelConfig": """
             data_parallel_index, data_parallel_rank, data_parallel_size_local, worker_cls
-            nnodes_within_dp
+            distributed_executor_backend, nnodes_within_dp, world_size
             pipeline_parallel_size, tensor_parallel_size
             data_parallel_size, decode_context_parallel_size, prefill_context_parallel_size
             enable_dbo, enable_eplb, enable_elastic_ep, enable_expert_parallel
