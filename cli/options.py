@@ -15,7 +15,7 @@ import click
 
 from fusedstep.cli.console import Command
 from fusedstep.demo import demo_model
-from fusedstep.options import LOOPS, NAMES, OPS, WINDOW_LATENCY_MS, Options, flag
+from fusedstep.options import LOOPS, NAMES, OPS, ROPES, WINDOW_LATENCY_MS, Options, flag
 from fusedstep.vllm_plugin.launch import arguments, early, sources
 
 MAX_TEMPERATURE = 2.0  # vLLM's
@@ -140,6 +140,12 @@ def window_options(command: Command) -> Command:
         metavar="MS",
         help="How much longer a window may keep a stream waiting than a stock step does. "
         f"Default: FUSEDSTEP_WINDOW_LATENCY_MS, else {WINDOW_LATENCY_MS:g}.",
+    )
+    @click.option(
+        "--rope",
+        type=click.Choice(ROPES),
+        help="fused: attention FUSEDSTEP norms and rotates queries and keys itself, of models that "
+        "it knows; unproven on a GPU. Default: FUSEDSTEP_ROPE, else stock.",
     )
     @functools.wraps(command)
     def parsed(*args: Any, **given: Any) -> Any:

@@ -22,9 +22,9 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 class LLM(vllm.LLM):  # type: ignore[misc]
     """A ``vllm.LLM`` that decodes in windows of up to ``decode_steps`` steps.
 
-    ``decode_steps``: "auto" or a number from 1 to 64; ``ops``, ``loop``, ``window_latency_ms``:
-    see ``Options``. None leaves an option to the environment, else to its default. Every other
-    argument is vLLM's. Its processes end with this one, even if it is killed.
+    ``decode_steps``: "auto" or a number from 1 to 64; ``ops``, ``loop``, ``window_latency_ms``,
+    ``rope``: see ``Options``. None leaves an option to the environment, else to its default. Every
+    other argument is vLLM's. Its processes end with this one, even if it is killed.
     Raises ConfigError for a wrong name or value, UnsupportedError for a vLLM out of range.
     """
 
@@ -35,6 +35,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]
         ops: str | None = None,
         loop: str | None = None,
         window_latency_ms: float | None = None,
+        rope: str | None = None,
         **vllm_kwargs: Any,
     ) -> None:
         check_names(vllm_kwargs)
@@ -44,6 +45,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]
                 "ops": ops,
                 "loop": loop,
                 "window_latency_ms": window_latency_ms,
+                "rope": rope,
             }
         )
         completed = wiring.engine_options(options, vllm_kwargs)

@@ -15,6 +15,7 @@ from fusedstep.policy import DecodeSteps
 
 OPS = ("auto", "triton", "native", "reference")
 LOOPS = ("auto", *(form.value for form in LoopForm))
+ROPES = ("stock", "fused")
 WINDOW_LATENCY_MS = 50.0
 
 
@@ -26,6 +27,7 @@ class Options:
     ops: str = "auto"  # one of OPS: the implementation of the step operations
     loop: str = "auto"  # one of LOOPS: the form of the loop
     window_latency_ms: float = WINDOW_LATENCY_MS  # how much longer a stream may wait than in stock
+    rope: str = "stock"  # one of ROPES: where attention FUSEDSTEP gets rotated queries and keys
     spelled: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -101,6 +103,7 @@ _PARSERS: dict[str, Callable[[str, object], Any]] = {  # (the name as it is spel
     "ops": partial(_one_of, OPS),
     "loop": partial(_one_of, LOOPS),
     "window_latency_ms": _milliseconds,
+    "rope": partial(_one_of, ROPES),
 }
 NAMES = tuple(_PARSERS)
-_DEFAULTS = {"window_latency_ms": WINDOW_LATENCY_MS}  # of the others: auto
+_DEFAULTS = {"window_latency_ms": WINDOW_LATENCY_MS, "rope": "stock"}  # of the others: auto

@@ -149,7 +149,7 @@ def test_options_are_no_part_of_the_key_of_compiled_models(monkeypatch: pytest.M
     """What others put into ``additional_config`` is."""
     from vllm.config import VllmConfig
 
-    from fusedstep.vllm_plugin import compile_cache
+    from fusedstep.vllm_plugin import compile_cache, rotation
 
     monkeypatch.setattr(VllmConfig, "compute_hash", VllmConfig.compute_hash)
     config = VllmConfig()
@@ -168,6 +168,9 @@ def test_options_are_no_part_of_the_key_of_compiled_models(monkeypatch: pytest.M
     for loop in ("eager", "while"):
         assert key({"fusedstep": {"loop": loop}}) == before[0]
         assert key({"fusedstep": {"loop": loop}, "x": 1}) == before[1]
+    # Another form of the model, which hand_over writes down.
+    fused = key({"fusedstep": {"rope": "fused"}, rotation.FORM: "fused"})
+    assert fused not in before
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,17 @@ import pytest
 
 from fusedstep.cli.options import window_options
 from fusedstep.errors import ConfigError
-from fusedstep.options import LOOPS, OPS, Options, flag
+from fusedstep.options import LOOPS, OPS, ROPES, Options, flag
 from fusedstep.policy import DecodeSteps
 from fusedstep.vllm_plugin.launch import wiring
 
-AUTO = {"decode_steps": "auto", "ops": "auto", "loop": "auto", "window_latency_ms": "50"}
+AUTO = {
+    "decode_steps": "auto",
+    "ops": "auto",
+    "loop": "auto",
+    "window_latency_ms": "50",
+    "rope": "stock",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +46,7 @@ def test_auto_unless_told_otherwise() -> None:
         {"decode_steps": "64", "ops": "reference"},
         *({"ops": ops} for ops in OPS),
         *({"loop": loop.upper()} for loop in LOOPS),
+        *({"rope": rope} for rope in ROPES),
         {"window_latency_ms": 20},
         {"window_latency_ms": "0.5"},
     ),
@@ -91,7 +98,13 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Options.parse({"ops": "auto"}).ops == "auto"
 
 
-WRONG = {"decode_steps": "0", "ops": "fast", "loop": "for", "window_latency_ms": "soon"}
+WRONG = {
+    "decode_steps": "0",
+    "ops": "fast",
+    "loop": "for",
+    "window_latency_ms": "soon",
+    "rope": "on",
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

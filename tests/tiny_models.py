@@ -112,6 +112,41 @@ def llama() -> Any:
 
 
 @maker
+def qwen2() -> Any:
+    """Qwen2: biases of the projections."""
+    import transformers
+
+    config = transformers.Qwen2Config(num_hidden_layers=2, **TEXT)
+    return transformers.Qwen2ForCausalLM(config)
+
+
+@maker
+def qwen3() -> Any:
+    """Qwen3: norms of heads, with weights that are not 1."""
+    import torch
+    import transformers
+
+    config = transformers.Qwen3Config(num_hidden_layers=2, head_dim=32, **TEXT)
+    model = transformers.Qwen3ForCausalLM(config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            torch.nn.init.normal_(parameter, mean=1.5, std=0.5, generator=generator)
+    return model
+
+
+@maker
+def gemma3() -> Any:
+    """Gemma 3, text only: norms of heads of another kind."""
+    import transformers
+
+    config = transformers.Gemma3TextConfig(
+        num_hidden_layers=2, head_dim=32, sliding_window=64, query_pre_attn_scalar=32, **TEXT
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+@maker
 def mixtral() -> Any:
     """Mixtral: a mixture of experts."""
     import transformers

@@ -18,6 +18,7 @@ import triton.language as tl
 from fusedstep.kernels.attention_new import add_new
 from fusedstep.kernels.attention_output import head_offsets, merge, write_output
 from fusedstep.kernels.attention_pairs import add_pairs, as_half, pair_scores
+from fusedstep.kernels.attention_rotary import load_rotated
 from fusedstep.kernels.attention_tile import LOWEST, add_tile, scores
 from fusedstep.kernels.winner import arrive
 
@@ -64,6 +65,7 @@ def attend_kernel(
     cache_ptr,  # [num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE], any strides but the last
     rows,  # block_table [num_rows, n], seq_lens [num_rows], slots [num_tokens], starts
     layer,  # alibi_slopes, sinks: [heads]; k_scale, v_scale: [1] float32; each may be unused
+    rotation,  # as ``load_rotated`` takes it; unused unless ROTARY_DIM
     scratch,  # arrivals, zero between launches; piece_max, weights, sums: two pieces a program
     strides,
     num_rows,
@@ -88,6 +90,9 @@ def attend_kernel(
     TILE: tl.constexpr,
     NEW_FIRST: tl.constexpr,  # new tokens before the cached ones, keys in a layout of their own
     PAIRED: tl.constexpr,  # the cache is loaded as pairs of dims
+    ROTARY_DIM: tl.constexpr,  # of queries and new keys, which are rotated here; 0: not rotated
+    QK_NORM: tl.constexpr,  # and normed before
+    ROUNDED: tl.constexpr,
     MIN_TILES: tl.constexpr,  # of a share
     CHUNK: tl.constexpr,  # a merge takes CHUNK pieces of CHUNK_M queries at a time
     CHUNK_M: tl.constexpr,
@@ -141,6 +146,7 @@ def attend_kernel(
             cache_ptr,
             rows,
             layer,
+            rotation,
             scratch,
             strides,
             scale,
@@ -162,6 +168,9 @@ def attend_kernel(
             TILE,
             NEW_FIRST,
             PAIRED,
+            ROTARY_DIM,
+            QK_NORM,
+            ROUNDED,
             CHUNK,
             CHUNK_M,
         )
@@ -182,6 +191,7 @@ def _attend_piece(
     cache_ptr,
     rows,
     layer,
+    rotation,
     scratch,
     strides,
     scale,
@@ -203,6 +213,9 @@ def _attend_piece(
     TILE: tl.constexpr,
     NEW_FIRST: tl.constexpr,
     PAIRED: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    ROUNDED: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNK_M: tl.constexpr,
 ):
@@ -217,11 +230,24 @@ def _attend_piece(
     queries = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     is_query = queries < query_len * GROUP
     query_tokens = queries // GROUP
-    query = tl.load(
-        tokens.query + head_offsets(queries, first_token, kv_head, strides.query, GROUP) + dims,
-        mask=is_query[:, None] & in_head,
-        other=0.0,
-    )
+    query_offsets = head_offsets(queries, first_token, kv_head, strides.query, GROUP)
+    query_mask = is_query[:, None] & in_head
+    if ROTARY_DIM > 0:
+        query = load_rotated(
+            tokens.query,
+            query_offsets,
+            query_mask,
+            context + query_tokens,
+            rotation.query_norm,
+            rotation,
+            HEAD_SIZE,
+            DIMS,
+            ROTARY_DIM,
+            QK_NORM,
+            ROUNDED,
+        )
+    else:
+        query = tl.load(tokens.query + query_offsets + dims, mask=query_mask, other=0.0)
     slopes = tl.zeros([BLOCK_M], tl.float32)
     if ALIBI:
         heads = kv_head * GROUP + queries % GROUP
@@ -243,13 +269,14 @@ def _attend_piece(
             query,
             query_tokens,
             slopes,
-            (first_token, tl.where(piece_stop == item_stop, num_new, 0)),
+            (first_token, tl.where(piece_stop == item_stop, num_new, 0), context),
             kv_head,
             m_block,
             tokens,
             cache_ptr,
             rows,
             layer,
+            rotation,
             strides,
             scale,
             soft_cap,
@@ -261,6 +288,9 @@ def _attend_piece(
             ALIBI,
             FP8_MAX,
             PRECISION,
+            ROTARY_DIM,
+            QK_NORM,
+            ROUNDED,
         )
 
     if PAIRED:
@@ -355,13 +385,14 @@ def _attend_piece(
             query,
             query_tokens,
             slopes,
-            (first_token, num_new),
+            (first_token, num_new, context),
             kv_head,
             m_block,
             tokens,
             cache_ptr,
             rows,
             layer,
+            rotation,
             strides,
             scale,
             soft_cap,
@@ -373,6 +404,9 @@ def _attend_piece(
             ALIBI,
             FP8_MAX,
             PRECISION,
+            ROTARY_DIM,
+            QK_NORM,
+            ROUNDED,
         )
 
     whole = num_tiles == piece_stop - tile_index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fusedstep.kernels.attention_rotary import load_rotated
 from fusedstep.kernels.attention_tile import add_tile, quantised, scores
 
 NEW = tl.constexpr(16)  # new tokens of a row, padded for tl.dot
@@ -18,13 +19,14 @@ def add_new(
     query,
     query_tokens,
     slopes,
-    new_tokens,
+    new_tokens,  # the first, how many, and the first's position
     kv_head,
     m_block,
     tokens,
     cache_ptr,
     rows,
     layer,
+    rotation,
     strides,
     scale,
     soft_cap,
@@ -36,9 +38,12 @@ def add_new(
     ALIBI: tl.constexpr,
     FP8_MAX: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):
     """Add the row's new tokens to the running softmax, and write them to their slots."""
-    first_token, num_new = new_tokens
+    first_token, num_new, first_position = new_tokens
     dims = tl.arange(0, DIMS)
     in_head = dims < HEAD_SIZE
     new = tl.arange(0, NEW)
@@ -48,7 +53,22 @@ def add_new(
     value_offsets = token * strides.value[0] + kv_head * strides.value[1]
     new_mask = is_new[:, None] & in_head
     cache_dtype: tl.constexpr = cache_ptr.dtype.element_ty
-    new_keys = tl.load(tokens.key + key_offsets[:, None] + dims, mask=new_mask, other=0.0)
+    if ROTARY_DIM > 0:
+        new_keys = load_rotated(
+            tokens.key,
+            key_offsets[:, None],
+            new_mask,
+            first_position + new,
+            rotation.key_norm,
+            rotation,
+            HEAD_SIZE,
+            DIMS,
+            ROTARY_DIM,
+            QK_NORM,
+            ROUNDED,
+        )
+    else:
+        new_keys = tl.load(tokens.key + key_offsets[:, None] + dims, mask=new_mask, other=0.0)
     new_values = tl.load(tokens.value + value_offsets[:, None] + dims, mask=new_mask, other=0.0)
     new_keys = quantised(new_keys, layer.k_scale, cache_dtype, FP8_MAX)
     new_values = quantised(new_values, layer.v_scale, cache_dtype, FP8_MAX)

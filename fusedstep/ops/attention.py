@@ -16,6 +16,7 @@ import torch
 from fusedstep.errors import TensorError
 from fusedstep.kernels.attention import attend_kernel
 from fusedstep.ops.launch import Launch
+from fusedstep.ops.rotation import NO_ROTATION, Rotation
 
 MAX_QUERY_LEN = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -69,6 +70,7 @@ class AttentionLayer:
     sinks: torch.Tensor | None = None  # [num_heads] any float
     k_scale: torch.Tensor | None = None  # [] or [1] float32: of an fp8 cache
     v_scale: torch.Tensor | None = None
+    rotation: Rotation | None = None  # of queries and new keys; None: they come rotated
 
     @property
     def group(self) -> int:
@@ -195,7 +197,7 @@ class DecodeAttention:
         ``starts`` is not read. A row of length 0 gets zeros; tokens of no row are left alone. All
         but the last dimension of the float tensors may have any stride. The cache is of the query's
         dtype, or of a float8 dtype: then the layer has scales, and the new tokens take part as they
-        are after quantising.
+        are after quantising. With a ``rotation`` queries and new keys are normed and rotated first.
 
         Raises:
             TensorError: a shape, dtype or stride that the kernel is not made for.
@@ -250,6 +252,7 @@ class DecodeAttention:
                     for tensor in (layer.alibi_slopes, layer.sinks, *scales)
                 )
             ),
+            "rotation": None if layer.rotation is None else layer.rotation.args,
             "scratch": self._scratch,
             "strides": _Strides(
                 query=query.stride()[:2],
@@ -289,6 +292,7 @@ class DecodeAttention:
             "CHUNK": 16,
             "CHUNK_M": chunk_m,
         }
+        constexprs |= NO_ROTATION if layer.rotation is None else layer.rotation.constexprs
         return PipelinedLaunch(
             attend_kernel,
             (self._limits.num_programs,),
@@ -354,6 +358,8 @@ def _check(
     query_len: int,
 ) -> None:
     dtype, num_rows = tokens.query.dtype, rows.seq_lens.shape[0]
+    if layer.rotation is not None:
+        layer.rotation.check(layer.head_size)
     if dtype not in DTYPES:
         raise TensorError(f"query: dtype {dtype}, expected one of {DTYPES}")
     for name, tensor in tokens._asdict().items():

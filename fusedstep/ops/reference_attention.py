@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedstep.ops.attention import FP8_MAX, AttentionLayer
+from fusedstep.ops.rotation import Rotation
 
 
 def reference_attention(
@@ -22,6 +23,8 @@ def reference_attention(
 ) -> None:
     """See ``DecodeAttention.__call__``; rows of any number of new tokens, ``output`` float64."""
     size, block_size = layer.head_size, kv_cache.shape[2]
+    if layer.rotation is not None:
+        query, key = reference_rotate(layer.rotation, query, key, seq_lens, starts)
     for row, seq_len in enumerate(seq_lens.tolist()):
         tokens = slice(*starts[row : row + 2].tolist())
         if seq_len == 0:
@@ -49,6 +52,39 @@ def reference_attention(
         for number, slot in enumerate(slots[tokens].tolist()):
             if slot >= 0:
                 kv_cache[slot // block_size, :, slot % block_size] = new[number]
+
+
+def reference_rotate(
+    rotation: Rotation,
+    query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    seq_lens: torch.Tensor,  # [num_rows] int32
+    starts: torch.Tensor,  # [num_rows + 1] int32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows of any number of new tokens; rounded where vLLM rounds, exact in between."""
+    positions = torch.zeros(query.shape[0], dtype=torch.int64)
+    for row, seq_len in enumerate(seq_lens.tolist()):
+        first, end = starts[row : row + 2].tolist()
+        new = torch.arange(first, end)
+        positions[new] = (seq_len - end + new).clamp(min=0)
+    cos, sin = rotation.cos_sin.double()[positions.to(query.device)][:, None].chunk(2, dim=-1)
+
+    def rotated(states: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        exact = states.double()
+        if weight is not None:
+            variance = exact.square().mean(dim=-1, keepdim=True)
+            exact = exact * (variance + rotation.epsilon).rsqrt()
+            if rotation.rounded:
+                exact = (exact.to(states.dtype).double() * weight.double()).to(states.dtype)
+                exact = exact.double()
+            else:
+                exact = exact * weight.double()
+        turned = exact[..., : rotation.rotary_dim]
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.cat([turned, exact[..., rotation.rotary_dim :]], dim=-1).to(states.dtype)
+
+    return rotated(query, rotation.query_norm), rotated(key, rotation.key_norm)
 
 
 def _attend(

@@ -21,11 +21,14 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from fusedstep.ops.attention import DTYPES, MAX_QUERY_LEN, AttentionLayer, DecodeAttention
+from fusedstep.ops.rotation import rotate
 from fusedstep.vllm_plugin.compat import BACKEND
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from fusedstep.vllm_plugin.rotation import HandedOver
 
 
 @dataclass
@@ -79,11 +82,13 @@ class FusedStepAttentionImpl(TritonAttentionImpl):  # type: ignore[misc]
     """One layer. Always vLLM's kernels: per-token-head quantised caches, layers that read the cache
     of another one, square-root ALiBi, chunked attention with lookback."""
 
+    handed_over: HandedOver | None = None  # queries and keys come neither normed nor rotated
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Our kernel takes the query as it is, also with an fp8 cache.
         self.supports_quant_query_input = False
-        self._can_decode = (
+        self.can_decode = (
             not self._is_per_token_head_quant
             and self.kv_sharing_target_layer_name is None
             and not self.use_alibi_sqrt
@@ -105,6 +110,7 @@ class FusedStepAttentionImpl(TritonAttentionImpl):  # type: ignore[misc]
             sinks=self.sinks,
             k_scale=layer._k_scale if has_scales else None,
             v_scale=layer._v_scale if has_scales else None,
+            rotation=None if self.handed_over is None else self.handed_over.rotation(),
         )
 
     def forward(
@@ -123,7 +129,7 @@ class FusedStepAttentionImpl(TritonAttentionImpl):  # type: ignore[misc]
         if attn_metadata is None:  # vLLM measures its memory
             return output.fill_(0)
         metadata = attn_metadata
-        if self._can_decode and metadata.query_len and query.dtype in DTYPES:
+        if self.can_decode and metadata.query_len and query.dtype in DTYPES:
             assert metadata.decode is not None
             cache = kv_cache.view(self.fp8_dtype) if self._is_fp8 else kv_cache
             metadata.decode(
@@ -140,6 +146,14 @@ class FusedStepAttentionImpl(TritonAttentionImpl):  # type: ignore[misc]
                 metadata.query_len,
             )
             return output
+        if self.handed_over is not None:
+            query, key = rotate(
+                self.handed_over.rotation(),
+                query,
+                key,
+                metadata.seq_lens,
+                metadata.query_start_loc,
+            )
         if self.kv_sharing_target_layer_name is None and key is not None:
             self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
         attended: torch.Tensor = super().forward(

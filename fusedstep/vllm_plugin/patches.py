@@ -196,6 +196,13 @@ PATCHES = (
         "CommonAttentionMetadata (our own instance)",
         "the encoder's lengths, for the groups that attend to it",
     ),
+    Patch(
+        "rotation.py",
+        "module.*",
+        Kind.SET,
+        "LlamaAttention.rotary_emb, RMSNorm._forward_method; handed_over of our attention",
+        "--rope fused: our attention norms and rotates, the model hands on",
+    ),
     # vLLM on a CPU.
     Patch(
         "cpu/platform.py",

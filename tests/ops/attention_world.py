@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from fusedstep.ops.attention import AttentionLayer
+from fusedstep.ops.rotation import Rotation
 
 FP8 = torch.float8_e4m3fn
+ROTATION = ("norm", "rounded", "dtype", "positions")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Rows:
 def make_layer(
     num_heads: int, num_kv_heads: int, head_size: int, device: str = "cpu", **options: Any
 ) -> AttentionLayer:
-    """``alibi``, ``sinks`` and ``fp8`` are flags; the rest are fields of AttentionLayer."""
+    """``alibi``, ``sinks``, ``fp8``, ``norm`` and ``rounded`` are flags, ``rotary`` is a number of
+    dims; the rest are fields of AttentionLayer."""
     generator = torch.Generator().manual_seed(3)
     tensors: dict[str, torch.Tensor] = {}
     if options.pop("alibi", False):
@@ -53,6 +56,8 @@ def make_layer(
         tensors["sinks"] = torch.randn(num_heads, generator=generator)
     if options.pop("fp8", False):
         tensors |= {"k_scale": torch.tensor(0.07), "v_scale": torch.tensor([0.03])}
+    if rotary := options.pop("rotary", 0):
+        options["rotation"] = make_rotation(rotary, head_size, device, **_popped(options))
     return AttentionLayer(
         num_heads,
         num_kv_heads,
@@ -60,6 +65,31 @@ def make_layer(
         head_size**-0.5,
         **options,
         **{name: tensor.to(device) for name, tensor in tensors.items()},
+    )
+
+
+def make_rotation(
+    rotary_dim: int,
+    head_size: int,
+    device: str = "cpu",
+    *,
+    norm: bool = False,
+    rounded: bool = False,
+    dtype: torch.dtype = torch.float32,
+    positions: int = 1024,
+) -> Rotation:
+    """As a model has it: angles that grow with the position, weights of a norm about 1."""
+    generator = torch.Generator().manual_seed(4)
+    frequencies = 1.0 / 10000 ** (torch.arange(0, rotary_dim, 2) / rotary_dim)
+    angles = torch.arange(positions)[:, None] * frequencies
+    weights = [1 + 0.3 * torch.randn(head_size, generator=generator) for _ in range(2)]
+    query_norm, key_norm = (weight.to(device, dtype) for weight in weights)
+    return Rotation(
+        torch.cat([angles.cos(), angles.sin()], dim=1).to(device, dtype),
+        query_norm if norm else None,
+        key_norm if norm else None,
+        epsilon=1e-6,
+        rounded=rounded,
     )
 
 
@@ -140,6 +170,11 @@ def _to_quantise(states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """
     numbers = 1.02 * (200 * states).clamp(-448, 448).to(FP8).float()
     return (scale * torch.where(numbers.abs() > 448, 3 * numbers, numbers)).to(states.dtype)
+
+
+def _popped(options: dict[str, Any]) -> dict[str, Any]:
+    """What is a rotation's of the options of a layer."""
+    return {name: options.pop(name) for name in ROTATION if name in options}
 
 
 def _spread(layer: AttentionLayer) -> float:

@@ -29,6 +29,7 @@ from fusedstep.bench.kernels import absent_gpu, machine_code
 from fusedstep.bench.kernels.absent_gpu import CHIPS
 from fusedstep.ops.attention import AttentionLayer, DecodeAttention
 from fusedstep.ops.launch import Launch
+from fusedstep.ops.rotation import rotate_launch
 from fusedstep.ops.triton_step import TritonStep
 from fusedstep.ops.types import BatchNeeds
 
@@ -86,6 +87,7 @@ def cases(world: World, targets: Collection[str]) -> Iterator[Case]:
     for launch in step.launches(unaligned, rows, 1, EVERYTHING, True):
         yield Case("step everything bfloat16 n=1 unaligned", launch)
     yield from attention_cases(targets)
+    yield from rotation_cases()
 
 
 def attention_cases(targets: Collection[str]) -> Iterator[Case]:
@@ -103,6 +105,14 @@ def attention_cases(targets: Collection[str]) -> Iterator[Case]:
         (32, 8, 64, 1, fp16, {"window": 128, "sinks": True}),
         (32, 8, 128, 1, bf16, {"alibi": True}),
         (16, 8, 256, 2, bf16, {"window": 1024, "soft_cap": 50.0}),
+        # Qwen3-0.6B, Llama-8B, SmolLM2-135M; a part of a head; without tensor cores.
+        (16, 8, 128, 1, bf16, {"rotary": 128, "norm": True, "rows": 64}),
+        (16, 8, 128, 4, bf16, {"rotary": 128, "norm": True, "rounded": True}),
+        (32, 8, 128, 1, bf16, {"rotary": 128}),
+        (9, 3, 64, 1, bf16, {"rotary": 64}),
+        (32, 8, 96, 2, bf16, {"rotary": 48, "norm": True}),
+        (32, 8, 128, 1, fp32, {"rotary": 128, "norm": True}),
+        (32, 8, 128, 1, bf16, {"rotary": 128, "norm": True, "fp8": True}),
         *((32, 8, size, length, bf16, {"fp8": True}) for size, length in ((128, 1), (256, 4))),
         *(
             (heads, 8, size, 1, bf16, {"rows": num_rows})
@@ -122,6 +132,8 @@ def attention_cases(targets: Collection[str]) -> Iterator[Case]:
                 continue
             where = f"{heads}/{kv_heads} heads of {size} q={length} {str(dtype)[6:]} {options}"
             features = {name: value for name, value in options.items() if name != "rows"}
+            if "rotary" in features:
+                features |= {"dtype": dtype, "positions": 40960}
             layer = make_layer(heads, kv_heads, size, **features)
             rows = make_rows(layer, [12, 13, 14, 15], query_len=length, dtype=dtype)
             if "rows" in options:
@@ -132,6 +144,25 @@ def attention_cases(targets: Collection[str]) -> Iterator[Case]:
             attention = DecodeAttention([layer], num_rows, torch.device("cpu"), chip.limits)
             launch = attention.launch(layer, *rows.arguments())
             yield Case(f"attention {where}", launch, (target,))
+
+
+def rotation_cases() -> Iterator[Case]:
+    """Of a prefill: Qwen3's heads, SmolLM2's, a part of a head."""
+    for heads, kv_heads, size, options in (
+        (16, 8, 128, {"rotary": 128, "norm": True}),
+        (16, 8, 128, {"rotary": 128, "norm": True, "rounded": True}),
+        (9, 3, 64, {"rotary": 64}),
+        (32, 8, 96, {"rotary": 48, "norm": True}),
+    ):
+        for num_rows in (4, 1024):
+            layer = make_layer(heads, kv_heads, size, **options, dtype=torch.bfloat16)
+            rows = make_rows(layer, [12, 13, 14, 15], dtype=torch.bfloat16)
+            rows = as_in_vllm(layer, rows, num_rows)
+            assert layer.rotation is not None
+            rotated = rows.output, torch.empty_like(rows.key)
+            tensors = (rows.query, rows.key, rows.seq_lens, rows.starts, *rotated)
+            launch = rotate_launch(layer.rotation, *tensors)
+            yield Case(f"rotate {heads}/{kv_heads} heads of {size} n={num_rows} {options}", launch)
 
 
 def as_in_vllm(layer: AttentionLayer, rows: Rows, num_rows: int) -> Rows:

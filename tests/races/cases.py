@@ -37,6 +37,7 @@ from ops.world import build_world, random_logits
 
 from fusedstep.ops import attention, reference, triton_step
 from fusedstep.ops.attention import MAX_QUERY_LEN, DecodeAttention, DeviceLimits
+from fusedstep.ops.rotation import rotate_launch
 from fusedstep.ops.triton_step import TritonStep
 from fusedstep.ops.types import OUTSIDE, REASONS
 
@@ -219,6 +220,22 @@ def attention_case(
     return Case(name, run)
 
 
+def rotation_case() -> Case:
+    """Several blocks of heads, rows of none and tokens of no row."""
+
+    def run() -> Tensors:
+        layer = make_layer(4, 2, 64, rotary=32, norm=True)
+        rows = make_rows(layer, [9, 0, 70, 30], query_len=[9, 0, 30, 2])
+        rotated = torch.zeros_like(rows.query), torch.zeros_like(rows.key)
+        assert layer.rotation is not None
+        rotate_launch(
+            layer.rotation, rows.query, rows.key, rows.seq_lens[:3], rows.starts[:4], *rotated
+        )()
+        return {"query": rotated[0], "key": rotated[1]}
+
+    return Case("rotate", run)
+
+
 ATTENTION_OPTIONS: list[dict[str, Any]] = [
     {},
     {"window": 40},
@@ -246,6 +263,8 @@ def cases() -> list[Case]:
         ),
         attention_case(2, heads=(2, 1), head_size=256),  # in float32: loads in another order
         attention_case(1, dtype=torch.float16, fp8=True),  # loads pairs of dims
+        attention_case(2, rotary=8, norm=True),
+        rotation_case(),
     ]
 
 
@@ -279,4 +298,6 @@ def all_cases() -> list[Case]:
             for programs in (4, 10)
         ),
         attention_case(2, heads=(2, 1), head_size=256),
+        *(attention_case(n, rotary=16, norm=True) for n in range(1, MAX_QUERY_LEN + 1)),
+        rotation_case(),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 ATTENTION = {
     "vllm.config": {
+        "CompilationMode": "NONE",
         "VllmConfig": "compilation_config: CompilationConfig",
         "get_current_vllm_config": "()",
     },

@@ -93,7 +93,7 @@ _FRONTEND = {
         "LLM": """
             (**options)
             def __init__(model, decode_steps=None, ops=None, loop=None,
-                         window_latency_ms=None, **vllm_kwargs)
+                         window_latency_ms=None, rope=None, **vllm_kwargs)
             collective_rpc(method)
             collective_rpc(method, args=_)
             generate(prompts, sampling_params, use_tqdm=_, lora_request=_) -> RequestOutput

@@ -121,6 +121,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.rounds: Rounds | None = None  # of speculative decoding
         if self.dp_size > 1 and self.engine_reason is None:
             self.ranks = self.stats.ranks = Ranks(self.dp_size, self.dp_rank)
+        self.rotations: Counter[str] = Counter()  # layers by what became of ``--rope fused``
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
     @property
@@ -130,6 +131,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
+        if compat.options(self.vllm_config).rope == "fused":
+            from fusedstep.vllm_plugin.rotation import hand_over
+
+            self.rotations = hand_over(self.model, self.vllm_config)
         self.engine_reason = self.engine_reason or runner_reason(self)
 
     def warming_up_model(self) -> None:
