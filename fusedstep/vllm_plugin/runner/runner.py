@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,6 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from fusedstep.counts import WindowCounts
 from fusedstep.loop_forms import LoopForm
 from fusedstep.ops import dispatch, native
 from fusedstep.ops.types import BatchNeeds
@@ -32,6 +31,7 @@ from fusedstep.vllm_plugin.runner.processing import Processing
 from fusedstep.vllm_plugin.runner.ranks import JOINS, Agreement, Ranks
 from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
 from fusedstep.vllm_plugin.runner.rounds import Rounds
+from fusedstep.vllm_plugin.runner.stats import WorkerStats
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
 from fusedstep.vllm_plugin.runner.truncation import allocate_buffers, truncate_as_stock
 from fusedstep.vllm_plugin.shared import arrival_counter
@@ -54,36 +54,6 @@ logger = logging.getLogger("vllm.fusedstep")
 
 # num_sampled and num_rejected, [num_reqs].
 Sampled = tuple[SamplerOutput, torch.Tensor, torch.Tensor]
-
-
-@dataclass
-class WorkerStats:
-    """The worker's counts, which step operations run (``ops/dispatch.py``), and the loop's form."""
-
-    ops: str | None
-    loop: str = LoopForm.EAGER.value
-    loop_reason: str = ""
-    counts: WindowCounts = field(default_factory=WindowCounts)  # windows, steps, tokens
-    ranks: Ranks | None = None
-    stock_steps: Counter[str] = field(default_factory=Counter)  # by reason
-
-    def add_stock_step(self, reason: str) -> None:
-        """The first of each reason is logged."""
-        if reason not in self.stock_steps:
-            logger.info("fusedstep: stock step (%s)", reason)
-        self.stock_steps[reason] += 1
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "ops": self.ops,
-            "loop": self.loop,
-            "loop_reason": self.loop_reason,
-            "windows": self.counts.windows,
-            "steps": self.counts.steps,
-            "tokens": self.counts.tokens,
-            "stock_steps": {str(reason): n for reason, n in self.stock_steps.items()},
-            **({} if self.ranks is None else {"ranks": self.ranks.as_dict()}),
-        }
 
 
 class StagedWindow(NamedTuple):
@@ -301,8 +271,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return WindowOutput(scheduled, tokens, staged.live, counts, None)
         self.kv_connector.pre_forward(staged.scheduler_output)
         if self.ranks is not None and not slot.num_reqs:
-            dummy_batch = lambda: self._dummy_run(1, uniform_decode=True)  # noqa: E731
-            self.ranks.join(dummy_batch, staged.agreement)
+            self.ranks.join(partial(self._dummy_run, 1, uniform_decode=True), staged.agreement)
         else:
             run_window(
                 self.decode_model,
