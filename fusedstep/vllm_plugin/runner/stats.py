@@ -1,4 +1,4 @@
-"""What a worker has counted since its start."""
+"""The counts of a worker since its start."""
 
 from __future__ import annotations
 
