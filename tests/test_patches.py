@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedstep.vllm_plugin.patches import PATCHES, Patch
+from fusedstep.vllm_plugin.patch import Patch
+from fusedstep.vllm_plugin.patches import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "fusedstep" / "vllm_plugin"
