@@ -1,4 +1,4 @@
-"""What a change of vLLM is, for the lists of them."""
+"""The entries of the lists of patches."""
 
 from __future__ import annotations
 
