@@ -271,7 +271,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return WindowOutput(scheduled, tokens, staged.live, counts, None)
         self.kv_connector.pre_forward(staged.scheduler_output)
         if self.ranks is not None and not slot.num_reqs:
-            self.ranks.join(partial(self._dummy_run, 1, uniform_decode=True), staged.agreement)
+            self.ranks.join(self._dummy_step, staged.agreement)
         else:
             run_window(
                 self.decode_model,
@@ -455,6 +455,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return needs
         # Kernels are not compiled for logprobs; a batch has those that it asks for.
         return replace(variant(needs), logprobs=logprobs)
+
+    def _dummy_step(self) -> None:
+        """A forward pass for the other data-parallel ranks; nobody's token."""
+        self._dummy_run(1, uniform_decode=True)
 
     def _cut_short(self, arrivals_seen: int) -> Callable[[], bool]:
         """Has a request arrived for which this window should end? All ranks say the same."""
