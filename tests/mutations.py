@@ -44,6 +44,7 @@ SPINS = "waits that keep a core busy"
 NO_GRAPHS = "windows without graphs where vLLM's steps have some"
 FIRST_ERROR = "the first error hides behind the next one"
 BELOW = "blocks below a sliding window, which others may write, with a NaN"
+CAPTURE = "vLLM's last capture still runs when the first request comes"
 MODULES = "the driver's module kept when its kernel is not found"
 
 SLOTS = "a slot's output or staging used for the window after it"
@@ -287,6 +288,14 @@ MUTATIONS = (
         "weakref.finalize(torch, self._give_back, cuda.cuMemHostUnregister, address)",
         DRIVER,
         "registered_once",
+    ),
+    Mutation(
+        CAPTURE,
+        RUNNER_PY,
+        "        torch.accelerator.synchronize()\n        return size",
+        "        return size",
+        ROUNDS,
+        "on_the_stand_in",
     ),
     Mutation(
         FIRST_ERROR,

@@ -178,6 +178,7 @@ def check_on_the_stand_in(
         ("draft_model", "FULL_AND_PIECEWISE"),
         ("eagle3", "FULL_AND_PIECEWISE"),
         ("mtp", "FULL_AND_PIECEWISE"),
+        ("ngram", "PIECEWISE"),
         ("ngram_gpu", "NONE"),
     ],
 )

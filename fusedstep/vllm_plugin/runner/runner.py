@@ -185,6 +185,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             size += taken
             self.tables.static.overwritten()  # by the proof's requests
             self._note_form()
+        # Nobody waits for the stream of vLLM's last piecewise capture, whose dummy batch may write
+        # over the first request's inputs.
+        torch.accelerator.synchronize()
         return size
 
     @torch.inference_mode()
