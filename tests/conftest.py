@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -31,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
         ignored = "ignore::RuntimeWarning:triton.runtime.interpreter"  # inf - inf and the like
         config.addinivalue_line("filterwarnings", ignored)
     os.environ.pop("TRITON_INTERPRET", None)
+    # A shell's background job ignores it, and so would every command that a test interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.pop("COLUMNS", None)  # pytest-xdist sets it; what is printed here is for files
 
 
