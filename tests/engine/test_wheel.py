@@ -146,8 +146,9 @@ def test_wheel_and_sdist_hold_what_is_needed(installed: Installed) -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert {f"{name.replace('.', '/')}/__init__.py" for name in packages["packages"]} <= names
     data = {n for n in names if not n.endswith(".py") and ".dist-info/" not in n}
-    files = ("py.typed", "bench/prompts.jsonl", "bench/repetitive.jsonl")
-    assert data == {f"fusedstep/{name}" for name in files}
+    files = packages["package-data"].items()
+    assert data == {f"{name.replace('.', '/')}/{file}" for name, of in files for file in of}
+    assert "fusedstep/vllm_plugin/tried.json" in data  # what SUPPORTED follows from
     assert {name.partition("/")[0] for name in names} == {
         "fusedstep",
         f"{installed.wheel.name.split('-py3')[0]}.dist-info",
