@@ -296,6 +296,7 @@ MUTATIONS = (
         "        return size",
         ROUNDS,
         "on_the_stand_in",
+        may_hang=True,
     ),
     Mutation(
         FIRST_ERROR,
