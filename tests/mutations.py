@@ -294,9 +294,8 @@ MUTATIONS = (
         RUNNER_PY,
         "        torch.accelerator.synchronize()\n        return size",
         "        return size",
-        ROUNDS,
-        "on_the_stand_in",
-        may_hang=True,
+        RUNNER,
+        "when_the_device_is_done",
     ),
     Mutation(
         FIRST_ERROR,

@@ -64,6 +64,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(module, "Grammars", grammars)
     monkeypatch.setattr(module.dispatch, "load", lambda _: Step)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: seen.events.append("waited"))
     monkeypatch.setattr(module.reasons, "cache_reason", lambda _: None)
     monkeypatch.setattr(module, "runner_reason", lambda _: None)
     monkeypatch.setattr(module, "metadata_reason", lambda _: None)
@@ -133,6 +134,18 @@ def test_recording_is_inference(started: SimpleNamespace) -> None:
     started.runner.use_form("replay")
     assert started.inference == [True, True]
     assert "overwritten" in started.events  # by the proof: requests get their own values again
+
+
+def test_start_ends_when_the_device_is_done(started: SimpleNamespace) -> None:
+    """Nobody else waits for vLLM's last capture, with windows and without."""
+    runner = started.runner
+    runner.initialize_kv_cache(None)
+    runner.capture_model()
+    assert started.events[-2:] == ["overwritten", "waited"]
+    runner.engine_reason = "a model"
+    started.events.clear()
+    assert runner.capture_model() == 1
+    assert started.events == ["waited"]
 
 
 def test_scheduler_hears_of_an_engine_that_keeps_stock_steps(started: SimpleNamespace) -> None:
