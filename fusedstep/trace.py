@@ -135,8 +135,11 @@ class _Rows:
         self._add("queue", "C", ts=self.us(at), args=values)
 
     def arrow(self, turn: int, begin: int, end: int) -> None:
-        """From a turn's end in the scheduler to its begin on the device."""
-        common = {"cat": "turn", "id": f"{self.engine}.{turn}"}
+        """From a turn's end in the scheduler to its begin on the device.
+
+        Perfetto draws arrows whose id is a number, of all engines in one space.
+        """
+        common = {"cat": "turn", "id": self.engine << 32 | turn}
         self._add("turn", "s", tid=ROWS["scheduler"], ts=self.us(begin), **common)
         self._add("turn", "f", tid=ROWS["device"], ts=self.us(end), bp="e", **common)
 

