@@ -60,6 +60,29 @@ def test_a_full_house_ends_at_the_first_stop() -> None:
     assert three.first == pytest.approx(two.last + 3.0)
 
 
+def test_who_finds_no_place_ends_no_window() -> None:
+    """Nor is a row that stops within a window known to have stopped before its end."""
+    one, two, three = asked(0.0, 101), asked(0.0, 11), asked(10.5, 5)
+    serve(one, two, three)
+    assert two.last == pytest.approx(3.0 + 3.0 + 64 * 2.0)
+    assert three.first == pytest.approx(two.last + 3.0)
+
+
+def test_stock_has_a_place_when_the_first_ends() -> None:
+    one, two, three = asked(0.0, 101), asked(0.0, 11), asked(4.0, 5)
+    serve(one, two, three, steps=None)
+    assert two.last == pytest.approx(3.0 + 3.0 + 10 * 2.0)
+    assert three.first == pytest.approx(two.last + 3.0)
+
+
+def test_a_turn_has_a_budget_of_tokens_and_a_step_a_price_for_each_row() -> None:
+    engine = Engine(StepModel(2.0, 0.5, 0.01), 20, False, 50.0, DecodeSteps())
+    replica = Replica(engine, Counts())
+    replica.waiting.extend(Request(0.0, 1000, 5) for _ in range(9))
+    assert replica.begin(0.0) == pytest.approx(2.0 + 8 * 0.5 + 8 * 10.0)
+    assert (len(replica.joining), len(replica.waiting)) == (8, 1)
+
+
 def test_streams_wait_no_longer_than_told() -> None:
     one = asked(0.0, 400)
     serve(one, streams=True)
