@@ -105,6 +105,7 @@ def measure(
             servers[kind] = server
         rows: list[Row] = []
         env = describe(served, options, vllm_args) | plan_as_dict(plan)
+        env["dtype"] = early.value_of(vllm_args, "--dtype") or "auto"
         result = Result(env, rows, same_work=plan.dataset == "random")
         for rate, concurrency in plan.loads:
             runs: dict[Kind, list[Run]] = {kind: [] for kind in KINDS}

@@ -216,6 +216,9 @@ class Row:
         }
 
 
+EXACT = ("float32", "float")  # values of --dtype in which no answer may differ
+
+
 @dataclass(frozen=True)
 class Result:
     env: dict[str, Any]
@@ -232,6 +235,9 @@ class Result:
             return f"{stock.failed} and {ours.failed} failed"
         if self.same_work and stock.output_tokens != ours.output_tokens:
             return "numbers of tokens differ"
+        same, of = self.same_texts(stock, ours) or (0, 0)
+        if same < of and (same == 0 or self.env.get("dtype") in EXACT):
+            return f"{of - same} of {of} texts differ"
         return None
 
     def same_texts(self, stock: Row, ours: Row) -> tuple[int, int] | None:
@@ -267,8 +273,9 @@ class Result:
         }
 
     @property
-    def failed(self) -> int:
-        return sum(row.failed for row in self.rows)
+    def comparable(self) -> bool:
+        """Nothing failed, and both engines did the same."""
+        return all(self.why_no_ratio(stock, ours) is None for stock, ours in self.pairs())
 
 
 def number_or_inf(value: float) -> float | str:

@@ -177,6 +177,37 @@ def test_greedy_answers_are_compared(
     assert ("1 of 2" in out) == (same is not None) and out.count("62.5 %") == 2
 
 
+@pytest.mark.parametrize(
+    ("dtype", "theirs", "why"),
+    (
+        ("float32", ["a", "c"], "1 of 2 texts differ"),
+        ("auto", ["a", "c"], None),  # a near-tie may fall to either side
+        ("auto", ["c", "d"], "2 of 2 texts differ"),
+        ("float32", ["a", "b"], None),
+    ),
+)
+def test_a_server_with_other_answers_has_no_ratio(
+    recorded: dict[str, Any],
+    invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    theirs: list[str],
+    why: str | None,
+) -> None:
+    """It is said, and the exit code is 1."""
+    monkeypatch.setenv("COLUMNS", "160")
+    names = ("start_times", "ttfts", "latencies", "output_lens", "errors", "itls")
+    short = {name: recorded[name][:2] for name in names}
+    runs = [Run.parse(recorded | short | {"generated_texts": t}) for t in (["a", "b"], theirs)]
+    result = result_of(row_of("stock", runs[0]), row_of("fusedstep", runs[1]))
+    result.env.update(temperature=0, dtype=dtype)
+    monkeypatch.setattr(serving, "measure", lambda *_: result)
+    code, out, _ = invoke()
+    (found,) = result.as_dict()["ratios"]
+    assert (code, found["why_none"]) == (0 if why is None else 1, why)
+    assert (found["ttft_ms"]["p50"] is None) == (why is not None) == ("texts differ" in out)
+
+
 def test_rows_in_json() -> None:
     rows = (row_of("stock", run_of(), rate=math.inf, concurrency=16), row_of("fusedstep", run_of()))
     plain = json.loads(json.dumps(result_of(*rows).as_dict(), allow_nan=False))
@@ -296,6 +327,7 @@ class FakeServer(contextlib.nullcontext[Any]):
 
     def __init__(self, kind: str, *_: Any) -> None:
         super().__init__(self)
+        self.kind = kind
         self.started.append(kind)
 
     def wait_until_up(self) -> None:
@@ -322,6 +354,24 @@ def test_every_load_is_kept(started: list[str]) -> None:
     assert [len(result["rows"]) for result in kept] == [2, 4]
     assert kept[-1] == measured.as_dict() and kept[0]["env"]["model"] == "m"
     assert sum("repeat" in words for words in said) == 8 and started == ["stock", "fusedstep"]
+
+
+@pytest.mark.parametrize("args", (("--dtype", "float32"), ("--dtype=float32",), ()), ids=" ".join)
+def test_a_server_that_gives_another_text(
+    started: list[str],
+    recorded: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+) -> None:
+    def run(_: Any, server: FakeServer, *__: Any, **___: Any) -> Run:
+        texts = list(recorded["generated_texts"])
+        texts[-1] += "!" if server.kind == "fusedstep" else ""
+        return Run.parse(recorded | {"generated_texts": texts})
+
+    monkeypatch.setattr(serving.Load, "run", run)
+    found = serving.measure(plan_of(), Options.parse({}), ("m", *args))
+    assert found.comparable == (not args)
+    assert found.as_dict()["ratios"][0]["same_texts"] == (3, 4)
 
 
 def test_what_only_the_server_knows_of_its_context_is_asked_first(started: list[str]) -> None:
