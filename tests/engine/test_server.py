@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -233,11 +234,20 @@ def test_windows_are_counted_where_vllm_shows_its_metrics(
 
 
 def test_ctrl_c_ends_a_busy_server(tmp_path: Path, model: str) -> None:
-    """Options before MODEL, and SIGINT to the whole group, as a terminal sends it."""
+    """Options before MODEL, and SIGINT to the whole group, as a terminal sends it.
+
+    Threads as vLLM has them, whatever the tests' are: on their own cores.
+    """
     args = ("--decode-steps=8", *SMALL, *KV_CACHE, model, "-O0")
-    server = Server(tmp_path / "log", *args)
+    threads = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
+    env = {name: value for name, value in os.environ.items() if name not in threads}
+    server = Server(tmp_path / "log", *args, env=env)
     try:
         server.wait_until_up()
+        below = server.main.children(recursive=True)
+        (worker,) = (p for p in below if "".join(p.cmdline()).startswith("VLLM::Worker"))
+        bound, allowed = map(os.sched_getaffinity, (worker.pid, 0))
+        assert bound < allowed or len(allowed) == 1
         with (
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
             client.completions.create(
