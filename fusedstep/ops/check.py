@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedstep.errors import TensorError
-from fusedstep.ops.types import GrammarState, StepState, WindowRows, dtypes
+from fusedstep.ops.types import GrammarState, StepState, TokenInputs, WindowRows, dtypes
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -88,6 +88,23 @@ def check_round(
         shape = tuple(tokens.shape)
         raise TensorError(f"tokens: shape {shape}, expected ({num_reqs}, 1 + drafts)")
     _expect("num_tokens", num_tokens, 0, num_reqs)
+
+
+def check_token_inputs(out: TokenInputs, device: torch.device) -> None:
+    """Raise TensorError unless these are inputs of a forward on ``device``."""
+    _check_all(out, device)
+    _expect("positions", out.positions, 0, len(out.input_ids))
+    _expect("slot_mappings", out.slot_mappings, 1, len(out.input_ids))
+
+
+def check_place(out: TokenInputs, drafts: torch.Tensor, num_reqs: int, width: int) -> None:
+    """Raise TensorError unless there is room for ``width`` tokens of ``num_reqs`` rows."""
+    if drafts.dtype != torch.int64 or len(drafts) < num_reqs:
+        rows = f"{len(drafts)} rows of {drafts.dtype}"
+        raise TensorError(f"drafts: {rows}, expected {num_reqs} of torch.int64")
+    if len(out.input_ids) < num_reqs * width:
+        room = len(out.input_ids)
+        raise TensorError(f"input_ids: {room} tokens, fewer than {num_reqs} rows of {width}")
 
 
 def check_num_reqs(rows: WindowRows, num_reqs: int) -> None:

@@ -18,9 +18,11 @@ from fusedstep.ops import native_grammar, native_rows, native_sample
 from fusedstep.ops.check import (
     check_logits,
     check_num_reqs,
+    check_place,
     check_round,
     check_rows,
     check_state,
+    check_token_inputs,
 )
 from fusedstep.ops.types import (
     PAD_SLOT_ID,
@@ -31,6 +33,7 @@ from fusedstep.ops.types import (
     StepInputs,
     StepState,
     StopState,
+    TokenInputs,
     WindowRows,
 )
 
@@ -55,6 +58,8 @@ SamplingStateViews = _view_class(SamplingState)
 StopStateViews = _view_class(StopState)
 WindowRowsViews = _view_class(WindowRows)
 GrammarStateViews = _view_class(GrammarState)
+TokenInputsViews = _view_class(TokenInputs)
+_NONE = np.zeros(0, np.int32)
 
 
 class StepInputsViews(NamedTuple):
@@ -119,6 +124,7 @@ class NativeStep:
             np.empty(size, np.float32) for size in (vocab_size, vocab_size, native_sample.BLOCK)
         )
         self._rows: dict[int, tuple[WindowRows, Any]] = {}
+        self._placed: dict[int, tuple[TokenInputs, Any]] = {}
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
         """Start a window of ``num_reqs`` rows; ``idx_mapping`` and ``steps_allowed`` are staged.
@@ -223,6 +229,46 @@ class NativeStep:
             num_reqs, tokens.numpy(), num_tokens.numpy(), views, self._requests, self._stop
         )
 
+    def place(
+        self,
+        rows: WindowRows,
+        num_reqs: int,
+        out: TokenInputs,
+        width: int,
+        drafts: torch.Tensor,  # [num_reqs or more, d] int64
+        num_drafts: int,
+        *,
+        back: torch.Tensor | None = None,  # [num_reqs] int32
+        ahead: int = 0,
+    ) -> None:
+        """Write ``width`` tokens of each row: from its last sampled one on, or ``back[b]`` before
+        it, or ``ahead`` of it. Behind it come the first ``num_drafts`` of ``drafts[b]``, then 0.
+
+        Positions and lengths end at max_model_len. What lies behind the rows is padding.
+        """
+        check_place(out, drafts, num_reqs, width)
+        views = self._views_of(rows, num_reqs)
+        placed = self._placed.get(id(out))
+        if placed is None:
+            check_token_inputs(out, CPU)
+            placed = self._placed[id(out)] = (out, _views(TokenInputsViews, out))
+        tokens = placed[1]
+        going_back = _NONE if back is None else back.numpy()
+        native_rows.place_tokens(
+            *(num_reqs, width, drafts.numpy(), num_drafts, going_back, ahead),
+            *(views, self._requests, tokens),
+        )
+        for number, group in enumerate(self._groups):
+            native_rows.map_token_slots(
+                num_reqs,
+                width,
+                views.active,
+                tokens.positions,
+                group.input_block_table,
+                group.block_size,
+                tokens.slot_mappings[number],
+            )
+
     def _map_slots(self, views: Any, num_reqs: int) -> None:
         for group in self._groups:
             native_rows.map_slots(
@@ -257,6 +303,12 @@ def warm_up(vocab_size: int, dtype: torch.dtype, num_groups: int = 1) -> None:
     step.prepare(rows, 1)
     step.step(logits, rows, 1, BatchNeeds(logprobs=True))
     step.accept(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), rows, 1)
+    _warm_up_place(step, rows, num_groups)
+
+
+def _warm_up_place(step: NativeStep, rows: WindowRows, num_groups: int) -> None:
+    out = TokenInputs.allocate(1, 2, num_groups, CPU)
+    step.place(rows, 1, out, 2, torch.zeros(1, 1, dtype=torch.int64), 1)
 
 
 def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, WindowRows]:

@@ -114,6 +114,47 @@ def accept_rows(num_reqs, tokens, num_tokens, rows, requests, stop):
 
 
 @_kernel
+def place_tokens(num_reqs, width, drafts, num_drafts, back, ahead, rows, requests, out):
+    """Writes ``width`` tokens of each row; ``back`` may be empty, for 0."""
+    max_len = requests.all_token_ids.shape[1]
+    out.seq_lens[num_reqs:] = 0
+    for batch_idx in range(num_reqs):
+        req, at = rows.idx_mapping[batch_idx], batch_idx * width
+        back_by = back[batch_idx] if len(back) > 0 and req >= 0 else 0
+        out.last_sampled[batch_idx] = at + back_by
+        if req < 0:
+            out.input_ids[at : at + width] = 0
+            out.positions[at : at + width] = 0
+            out.seq_lens[batch_idx] = 0
+            continue
+        computed = requests.num_computed_tokens[req]
+        first = computed - back_by + ahead
+        out.seq_lens[batch_idx] = min(first + width, max_len)
+        for i in range(width):
+            position = first + i
+            token = 0
+            if position <= computed:
+                token = requests.all_token_ids[req, position]
+            elif position - computed <= num_drafts:
+                token = drafts[batch_idx, position - computed - 1]
+            out.input_ids[at + i] = token
+            out.positions[at + i] = min(position, max_len - 1)
+
+
+@_kernel
+def map_token_slots(num_reqs, width, active, positions, block_table, block_size, slots):
+    """The KV slots of all tokens of each active row, PAD_SLOT_ID for all others."""
+    for batch_idx in range(num_reqs):
+        for i in range(batch_idx * width, (batch_idx + 1) * width):
+            slot = PAD_SLOT_ID
+            if active[batch_idx]:
+                block = block_table[batch_idx, positions[i] // block_size]
+                slot = block * block_size + positions[i] % block_size
+            slots[i] = slot
+    slots[num_reqs * width :] = PAD_SLOT_ID
+
+
+@_kernel
 def advance_rows(num_reqs, rows, requests, stop, inputs):
     """Takes each active row's token, stops the row or places its next input."""
     for batch_idx in range(num_reqs):

@@ -20,6 +20,7 @@ from fusedstep.ops.types import (
     SamplingState,
     StepState,
     StopState,
+    TokenInputs,
     WindowRows,
 )
 
@@ -108,6 +109,49 @@ class ReferenceStep:
                 self.requests.stopped[req] = True
                 rows.active[batch_idx] = False
                 rows.num_active.sub_(rows.stop_weight)
+
+    def place(
+        self,
+        rows: WindowRows,
+        num_reqs: int,
+        out: TokenInputs,
+        width: int,
+        drafts: torch.Tensor,
+        num_drafts: int,
+        *,
+        back: torch.Tensor | None = None,
+        ahead: int = 0,
+    ) -> None:
+        """Write ``width`` tokens of each row: from its last sampled one on, or ``back[b]`` before
+        it, or ``ahead`` of it. Behind it come the first ``num_drafts`` of ``drafts[b]``, then 0.
+
+        Positions and lengths end at max_model_len.
+        """
+        inputs, max_len = self.inputs, self.requests.all_token_ids.shape[1]
+        out.seq_lens[num_reqs:] = 0
+        out.slot_mappings[:, num_reqs * width :] = PAD_SLOT_ID
+        for batch_idx in range(num_reqs):
+            req, at = int(rows.idx_mapping[batch_idx]), batch_idx * width
+            back_by = 0 if back is None or req < 0 else int(back[batch_idx])
+            out.last_sampled[batch_idx] = at + back_by
+            out.slot_mappings[:, at : at + width] = PAD_SLOT_ID
+            if req < 0:
+                out.input_ids[at : at + width] = 0
+                out.positions[at : at + width] = 0
+                out.seq_lens[batch_idx] = 0
+                continue
+            computed = int(self.requests.num_computed_tokens[req])
+            first = computed - back_by + ahead
+            known = self.requests.all_token_ids[req, : computed + 1].tolist()
+            known += drafts[batch_idx, :num_drafts].tolist() + [0] * width
+            out.input_ids[at : at + width] = torch.tensor(known[first : first + width])
+            positions = torch.arange(first, first + width).clamp(max=max_len - 1)
+            out.positions[at : at + width] = positions
+            out.seq_lens[batch_idx] = min(first + width, max_len)
+            if rows.active[batch_idx]:
+                for group, size in enumerate(inputs.block_sizes):
+                    blocks = inputs.input_block_tables[group][batch_idx, positions // size]
+                    out.slot_mappings[group, at : at + width] = blocks * size + positions % size
 
     def constrain(self, logits: torch.Tensor, rows: WindowRows, num_reqs: int) -> None:
         """Mask, in place, what the requests' grammars forbid. No row has sampled a token yet."""

@@ -21,18 +21,31 @@ import torch
 from fusedstep.kernels.accept import accept_kernel
 from fusedstep.kernels.draw import draw_kernel
 from fusedstep.kernels.grammar import constrain_kernel, follow_kernel
+from fusedstep.kernels.place import place_kernel
 from fusedstep.kernels.rank import rank_kernel
 from fusedstep.kernels.rows import prepare_kernel
-from fusedstep.kernels.sample import BUCKET, sample_kernel
+from fusedstep.kernels.sample import sample_kernel
 from fusedstep.kernels.truncate import truncate_kernel
 from fusedstep.ops.check import (
     check_logits,
     check_num_reqs,
+    check_place,
     check_round,
     check_rows,
     check_state,
+    check_token_inputs,
 )
 from fusedstep.ops.launch import Launch, Truncation
+from fusedstep.ops.triton_scratch import (
+    CANDIDATES,
+    SAMPLE_BLOCKS,
+    TRUNCATE_BLOCKS,
+    Scratch,
+    allocate_scratch,
+    block_size,
+    num_buckets,
+    power_of_two,
+)
 from fusedstep.ops.types import (
     BatchNeeds,
     GrammarState,
@@ -40,16 +53,11 @@ from fusedstep.ops.types import (
     SamplingState,
     StepState,
     StopState,
+    TokenInputs,
     WindowRows,
 )
 
-# Token ids per program of the two launches, of a small and of a large batch: with few rows, many
-# small programs keep the GPU busy.
-SAMPLE_BLOCKS = (1024, 2048)
-TRUNCATE_BLOCKS = (4096, 16384)
 CONSTRAIN_BLOCK = 4096
-MANY_PROGRAMS = 512
-CANDIDATES = 1024
 
 
 def _arguments(state_class: type, *left_out: str) -> Any:
@@ -64,6 +72,7 @@ _Sampling = _arguments(SamplingState)
 _Stop = _arguments(StopState)
 _Rows = _arguments(WindowRows, "out_logprobs", "out_ranks")
 _Grammar = _arguments(GrammarState)
+_Tokens = _arguments(TokenInputs)
 
 
 class _Inputs(NamedTuple):
@@ -93,45 +102,13 @@ class _Strides(NamedTuple):
     out_tokens: int
 
 
-class _Scratch(NamedTuple):
-    """Scratch memory of a row; ``fusedstep/kernels/winner.py`` says what orders its accesses.
-
-    Entries per split or candidate: written by every program of a row, read by the last to arrive.
-    Entries per row: written by the last program of the first launch, read by the second launch.
-    """
-
-    arrivals: torch.Tensor  # [R] int32, zero between launches
-    best_scores: torch.Tensor  # [R, NUM_SPLITS] float32, of each split's winner in greedy rows
-    best_tokens: torch.Tensor  # [R, NUM_SPLITS] int32
-    others_best: torch.Tensor  # [R, NUM_SPLITS] float32, near score of the best of the others
-    split_max: torch.Tensor  # [R, NUM_SPLITS] float32, of each split's raw logits
-    split_weights: torch.Tensor  # [R, NUM_SPLITS] float32, sum(exp(raw logit - split_max))
-    weights: torch.Tensor  # [R, NUM_SPLITS] float32
-    weights_up_to: torch.Tensor  # [R, NUM_SPLITS] float32
-    bucket_max: torch.Tensor  # [R, BUCKETS] float32
-    row_max: torch.Tensor  # [R] float32
-    floors: torch.Tensor  # [R] float32, what min-p keeps
-    bounds: torch.Tensor  # [R] float32, of the candidates
-    winners: torch.Tensor  # [R] int32
-    winner_values: torch.Tensor  # [R] float32
-    num_candidates: torch.Tensor  # [R] int32
-    candidates: torch.Tensor  # [R, CANDIDATES] int32
-    candidate_values: torch.Tensor  # [R, CANDIDATES] float32
-    sorted: torch.Tensor  # [R, CANDIDATES] int32
-    sorted_values: torch.Tensor  # [R, CANDIDATES] float32
-    adjusted: torch.Tensor  # [R, V] float32, rows with bias, penalties or bad words, or handed over
-    sampled_logits: torch.Tensor  # [R] float32, raw, of the sampled tokens; NaN of rows at rest
-    limit_k: torch.Tensor  # [R] int32, of rows that are handed over, else V
-    limit_p: torch.Tensor  # [R] float32, the same, else 1
-
-
 class TritonStep:
     """``prepare``, then ``step`` once per decode step, on bound state. See ``NativeStep``."""
 
     def __init__(
         self,
         state: StepState,
-        scratch: _Scratch | None = None,  # made before: of ``allocate_scratch``
+        scratch: Scratch | None = None,  # made before: of ``allocate_scratch``
         truncation: Truncation | None = None,  # None: ours, which keeps what a sort would
     ) -> None:
         self._truncation = truncation
@@ -165,12 +142,14 @@ class TritonStep:
         if scratch is None:
             scratch = self.allocate_scratch(self._max_num_reqs, self._vocab_size, self._device)
         self._scratch = scratch
+        self._max_model_len = requests.all_token_ids.shape[1]
         self._rows: dict[int, tuple[WindowRows, Any, _Strides]] = {}
+        self._placed: dict[int, tuple[TokenInputs, Any]] = {}
 
     @staticmethod
-    def allocate_scratch(max_num_reqs: int, vocab_size: int, device: torch.device) -> _Scratch:
+    def allocate_scratch(max_num_reqs: int, vocab_size: int, device: torch.device) -> Scratch:
         """Working memory: mostly one float32 for each token id of each row."""
-        return _allocate_scratch(max_num_reqs, vocab_size, device)
+        return allocate_scratch(max_num_reqs, vocab_size, device)
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
         """Start a window of ``num_reqs`` rows; ``idx_mapping`` and ``steps_allowed`` are staged."""
@@ -242,6 +221,67 @@ class TritonStep:
         }
         return (Launch(accept_kernel, (num_reqs,), args, {}, num_warps=1),) * (num_reqs > 0)
 
+    def place(
+        self,
+        rows: WindowRows,
+        num_reqs: int,
+        out: TokenInputs,
+        width: int,
+        drafts: torch.Tensor,
+        num_drafts: int,
+        *,
+        back: torch.Tensor | None = None,
+        ahead: int = 0,
+    ) -> None:
+        """Write the tokens of a round's forward, or of its drafter's; see ``NativeStep``."""
+        arguments = rows, num_reqs, out, width, drafts, num_drafts
+        for launch in self.place_launches(*arguments, back=back, ahead=ahead):
+            launch()
+
+    def place_launches(
+        self,
+        rows: WindowRows,
+        num_reqs: int,
+        out: TokenInputs,
+        width: int,
+        drafts: torch.Tensor,
+        num_drafts: int,
+        *,
+        back: torch.Tensor | None = None,
+        ahead: int = 0,
+    ) -> Sequence[Launch]:
+        """The kernel that ``place`` launches."""
+        check_place(out, drafts, num_reqs, width)
+        arguments, strides = self._arguments_of(rows, num_reqs)
+        known = self._placed.get(id(out))
+        if known is None:
+            check_token_inputs(out, self._device)
+            known = self._placed[id(out)] = (out, _of(_Tokens, out))
+        args = {
+            "drafts_ptr": drafts,
+            "drafts_stride": drafts.stride(0),
+            "num_drafts": num_drafts,
+            "back_ptr": back,
+            "ahead": ahead,
+            "num_reqs": num_reqs,
+            "rows": arguments,
+            "requests": self._requests,
+            "inputs": self._inputs,
+            "out": known[1],
+            "max_num_reqs": len(out.seq_lens),
+            "max_num_tokens": len(out.input_ids),
+            "max_model_len": self._max_model_len,
+            "slot_stride": out.slot_mappings.stride(0),
+            "strides": strides,
+        }
+        constexprs = {
+            "WIDTH": width,
+            "TOKENS": power_of_two(width),
+            "BLOCK_SIZES": self._block_sizes,
+            "BLOCK": 1024,
+        }
+        return (Launch(place_kernel, (num_reqs + 1,), args, constexprs, num_warps=1),)
+
     def constrain_launches(
         self, logits: torch.Tensor, rows: WindowRows, num_reqs: int
     ) -> Sequence[Launch]:
@@ -254,7 +294,7 @@ class TritonStep:
             "rows": arguments,
             "grammar": self._grammar,
         }
-        block = min(CONSTRAIN_BLOCK, max(_power_of_two(self._vocab_size), 32))
+        block = min(CONSTRAIN_BLOCK, max(power_of_two(self._vocab_size), 32))
         constexprs = {"VOCAB_SIZE": self._vocab_size, "BLOCK_V": block}
         grid = (-(-self._vocab_size // block), num_reqs)
         return (Launch(constrain_kernel, grid, args, constexprs, num_warps=4),) * (num_reqs > 0)
@@ -307,7 +347,7 @@ class TritonStep:
         if num_reqs == 0:
             return ()
         arguments, strides = self._arguments_of(rows, num_reqs)
-        block = _block_size(self._vocab_size, num_reqs, SAMPLE_BLOCKS)
+        block = block_size(self._vocab_size, num_reqs, SAMPLE_BLOCKS)
         num_splits = -(-self._vocab_size // block)
         args = {
             "logits_ptr": logits,
@@ -326,14 +366,14 @@ class TritonStep:
             "VOCAB_SIZE": self._vocab_size,
             "BLOCK_V": block,
             "NUM_SPLITS": num_splits,
-            "SPLITS": _power_of_two(num_splits),
+            "SPLITS": power_of_two(num_splits),
             "BLOCK_SIZES": self._block_sizes,
         }
         # A warp's share of what is done once per program is less where it has more tokens.
         few_warps = 4 if block == max(SAMPLE_BLOCKS) else 8
         hands_over = needs.truncation and self._truncation is not None
         features = {
-            "BUCKETS": _num_buckets(self._vocab_size),
+            "BUCKETS": num_buckets(self._vocab_size),
             "ADJUST": needs.adjustment,
             "RESTRICT": needs.restriction,
             "HANDS_OVER": hands_over,
@@ -361,7 +401,7 @@ class TritonStep:
             truncation = partial(self._truncation, *limited, scratch.limit_p[:num_reqs])
             draw = Launch(draw_kernel, (num_splits, num_reqs), args, shape, num_warps=few_warps)
             return (sample, truncation, draw, *ranks)
-        part = _block_size(self._vocab_size, num_reqs, TRUNCATE_BLOCKS)
+        part = block_size(self._vocab_size, num_reqs, TRUNCATE_BLOCKS)
         num_parts = -(-self._vocab_size // part)
         truncate = Launch(
             truncate_kernel,
@@ -389,55 +429,3 @@ class TritonStep:
 
 def _of(tuple_class: Any, state: object) -> Any:
     return tuple_class(*(getattr(state, name) for name in tuple_class._fields))
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n`` >= 1."""
-    return 1 << (n - 1).bit_length()
-
-
-def _block_size(vocab_size: int, num_reqs: int, sizes: tuple[int, int]) -> int:
-    """Token ids per program: the small size while the batch would have few programs."""
-    small, large = sizes
-    few = -(-vocab_size // large) * num_reqs < MANY_PROGRAMS
-    return max(min(small if few else large, _power_of_two(vocab_size)), int(BUCKET.value))
-
-
-def _num_buckets(vocab_size: int) -> int:
-    """Room for the buckets of either block size."""
-    block = max(SAMPLE_BLOCKS)
-    return _power_of_two(-(-vocab_size // block) * block // int(BUCKET.value))
-
-
-def _allocate_scratch(max_num_reqs: int, vocab_size: int, device: torch.device) -> _Scratch:
-    max_splits = -(-vocab_size // _block_size(vocab_size, 1, SAMPLE_BLOCKS))
-
-    def floats(size: int) -> torch.Tensor:
-        return torch.zeros(max_num_reqs, size, device=device)
-
-    def ints(size: int) -> torch.Tensor:
-        return torch.zeros(max_num_reqs, size, dtype=torch.int32, device=device)
-
-    per_split = (
-        "best_scores",
-        "others_best",
-        "split_max",
-        "split_weights",
-        "weights",
-        "weights_up_to",
-    )
-    per_row = ("row_max", "floors", "bounds", "winner_values", "sampled_logits")
-    return _Scratch(
-        **{name: floats(max_splits) for name in per_split},
-        **{name: floats(1) for name in per_row},
-        **{name: ints(1) for name in ("arrivals", "winners", "num_candidates")},
-        best_tokens=ints(max_splits),
-        bucket_max=floats(_num_buckets(vocab_size)),
-        candidates=ints(CANDIDATES),
-        candidate_values=floats(CANDIDATES),
-        sorted=ints(CANDIDATES),
-        sorted_values=floats(CANDIDATES),
-        adjusted=floats(vocab_size),
-        limit_k=torch.full((max_num_reqs,), vocab_size, dtype=torch.int32, device=device),
-        limit_p=torch.ones(max_num_reqs, device=device),
-    )

@@ -160,6 +160,37 @@ class StepInputs:
 
 
 @dataclass(frozen=True)
+class TokenInputs:
+    """Inputs of a forward with several tokens of each row, by batch_idx. Written by ``place``.
+
+    Row b's tokens are those from ``b * width`` on. An inactive row writes to no slot.
+    """
+
+    input_ids: Int32  # [max_num_tokens]
+    positions: Int64  # [max_num_tokens]
+    seq_lens: Int32  # [R]
+    slot_mappings: Int64  # [num_kv_cache_groups, max_num_tokens]
+    last_sampled: Int64  # [R], where among the tokens the one is that was sampled last
+
+    @classmethod
+    def allocate(
+        cls, max_num_reqs: int, max_num_tokens: int, num_groups: int, device: Any = None
+    ) -> TokenInputs:
+        """Static tensors, all zero."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "seq_lens": (max_num_reqs,),
+            "last_sampled": (max_num_reqs,),
+            "slot_mappings": (num_groups, max_num_tokens),
+        }
+        return cls(
+            **{
+                name: torch.zeros(shapes.get(name, (max_num_tokens,)), dtype=dtype, device=device)
+                for name, dtype in dtypes(cls).items()
+            }
+        )
+
+
+@dataclass(frozen=True)
 class GrammarState:
     """Structured output: the grammars in use as automata of bytes, and where each request is.
 

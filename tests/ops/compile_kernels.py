@@ -31,7 +31,7 @@ from fusedstep.ops.attention import AttentionLayer, DecodeAttention
 from fusedstep.ops.launch import Launch
 from fusedstep.ops.rotation import rotate_launch
 from fusedstep.ops.triton_step import TritonStep
-from fusedstep.ops.types import BatchNeeds
+from fusedstep.ops.types import BatchNeeds, TokenInputs
 
 FP8_CACHES = {"sm_90": FP8, "sm_100": FP8, "gfx942": torch.float8_e4m3fnuz}
 VOCAB_SIZE = 151936
@@ -83,6 +83,13 @@ def cases(world: World, targets: Collection[str]) -> Iterator[Case]:
         counts = torch.zeros(num_reqs, dtype=torch.int32)
         for launch in step.accept_launches(tokens, counts, rows, num_reqs):
             yield Case(f"accept n={num_reqs}", launch)
+    out = TokenInputs.allocate(64, 1024, len(world.block_tables))
+    for num_reqs, width in ((1, 1), (64, 4), (64, 5)):
+        drafts, back = torch.zeros(num_reqs, 3, dtype=torch.int64), None
+        if width == 5:
+            back = torch.zeros(num_reqs, dtype=torch.int32)
+        for launch in step.place_launches(rows, num_reqs, out, width, drafts, 3, back=back):
+            yield Case(f"place n={num_reqs} width={width}", launch)
     unaligned = strided(torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16), VOCAB_SIZE + 3, 1)
     for launch in step.launches(unaligned, rows, 1, EVERYTHING, True):
         yield Case("step everything bfloat16 n=1 unaligned", launch)

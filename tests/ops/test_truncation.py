@@ -133,7 +133,7 @@ def test_launches_of_large_batches(
 ) -> None:
     """Triton cuts the rows of a large batch into larger blocks; here with a small one."""
     if implementation.name == "triton":
-        monkeypatch.setattr("fusedstep.ops.triton_step.MANY_PROGRAMS", 1)
+        monkeypatch.setattr("fusedstep.ops.triton_scratch.MANY_PROGRAMS", 1)
     logits = random_logits(num_reqs, 20000, seed=5, scale=0.5)
     top_k, top_p = [0, 50, 2000, 1024], [0.7, 0.9, 1.0, 0.05]
     world = truncated_world(20000, top_k[:num_reqs], top_p[:num_reqs])

@@ -39,7 +39,7 @@ from fusedstep.ops import attention, reference, triton_step
 from fusedstep.ops.attention import MAX_QUERY_LEN, DecodeAttention, DeviceLimits
 from fusedstep.ops.rotation import rotate_launch
 from fusedstep.ops.triton_step import TritonStep
-from fusedstep.ops.types import OUTSIDE, REASONS
+from fusedstep.ops.types import OUTSIDE, REASONS, TokenInputs
 
 VOCAB_SIZE = 500
 BLOCK = 128  # of the vocabulary: four programs per row
@@ -191,6 +191,25 @@ def accept_case(*, seed: int = 0) -> Case:
     return Case("accept", run)
 
 
+def place_case(*, seed: int = 0) -> Case:
+    """What a round verifies, then what its drafter reads, in the same place."""
+
+    def run() -> Tensors:
+        n = 5
+        world = build_world(VOCAB_SIZE, n, padding=(1,), seed=seed, block_sizes=(16, 32))
+        step = world.bind(TritonStep)
+        step.prepare(world.rows, n)
+        drafts = torch.arange(3 * n).view(n, 3)
+        back = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(seed)).int()
+        out = TokenInputs.allocate(n + 2, 40, 2)
+        step.place(world.rows, n, out, 4, drafts, 3)
+        step.place(world.rows, n, out, 5, drafts, 0, back=back)
+        step.place(world.rows, n, out, 1, drafts, 2, ahead=2)
+        return world.tensors() | {f"out {name}": t for name, t in vars(out).items()}
+
+    return Case("place", run)
+
+
 def attention_case(
     query_len: int,
     *,
@@ -255,6 +274,7 @@ def cases() -> list[Case]:
         step_case("everything", ROWS["everything"], advance=False, block_sizes=(16, 32)),
         grammar_case(block_sizes=(16, 32)),
         accept_case(),
+        place_case(),
         step_case("truncation", ROWS["truncation"], advance=True, hands_over=True),
         step_case("everything", ROWS["everything"], advance=True, hands_over=True),
         *(
@@ -289,6 +309,7 @@ def all_cases() -> list[Case]:
             for hands_over in ((False, True) if NEEDS[kind].truncation else (False,))
         ),
         *(accept_case(seed=seed) for seed in range(6)),
+        *(place_case(seed=seed) for seed in range(3)),
         *(grammar_case(block_sizes=s, seed=i) for s in ((16,), (16, 32)) for i in range(6)),
         *(
             attention_case(query_len, dtype=dtype, programs=programs, **options)
