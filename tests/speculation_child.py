@@ -199,15 +199,18 @@ def drafts_of(metrics: Any) -> Any:
 
 
 def run_with_wrong_drafts(*args: Any) -> dict[str, Any]:
-    """Each draft is another token than the drafter's."""
+    """Each draft is another token than the drafter's, in stock steps and in rounds."""
     from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
-    propose = StandaloneARSpeculator.propose
+    from fusedstep.vllm_plugin.runner.drafter import DraftModel
 
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        return (propose(*args, **kwargs) + 1) % CONFIG["vocab_size"]
+    def wrong(propose: Any) -> Any:
+        return lambda *args, **kwargs: (propose(*args, **kwargs) + 1) % CONFIG["vocab_size"]
 
-    with patch.object(StandaloneARSpeculator, "propose", wrong):
+    with (
+        patch.object(StandaloneARSpeculator, "propose", wrong(StandaloneARSpeculator.propose)),
+        patch.object(DraftModel, "propose", wrong(DraftModel.propose)),
+    ):
         return run(*args)
 
 

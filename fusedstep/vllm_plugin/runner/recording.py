@@ -41,6 +41,8 @@ from fusedstep.window.state import WindowState
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+    from fusedstep.vllm_plugin.runner.rounds import Rounds
+
 logger = logging.getLogger("vllm.fusedstep")
 
 # While vLLM sizes its memory, the graphs of the largest batches stand for all.
@@ -234,6 +236,32 @@ class GraphStore:
             yield from tqdm(batches, desc=f"Recording decode windows ({self.form.name})")
         else:
             yield from batches
+
+
+def record_drafter(
+    runner: GPUModelRunner, rounds: Rounds, arrivals: ArrivalCounter, *, profile_only: bool
+) -> int:
+    """Record the drafts of rounds where they can be; one that fails is launched by the host.
+
+    Returns the bytes of device memory, as ``GraphStore.record``.
+    """
+    sizes = rounds.sizes_to_record()
+    taken, failure = 0, None
+    if sizes:
+        try:
+            with graph_capture(device=runner.device):
+                recorder, free = CudaRecorder(runner.device, arrivals), _free_bytes()
+                rounds.record(recorder, sizes)
+                taken = free - _free_bytes()
+        except Exception as error:
+            failure = error
+        fine = _all_ranks(failure is None)
+        if not fine:
+            reason = failure or "another rank could not record it"
+            logger.warning("fusedstep: the host launches the draft model: %s", reason)
+        if profile_only or not fine:
+            rounds.forget_records()
+    return taken
 
 
 def _all_ranks(fine: bool) -> bool:

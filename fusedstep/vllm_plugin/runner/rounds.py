@@ -14,15 +14,13 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
-from vllm.v1.worker.gpu.input_batch import (
-    InputBatch,
-    combine_sampled_and_draft_tokens,
-    prepare_pos_seq_lens,
-)
-from vllm.v1.worker.gpu.spec_decode.utils import get_drafter_hidden_states
+from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from fusedstep.ops.types import PAD_SLOT_ID, BatchNeeds, WindowRows
+from fusedstep.ops.greedy import verify_greedy
+from fusedstep.ops.types import BatchNeeds, StepInputs, TokenInputs, WindowRows
 from fusedstep.vllm_plugin.runner.decode_model import decode_graph
+from fusedstep.vllm_plugin.runner.drafter import DraftModel, PlaceOps, Verified, make_drafter
+from fusedstep.window.graphs import Recorder
 from fusedstep.window.rounds import RoundTokens
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 
-class RoundOps(Protocol):
+class RoundOps(PlaceOps, Protocol):
     """The part of the step operations that a round uses."""
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
@@ -52,7 +50,13 @@ class Rounds:
     """
 
     def __init__(
-        self, runner: GPUModelRunner, ops: RoundOps, rows: WindowRows, *, use_graphs: bool
+        self,
+        runner: GPUModelRunner,
+        ops: RoundOps,
+        rows: WindowRows,
+        inputs: StepInputs,
+        *,
+        use_graphs: bool,
     ) -> None:
         self.runner, self.ops, self.rows = runner, ops, rows
         self.model, self.verify = runner.model, runner.rejection_sampler
@@ -64,41 +68,100 @@ class Rounds:
         self.local_pos = torch.arange(self.width, dtype=torch.int32, device=device).repeat(
             max_num_reqs
         )
+        self.all_tokens = torch.arange(max_num_reqs * self.width, device=device)
+        self.inputs = TokenInputs(
+            inputs.input_ids,
+            inputs.positions,
+            inputs.seq_lens,
+            inputs.slot_mappings,
+            last_sampled=torch.zeros_like(inputs.seq_lens, dtype=torch.int64),
+        )
+        self.drafts = torch.zeros(  # by batch_idx
+            max_num_reqs, self.num_drafts, dtype=torch.int64, device=device
+        )
+        self.drafter = make_drafter(runner, ops, rows)
         self.outputs = tuple(RoundTokens(max_num_reqs, self.width, device) for _ in range(2))
         self.output = self.outputs[0]  # of the window that runs
         # Its kernel is compiled before a request waits for it. No row is active.
         ops.accept(self.output.tokens[0, :1], self.output.num_tokens[0, :1], rows, 1)
         self.use_graphs = use_graphs
         self.graph: Any = None  # of vLLM, for this window's batch
+        # Without vLLM's kernels for drafts, which cost the host more than the device.
+        self.may_be_greedy = (
+            device.type == "cpu"
+            and self.verify.synthetic_conditional_rates is None
+            and not runner.sampler.compute_nans
+        )
+        self.is_greedy = False
         self.batch: InputBatch | None = None
         self.req_ids: list[str] = []
         self.reqs = np.zeros(0, np.int64)  # [num_reqs], batch_idx -> req_state_idx
         self.attn_metadata: dict[str, Any] = {}
         self.slots_by_layer: dict[str, torch.Tensor] = {}
+        self.block_tables: tuple[torch.Tensor, ...] = ()
         self.hidden_states: Any = None
         self.aux_hidden_states: Any = None
+
+    @property
+    def form_reason(self) -> str:
+        """What of a round is recorded by us."""
+        recorded = isinstance(self.drafter, DraftModel) and self.drafter.graphs
+        what = "but for the draft model, " if recorded else ""
+        return f"{what}speculative rounds are not recorded"
 
     def are_whole(self, scheduler_output: SchedulerOutput) -> bool:
         """Does this batch give each request the same number of rounds, with all drafts in each?"""
         num_tokens = set(scheduler_output.num_scheduled_tokens.values())
         return len(num_tokens) == 1 and num_tokens.pop() % self.width == 0
 
-    def stage(self, req_ids: list[str], reqs: np.ndarray) -> None:
-        """Host part of a window."""
+    def stage(self, req_ids: list[str], reqs: np.ndarray, needs: BatchNeeds) -> int:
+        """Host part of a window; ``needs`` are those of its requests. Returns rows with padding."""
         self.req_ids, self.reqs = req_ids, reqs
+        temperature = self.runner.sampler.sampling_states.temperature.np[reqs]
+        is_plain = needs == BatchNeeds.none() and not temperature.any()
+        self.is_greedy = self.may_be_greedy and is_plain
         self.output = self.outputs[self.output is self.outputs[0]]
         self.output.begin()
+        return self.drafter.padded(len(reqs))
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
         self.ops.prepare(rows, num_reqs)
 
-    def begin(self, num_reqs: int) -> None:
-        runner, num_tokens = self.runner, num_reqs * self.width
+    def sizes_to_record(self) -> list[int]:
+        """Rows of the batches whose drafts can be recorded: those whose verification vLLM has
+        recorded, the largest first."""
+        runner, drafter = self.runner, self.drafter
+        if not (self.use_graphs and isinstance(drafter, DraftModel) and drafter.updates_in_place):
+            return []
+        if runner.cudagraph_manager is None:
+            return []
+        graphs = [decode_graph(runner, n, 0, self.width) for n in range(1, runner.max_num_reqs + 1)]
+        full = [graph for graph in graphs if graph.cg_mode == CUDAGraphMode.FULL]
+        return sorted({graph.num_reqs for graph in full}, reverse=True)
+
+    def record(self, recorder: Recorder, sizes: list[int]) -> None:
+        """Record the drafts of batches of so many rows."""
+        assert isinstance(self.drafter, DraftModel)
+        for num_rows in sizes:
+            self.drafter.record(recorder, num_rows)
+
+    def forget_records(self) -> None:
+        """The host launches each draft."""
+        assert isinstance(self.drafter, DraftModel)
+        self.drafter.graphs.clear()
+
+    def begin(self, num_rows: int) -> None:
+        runner, num_reqs = self.runner, len(self.reqs)
+        num_tokens = num_reqs * self.width
         self.graph = None
         if self.use_graphs and runner.cudagraph_manager is not None:
             graph = decode_graph(runner, num_reqs, 0, self.width)
             self.graph = None if graph.cg_mode == CUDAGraphMode.NONE else graph
         self.batch = self._batch(num_reqs)
+        padded = self.batch.num_reqs_after_padding
+        self.block_tables = tuple(t[:padded] for t in runner.block_tables.input_block_tables)
+        self.drafts[:num_reqs] = runner.req_states.draft_tokens[self.batch.idx_mapping]
+        self.drafter.begin(num_reqs)
         starts = runner.input_buffers.query_start_loc
         starts[: num_reqs + 1] = self.starts[: num_reqs + 1]
         starts[num_reqs + 1 :] = num_tokens
@@ -111,36 +174,16 @@ class Rounds:
         return CUDAGraphMode.NONE if self.graph is None else self.graph.cg_mode
 
     def plan(self) -> None:
-        runner, batch = self.runner, self.batch
+        runner, batch, inputs = self.runner, self.batch, self.inputs
         assert batch is not None
-        states, num_reqs = runner.req_states, batch.num_reqs
-        prepare_pos_seq_lens(
-            batch.idx_mapping,
-            batch.query_start_loc,
-            states.num_computed_tokens.gpu,
-            runner.input_buffers.positions,
-            runner.input_buffers.seq_lens,
-        )
-        batch.logits_indices = combine_sampled_and_draft_tokens(
-            runner.input_buffers.input_ids,
-            batch.idx_mapping,
-            states.last_sampled_tokens,
-            batch.query_start_loc,
-            batch.seq_lens,
-            states.prefill_len.gpu,
-            states.draft_tokens,
-            batch.cu_num_logits,
-            batch.num_tokens,
-        )
-        block_tables, slot_mappings = runner.prepare_attn(batch)
-        of_rows = slot_mappings[:, : batch.num_tokens].unflatten(1, (num_reqs, self.width))
-        of_rows.masked_fill_(~self.rows.active[:num_reqs, None], PAD_SLOT_ID)
+        self.ops.place(self.rows, batch.num_reqs, inputs, self.width, self.drafts, self.num_drafts)
+        slot_mappings = inputs.slot_mappings[:, : batch.num_tokens_after_padding]
         self.slots_by_layer = build_slot_mappings_by_layer(slot_mappings, runner.kv_cache_config)
-        batch.seq_lens_cpu_upper_bound[:num_reqs] += self.width
+        batch.seq_lens_cpu_upper_bound[: batch.num_reqs] += self.width
         self.attn_metadata = runner.model_state.prepare_attn(
             batch,
             self.mode,
-            block_tables,
+            self.block_tables,
             slot_mappings,
             runner.attn_groups,
             runner.kv_cache_config,
@@ -157,7 +200,7 @@ class Rounds:
         if runner.use_aux_hidden_state_outputs:
             output, self.aux_hidden_states = output
         self.hidden_states = output
-        logits: torch.Tensor = self.model.compute_logits(output[batch.logits_indices])
+        logits: torch.Tensor = self.model.compute_logits(output[: batch.num_tokens])
         return logits
 
     def _call(self, batch: InputBatch) -> Any:
@@ -188,33 +231,28 @@ class Rounds:
         """Verify the drafts, take the tokens, draft again. ``logits``: [num_reqs * width, V]."""
         runner, batch = self.runner, self.batch
         assert batch is not None
-        sampled = self.verify(logits, batch, runner.speculator.draft_logits, None)
-        tokens, num_tokens = sampled.sampled_token_ids, sampled.num_sampled
+        if self.is_greedy:
+            tokens, num_tokens = verify_greedy(logits, self.drafts[: batch.num_reqs])
+        else:
+            sampled = self.verify(logits, batch, runner.speculator.draft_logits, None)
+            tokens, num_tokens = sampled.sampled_token_ids, sampled.num_sampled
         self.ops.accept(tokens, num_tokens, rows, num_reqs)
         self.output.add(tokens, num_tokens)
-        # A row at rest drafts behind its first token: whatever, but within its own blocks.
-        num_tokens = num_tokens.clamp(min=1)
-        states, sampling = runner.req_states, runner.sampler.sampling_states
-        drafts = runner.speculator.propose(
+        verified = Verified(
             batch,
             self.attn_metadata,
             self.slots_by_layer,
-            get_drafter_hidden_states(self.model, self.hidden_states),
+            self.hidden_states,
             self.aux_hidden_states,
             num_tokens,
-            self.width - num_tokens,
-            states.last_sampled_tokens,
-            states.next_prefill_tokens,
-            sampling.temperature.gpu,
-            sampling.seeds.gpu,
-            num_speculative_tokens=self.num_drafts,
         )
-        states.draft_tokens[batch.idx_mapping] = drafts
+        self.drafts[: batch.num_reqs] = self.drafter.propose(verified)
 
     def end(self) -> None:
         """With synchronous scheduling vLLM asks whose drafts there are."""
         assert self.batch is not None
-        drafts = self.runner.req_states.draft_tokens[self.batch.idx_mapping]
+        drafts = self.drafts[: self.batch.num_reqs]
+        self.runner.req_states.draft_tokens[self.batch.idx_mapping] = drafts
         self.runner.draft_tokens_handler.set_draft_tokens(self.batch, drafts)
         self.batch = None
 
@@ -259,7 +297,7 @@ class Rounds:
             input_ids=buffers.input_ids[:num_padded],
             positions=buffers.positions[:num_padded],
             is_padding=buffers.is_padding[:num_padded],
-            logits_indices=idx_mapping,  # until it is planned
+            logits_indices=self.all_tokens[:num_tokens],
             cu_num_logits=self.starts[: num_reqs + 1],
             cu_num_logits_np=self.starts_np[: num_reqs + 1],
             has_structured_output_reqs=False,

@@ -29,7 +29,13 @@ from fusedstep.vllm_plugin.runner.output import WindowOutput, one_step_each
 from fusedstep.vllm_plugin.runner.parts import batch_reason, metadata_reason, runner_reason
 from fusedstep.vllm_plugin.runner.processing import Processing
 from fusedstep.vllm_plugin.runner.ranks import JOINS, Agreement, Ranks
-from fusedstep.vllm_plugin.runner.recording import GraphStore, LoopParts, choose, no_windows_reason
+from fusedstep.vllm_plugin.runner.recording import (
+    GraphStore,
+    LoopParts,
+    choose,
+    no_windows_reason,
+    record_drafter,
+)
 from fusedstep.vllm_plugin.runner.rounds import Rounds
 from fusedstep.vllm_plugin.runner.stats import WorkerStats
 from fusedstep.vllm_plugin.runner.tables import DeviceTables, PrefillSampler
@@ -170,8 +176,9 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         loop = compat.options(self.vllm_config).loop
         if self.speculator is not None:
             use_graphs = loop != LoopForm.EAGER
-            self.rounds = Rounds(self, self.ops, self.windows.rows, use_graphs=use_graphs)
-            self.stats.loop_reason = "speculative rounds are not recorded"
+            rows, inputs = self.windows.rows, self.tables.state.inputs
+            self.rounds = Rounds(self, self.ops, rows, inputs, use_graphs=use_graphs)
+            self.stats.loop_reason = self.rounds.form_reason
             return
         self._choose_form(loop)
 
@@ -185,6 +192,11 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             size += taken
             self.tables.static.overwritten()  # by the proof's requests
             self._note_form()
+        if self.rounds is not None:
+            taken = record_drafter(self, self.rounds, self.arrivals, profile_only=profile_only)
+            self.graph_memory["estimated" if profile_only else "taken"] = taken
+            size += taken
+            self.stats.loop_reason = self.rounds.form_reason
         # Nobody waits for the stream of vLLM's last piecewise capture, whose dummy batch may write
         # over the first request's inputs.
         torch.accelerator.synchronize()
@@ -444,10 +456,11 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     ) -> None:
         assert self.rounds is not None
         req_ids = list(scheduler_output.num_scheduled_tokens)
-        self.rounds.stage([req_ids[index] for index in live.tolist()], rows)
+        ids = [req_ids[index] for index in live.tolist()]
+        num_rows = self.rounds.stage(ids, rows, self.tables.needs(rows))
         slot = self.windows.next_slot()
         stamp = stamps.stamp_of(scheduler_output)
-        slot.stage(rows, num_tokens // self.rounds.width, -1, BatchNeeds.none(), None, *stamp)
+        slot.stage(rows, num_tokens // self.rounds.width, -1, BatchNeeds.none(), num_rows, *stamp)
         self.staged = StagedWindow(scheduler_output, slot, live, self.ops, None)
 
     def _needs(self, rows: np.ndarray, *, logprobs: bool = False) -> BatchNeeds:
