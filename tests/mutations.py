@@ -50,11 +50,13 @@ MODULES = "the driver's module kept when its kernel is not found"
 SLOTS = "a slot's output or staging used for the window after it"
 READS = "a result that is read before its copy is waited for"
 COPIES = "a result that is copied before the steps have run"
+DRAFTS = "a recorded draft model that reads another round's tokens, or none"
 STATE = "fusedstep/window/state.py"
 OUTPUT = "fusedstep/window/host_copies.py"
 RECORDER = "fusedstep/window/recorder.py"
 DECODE_MODEL = "fusedstep/vllm_plugin/runner/decode_model.py"
 RECORDING = "fusedstep/vllm_plugin/runner/recording.py"
+DRAFTER_PY = "fusedstep/vllm_plugin/runner/drafter.py"
 ROUNDS_PY = "fusedstep/vllm_plugin/runner/rounds.py"
 RUNNER_PY = "fusedstep/vllm_plugin/runner/runner.py"
 
@@ -166,6 +168,13 @@ MUTATIONS = (
             (SLOTS, ROUNDS_PY, "self.outputs[self.output is self.outputs[0]]", "self.outputs[0]"),
             (READS, OUTPUT, "self._ready.synchronize()", "pass"),
             (COPIES, OUTPUT, "stream.wait_stream(torch.cuda.current_stream())", "pass"),
+        )
+    ),
+    *(
+        Mutation(DRAFTS, DRAFTER_PY, old, new, ROUNDS, "test_on_the_stand_in")
+        for old, new in (
+            ("self.back[:num_reqs] = verified.num_tokens", "pass"),
+            ("graph.replay()", "pass"),
         )
     ),
     Mutation(

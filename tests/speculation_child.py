@@ -174,7 +174,7 @@ def answer(
 def answer_on_the_stand_in(
     seed: int | None, requests: list[Asked], *windows: Any
 ) -> dict[str, Any]:
-    """``answer``; and what the host waited for inside windows, and vLLM's full graphs replayed."""
+    """``answer``; and what the host waited for inside windows, and the graphs replayed."""
     from standin.device import GPU
 
     from fusedstep.vllm_plugin.runner import runner
@@ -187,10 +187,10 @@ def answer_on_the_stand_in(
         run_window(*args)
         waits.update(GPU.asked - before)
 
-    graphs = standin_child.num_replays()["full"]
+    replays = standin_child.num_replays()
     with patch.object(runner, "run_window", counted):
         answered = answer(requests, *windows)
-    graphs = standin_child.num_replays()["full"] - graphs
+    graphs = {kind: n - replays[kind] for kind, n in standin_child.num_replays().items()}
     return answered | {"waits": dict(waits), "graphs": graphs}
 
 

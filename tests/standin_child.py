@@ -95,9 +95,10 @@ def use_timing(seed: int | None) -> None:
 
 def num_replays() -> dict[str, int]:
     """Graphs that were replayed: vLLM's full ones, pieces of its piecewise ones (graphs between
-    calls in Python), and those of windows."""
+    calls in Python), those of windows, and of the draft model."""
     runner = engine_child.runner()
     manager = runner.cudagraph_manager
+    drafter = getattr(runner.rounds, "drafter", None)
     ours = None if runner.rounds is not None else runner.graph_store.graphs
     pieces = getattr(manager, "breakable_cg_runner", None)
     captures = [] if pieces is None else [entry.capture for entry in pieces.entries.values()]
@@ -107,6 +108,7 @@ def num_replays() -> dict[str, int]:
         "full": sum(graph.replays for graph in manager.graphs.values()),
         "pieces": sum(graph.replays for graph in parts if graph is not None),
         "windows": sum(graph.replays for graph in windows),
+        "drafts": sum(graph.replays for graph in getattr(drafter, "graphs", {}).values()),
     }
 
 

@@ -226,13 +226,17 @@ class Rounds:
             return self.model(**inputs)
 
     def step(
-        self, logits: torch.Tensor, rows: WindowRows, num_reqs: int, needs: BatchNeeds
+        self, logits: torch.Tensor, rows: WindowRows, num_rows: int, needs: BatchNeeds
     ) -> None:
-        """Verify the drafts, take the tokens, draft again. ``logits``: [num_reqs * width, V]."""
+        """Verify the drafts, take the tokens, draft again. ``logits``: [num_reqs * width, V].
+
+        Padding rows are the drafter's only.
+        """
         runner, batch = self.runner, self.batch
         assert batch is not None
+        num_reqs = batch.num_reqs
         if self.is_greedy:
-            tokens, num_tokens = verify_greedy(logits, self.drafts[: batch.num_reqs])
+            tokens, num_tokens = verify_greedy(logits, self.drafts[:num_reqs])
         else:
             sampled = self.verify(logits, batch, runner.speculator.draft_logits, None)
             tokens, num_tokens = sampled.sampled_token_ids, sampled.num_sampled
@@ -246,7 +250,7 @@ class Rounds:
             self.aux_hidden_states,
             num_tokens,
         )
-        self.drafts[: batch.num_reqs] = self.drafter.propose(verified)
+        self.drafts[:num_reqs] = self.drafter.propose(verified)
 
     def end(self) -> None:
         """With synchronous scheduling vLLM asks whose drafts there are."""
