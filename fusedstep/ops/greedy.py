@@ -6,7 +6,7 @@ import torch
 
 
 def verify_greedy(logits: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What vLLM's rejection sampler takes at temperature 0, of equal logits the lowest token.
+    """Takes what vLLM's rejection sampler takes at temperature 0: of equal logits the lowest token.
 
     ``logits``: [num_reqs * (1 + d), V], behind each row's last token and behind each of its drafts.
     ``drafts``: [num_reqs, d] int64. Returns the tokens, [num_reqs, 1 + d] int64, and how many a row

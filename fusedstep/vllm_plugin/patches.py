@@ -155,11 +155,11 @@ PATCHES = (
         "the same values, with room behind them for rows that stand still",
     ),
     Patch(
-        "runner/rounds.py",
-        "batch.*",
+        "runner/drafter.py",
+        "common.*",
         Kind.SET,
-        "InputBatch (our own instance)",
-        "where the logits of a round are, and how long its rows may be",
+        "CommonAttentionMetadata (our own instance)",
+        "the lengths have moved before a backend plans the next draft",
     ),
     Patch(
         "runner/decode_model.py",

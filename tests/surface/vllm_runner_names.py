@@ -19,7 +19,10 @@ RUNNER = {
              cudagraph_runtime_mode=_, batch_descriptor=_, slot_mapping=_, is_padding=_)
             (attn_metadata, vllm_config, num_tokens=_, cudagraph_runtime_mode=_,
              batch_descriptor=_, slot_mapping=_, is_padding=_)
+            (attn_metadata, vllm_config, num_tokens=_, batch_descriptor=_, slot_mapping=_)
         """,
+        "get_forward_context": "()",
+        "override_forward_context": "(forward_context)",
     },
     "vllm.v1.attention.backend": {
         "AttentionBackend": "get_name()",
@@ -88,7 +91,6 @@ RUNNER = {
             free_states(scheduler_output)
             update_requests(scheduler_output)
             get_model()
-            prepare_attn(input_batch)
             rejection_sampler: RejectionSampler
             draft_tokens_handler, num_speculative_steps, use_aux_hidden_state_outputs
             maybe_setup_dummy_loras(lora_config)
@@ -206,19 +208,19 @@ RUNNER = {
              cu_num_logits=_, cu_num_logits_np=_, has_structured_output_reqs=_, prompt_lens=_)
             cu_num_logits, idx_mapping, idx_mapping_np, logits_indices, num_reqs, positions
             query_start_loc, seq_lens, num_tokens, seq_lens_cpu_upper_bound, input_ids, is_padding
-            num_tokens_after_padding
+            num_tokens_after_padding, num_reqs_after_padding
         """,
         "InputBuffers": """
             (max_num_reqs, max_num_tokens, device)
             input_ids, is_padding, positions, query_start_loc, seq_lens
         """,
-        "combine_sampled_and_draft_tokens": """
-            (input_ids, idx_mapping, last_sampled_tokens, query_start_loc, seq_lens, prefill_len,
-             draft_tokens, cu_num_logits, num_logits)
-        """,
         "post_update": """
             (idx_mapping, num_computed_tokens, last_sampled_tokens, output_bin_counts,
              sampled_tokens, num_sampled, num_rejected, query_start_loc, all_token_ids, total_len)
+        """,
+        "combine_sampled_and_draft_tokens": """
+            (input_ids, idx_mapping, last_sampled_tokens, query_start_loc, seq_lens, prefill_len,
+             draft_tokens, cu_num_logits, num_logits)
         """,
         "prepare_pos_seq_lens": """
             (idx_mapping, query_start_loc, num_computed_tokens, pos, seq_lens)
@@ -249,7 +251,7 @@ SAMPLING = {
             apply_sampling_params(logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos,
                                   input_ids, expanded_local_pos, seq_lens_upper_bound_np)
             get_logprobs_dims(idx_mapping_np)
-            use_flashinfer, logprobs_mode, logprob_token_ids_state
+            use_flashinfer, logprobs_mode, logprob_token_ids_state, compute_nans
             thinking_budget_state: ThinkingBudgetState
             logits_processors: (LogitBiasState, PenaltiesState, BadWordsState)
             penalties_state: PenaltiesState

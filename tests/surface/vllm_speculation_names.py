@@ -8,9 +8,20 @@ SPECULATION = {
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator": {"NgramGPUSpeculator": ""},
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": {"_resample_kernel": ""},
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler": {
-        "RejectionSampler": "__call__(logits, input_batch, draft_logits, invalid_drafts)"
+        "RejectionSampler": """
+            __call__(logits, input_batch, draft_logits, invalid_drafts)
+            synthetic_conditional_rates
+        """
     },
-    "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator": {"StandaloneARSpeculator": ""},
+    "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator": {
+        "StandaloneARSpeculator": """
+            _copy_request_inputs(num_reqs, idx_mapping, temperature, seeds)
+            sample_draft(hidden_states, sample_src_positions, idx_mapping, temperature, seeds,
+                         draft_step, draft_logits)
+            attn_groups, draft_tokens, idx_mapping, draft_max_seq_len, draft_is_prefilling
+            draft_logits, current_draft_step, temperature, seeds, model
+        """
+    },
     "vllm.v1.worker.gpu.spec_decode.utils": {
         "get_drafter_hidden_states": "(model, hidden_states)",
     },

@@ -45,7 +45,7 @@ class PlaceOps(Protocol):
 
 
 class Verified(NamedTuple):
-    """What a drafter may ask of the round that was just verified."""
+    """All that a drafter may ask of the round that was just verified."""
 
     batch: InputBatch
     attn_metadata: dict[str, Any]
@@ -131,6 +131,7 @@ class DraftModel:
     def __init__(self, runner: GPUModelRunner, ops: PlaceOps, rows: WindowRows) -> None:
         self.runner, self.ops, self.rows = runner, ops, rows
         self.speculator: StandaloneARSpeculator = runner.speculator
+        self.model: Any = self.speculator.model
         self.num_drafts: int = runner.num_speculative_steps
         self.width = self.num_drafts + 2  # a round's tokens, and the one it took behind them
         size, device = runner.max_num_reqs, runner.device
@@ -251,7 +252,7 @@ class DraftModel:
                 common._num_computed_tokens_cache = None
             self._build(forward.commons, forward.attn_metadata)
         with override_forward_context(forward.context):
-            output = self.speculator.model(input_ids=forward.input_ids, positions=forward.positions)
+            output = self.model(input_ids=forward.input_ids, positions=forward.positions)
         hidden_states: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return hidden_states
 

@@ -104,10 +104,10 @@ class Rounds:
 
     @property
     def form_reason(self) -> str:
-        """What of a round is recorded by us."""
-        recorded = isinstance(self.drafter, DraftModel) and self.drafter.graphs
-        what = "but for the draft model, " if recorded else ""
-        return f"{what}speculative rounds are not recorded"
+        """The reason that no window is recorded, and the part of a round that is."""
+        if isinstance(self.drafter, DraftModel) and self.drafter.graphs:
+            return "speculative rounds are not recorded, but for the draft model"
+        return "speculative rounds are not recorded"
 
     def are_whole(self, scheduler_output: SchedulerOutput) -> bool:
         """Does this batch give each request the same number of rounds, with all drafts in each?"""
