@@ -7,6 +7,7 @@
 A new vLLM has no CPU package at first. Its Python is taken from its CUDA wheel, the compiled parts
 from the vLLM for CPUs that is installed. That is how far it can be tried here: a compiled function
 that only the new one has fails when it is called. pytest's summary is the list of what broke.
+Packages that it requires and nobody installed are named; those of NEEDED are put beside it.
 
 A file of TESTS that ran whole, and nothing beside it, is put on record with the numbers of its
 tests: fusedstep/vllm_plugin/tried.json, from which the supported versions follow.
@@ -23,9 +24,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+from packaging.requirements import Requirement
 
 from fusedstep.vllm_plugin.compat import TRIED, WHOLE
 
@@ -35,6 +39,8 @@ ENGINE = ROOT / "tests" / "engine"
 TESTS = [str(ENGINE / f"test_{name}.py") for name in WHOLE]
 RAN = (0, 1)  # pytest's exit codes: all tests ran
 QUIET = ("-q", "-v")
+# Packages that a vLLM for CPUs needs, too: not in the installed one's, and not for GPUs only.
+NEEDED = ("orjson",)
 PLATFORM = "manylinux_2_28_x86_64"  # what vLLM's CUDA wheels are built for
 
 
@@ -58,6 +64,8 @@ def main(words: list[str]) -> int:
         print(f"next_vllm: no version of vLLM: {found.stderr}", file=sys.stderr)
         return 2
     print(f"next_vllm: vLLM {version}, from {folder or 'here'}", flush=True)
+    if folder and (without := bring(folder)):
+        print(f"next_vllm: it requires and does not get {', '.join(without)}", flush=True)
     worst, known = 0, json.loads(TRIED.read_text())
     write(known | {version: {}})  # else a vLLM that is out of range is refused
     try:
@@ -137,6 +145,26 @@ def unpack(wheel: Path, where: Path) -> Path:
     for binary in installed.rglob("*.so"):
         shutil.copy(binary, folder / "vllm" / binary.relative_to(installed))
     return folder
+
+
+def bring(folder: Path) -> list[str]:
+    """What a laid-out vLLM requires and has not: NEEDED is put beside it, the rest is returned."""
+    without = []
+    (metadata,) = folder.glob("vllm-*.dist-info")
+    for line in Distribution.at(metadata).requires or ():
+        required = Requirement(line)
+        if required.marker and not required.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            distribution(required.name)
+        except PackageNotFoundError:
+            if required.name not in NEEDED:
+                without.append(required.name)
+                continue
+            words = f"{required.name}{required.specifier}"
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+            subprocess.run([*pip, "--target", str(folder), words], check=True)
+    return without
 
 
 def installed_vllm() -> Path:

@@ -49,6 +49,23 @@ def test_its_python_and_our_binaries(wheel: Path, tmp_path: Path) -> None:
     assert done.stdout.split() == [str(init), "9.9.1+cpu", "9.9.1+cpu"], done.stderr
 
 
+def test_what_it_requires_and_nobody_installed(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package of NEEDED is put beside it, others are named; what is there is neither."""
+    folder = next_vllm.unpack(wheel, tmp_path / "vllm")
+    file = folder / "vllm-9.9.1+cpu.dist-info" / "METADATA"
+    lines = ("numpy>=1", "no-such-one>=2", "for-gpus==1", "other; extra == 'x'")
+    text = "".join(f"Requires-Dist: {line}\n" for line in lines)
+    file.write_text(file.read_text().replace("\n\n", f"\n{text}\n", 1))
+    asked: list[list[str]] = []
+    monkeypatch.setattr(next_vllm, "NEEDED", ("no-such-one",))
+    monkeypatch.setattr(next_vllm.subprocess, "run", lambda words, check: asked.append(words))
+    assert next_vllm.bring(folder) == ["for-gpus"]
+    (words,) = asked
+    assert words[-3:] == ["--target", str(folder), "no-such-one>=2"]
+
+
 @pytest.mark.parametrize(
     "words", ([], ["--help"], ["other.whl"], ["vllm-9.whl"], ["vllm-9-bad.whl"])
 )
