@@ -34,7 +34,7 @@ class Reason(StrEnum):
     SPECULATION = "speculative decoding"
     KV_CONNECTOR = "KV connector"  # and which
     EC_CONNECTOR = "encoder-cache connector"
-    AUX_OUTPUT = "auxiliary outputs"
+    AUX_OUTPUT = "auxiliary outputs"  # and of which part, or with what
     KV_CACHE = "KV cache of"  # and which kind
     FAST_PREFILL = "fast prefill of shared KV caches"
     PIPELINE_PARALLEL = "pipeline parallelism"

@@ -63,6 +63,27 @@ def recorded_unmoved(form: str, workload: workload_child.Workload) -> dict[str, 
         return workload_child.answer(workload)
 
 
+def _unkept() -> Any:
+    """All steps of a window keep their experts in one place."""
+    from fusedstep.vllm_plugin.runner.experts import RoutedExperts
+
+    def first_of_all(self: Any, num_rows: int) -> None:
+        self.kept[:num_rows] = self.captured[:num_rows].flatten(1).to(self.dtype)
+
+    return patch.object(RoutedExperts, "keep", first_of_all)
+
+
+def run_unkept(*args: Any) -> dict[str, Any]:
+    with _unkept():
+        return workload_child.run(*args)
+
+
+def recorded_unkept(form: str, workload: workload_child.Workload) -> dict[str, Any]:
+    with _unkept():
+        standin_child.use_loop(form)
+        return workload_child.answer(workload)
+
+
 def routed_experts(model: str, options: dict[str, Any]) -> list[tuple[list[int], Any]]:
     """Per request its tokens, and the experts of each token in each layer."""
     llm = features_child.use(model, options)

@@ -106,6 +106,20 @@ def test_an_encoder_decoder_model_on_another_device() -> None:
         )
 
 
+def test_what_routed_experts_were_not_tried_with() -> None:
+    config = make_scheduler(Trace((Spec((1,), 0, 1),)), STOCK[True]).vllm_config
+    outputs = config.aux_output_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        patch.setattr(outputs, "enable_return_routed_experts", True)
+        assert reasons.engine_reason(config) is None
+        with patch.context() as ranks:
+            ranks.setattr(config.parallel_config, "tensor_parallel_size", 2)
+            assert reasons.engine_reason(config) == "auxiliary outputs with tensor parallelism"
+        patch.setitem(vars(outputs), "enable_return_hidden_states", True)  # a newer vLLM's
+        assert reasons.engine_reason(config) == "auxiliary outputs"
+
+
 def test_blocks_of_an_encoders_keys_are_not_held_ahead() -> None:
     """A request has them from its prefill on: as many as its encoder has tokens."""
     across = object.__new__(CrossAttentionManager)

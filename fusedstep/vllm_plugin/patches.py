@@ -155,6 +155,20 @@ PATCHES = (
         "the same values, with room behind them for rows that stand still",
     ),
     Patch(
+        "runner/output.py",
+        "output.aux_output_connector_output",
+        Kind.SET,
+        "ModelRunnerOutput.aux_output_connector_output",
+        "the experts of a window's tokens",
+    ),
+    Patch(
+        "runner/experts.py",
+        "pending.*",
+        Kind.SET,
+        "PendingAuxOutput: its connector, and the copies of a step",
+        "a window hands over several steps; what a request has computed is known, not only bounded",
+    ),
+    Patch(
         "runner/drafter.py",
         "common.*",
         Kind.SET,

@@ -39,6 +39,7 @@ MAX_STOP_TOKEN_IDS = 128
 # KV connectors that a decode step has nothing to do for, by class. One of somebody's own says so of
 # itself: ``decodes_in_windows = True`` in its class.
 KV_CONNECTORS = {"vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector"}
+AUX_OUTPUTS = {"enable_return_routed_experts", "max_bytes"}  # the options of what we hand on
 SPECULATION_METHODS = ("draft_model", "eagle", "eagle3", "mtp", "ngram", "ngram_gpu")
 MOST_DRAFTS = MAX_STEPS // 2 - 1  # so that a window has room for two rounds
 # Attention backends that take the host's upper bound of a length for the length: after a window
@@ -73,7 +74,7 @@ def engine_reason(vllm_config: VllmConfig) -> str | None:
         (vllm_config.watermark_config is not None, Reason.WATERMARK),
         *_connector_reasons(vllm_config),
         (vllm_config.ec_transfer_config is not None, Reason.EC_CONNECTOR),
-        (vllm_config.aux_output_config.enabled, Reason.AUX_OUTPUT),
+        *_experts_reasons(vllm_config),
         (vllm_config.cache_config.kv_sharing_fast_prefill, Reason.FAST_PREFILL),
         (parallel.pipeline_parallel_size > 1, Reason.PIPELINE_PARALLEL),
         *_ranks_reasons(vllm_config),
@@ -145,6 +146,23 @@ def _connector_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
         (vllm_config.model_config.is_hybrid, f"{Reason.KV_CONNECTOR} with recurrent states"),
         (in_parallel, f"{Reason.KV_CONNECTOR} with tensor parallelism"),
         (not on_cpu, f"{Reason.KV_CONNECTOR} on a device that is not a CPU"),
+    )
+
+
+def _experts_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
+    """Options that windows with routed experts were not tried with, and other outputs like them."""
+    config = vllm_config.aux_output_config
+    if not config.enabled:
+        return ()
+    others = (
+        (vllm_config.speculative_config is not None, "with drafts"),
+        (vllm_config.kv_transfer_config is not None, "with a KV connector"),
+        (vllm_config.parallel_config.data_parallel_size > 1, "with data parallelism"),
+        (vllm_config.parallel_config.tensor_parallel_size > 1, "with tensor parallelism"),
+    )
+    return (
+        (vars(config).keys() - AUX_OUTPUTS != set(), Reason.AUX_OUTPUT),
+        *((applies, f"{Reason.AUX_OUTPUT} {words}") for applies, words in others),
     )
 
 

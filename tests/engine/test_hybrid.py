@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import engine_child
 import hybrid_child
+import numpy as np
 import pytest
 import standin_child
 import tiny_models
@@ -96,6 +96,16 @@ def differing(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[int, int
     ]
 
 
+def other_experts(have: dict[str, Any], want: dict[str, Any]) -> list[tuple[int, int]]:
+    """Phase and number of the requests with other experts, or without any."""
+    return [
+        (phase, number)
+        for phase, (ours, theirs) in enumerate(zip(have["phases"], want["phases"], strict=True))
+        for number, (a, b) in enumerate(zip(ours["experts"], theirs["experts"], strict=True))
+        if b is None or not np.array_equal(a, b)
+    ]
+
+
 def cached(result: dict[str, Any]) -> list[list[int]]:
     return [phase["cached"] for phase in result["phases"]]
 
@@ -142,15 +152,32 @@ def test_mixture_of_experts(compare: Any) -> None:
 
 
 def test_routed_experts(
-    oracle: EngineChild, fused: EngineChild, models: Callable[[str], str]
+    compare: Any, oracle: EngineChild, fused: EngineChild, models: Callable[[str], str]
 ) -> None:
-    """A window would not collect them: stock steps, by name, and the experts of stock."""
-    ask = hybrid_child.routed_experts, models("mixtral"), RETURNS_EXPERTS
-    have = fused.call(*ask)
+    """Of every token, in stock's order: cuts, answers found in the prefix cache, prompts that are
+    computed in pieces, so few blocks that requests are preempted, prompts that are left out.
+    """
+    few = RETURNS_EXPERTS | {"kv_cache_memory_bytes": 5 << 16}
+    many = Workload(seed=6, num_requests=10, max_tokens=(30, 120), arrives_by=10, phases=1)
+    results = compare(
+        "mixtral",
+        few,
+        replace(CUT, **AGAIN),
+        replace(SAMPLED, **AGAIN, decode_steps=2, experts_from=(0, 3, 5)),
+        replace(many, decode_steps="auto", cut_seed=3),
+    )
+    for result in results:
+        assert not other_experts(result, result["stock"])
+    assert sum(cached(results[0])[1]) >= 2 * 32
+    assert results[2]["phases"][0]["preemptions"] > 0
+    control = fused.call(hybrid_child.run_unkept, models("mixtral"), few, replace(CUT, **AGAIN))
+    assert not differing(control, results[0]["stock"])
+    assert other_experts(control, results[0]["stock"])
+
+    ask = hybrid_child.routed_experts, models("mixtral"), few
+    have = fused.call(*ask)  # nobody watches their tokens come
     assert have == oracle.call(*ask)
     assert all(len(experts) == 3 + len(tokens) - 1 for tokens, experts in have)
-    stats = fused.call(engine_child.window_stats)
-    assert stats["windows"] == 0 and set(stats["stock_steps"]) == {"auxiliary outputs"}
 
 
 def test_embeddings_for_each_layer(compare: Any) -> None:
@@ -238,6 +265,22 @@ def test_recorded_windows_with_a_prefix_cache(
         assert sum(cached(have)[1]) >= 2 * 32 and window_graphs(standin) > 0
         control = standin.call(hybrid_child.recorded_unmoved, form, workload)
         assert differing(control, want), form
+
+
+def test_recorded_windows_keep_their_experts(
+    standin: StandInChild, oracle: EngineChild, models: Callable[[str], str]
+) -> None:
+    """Each recorded step puts them in its place, whatever the form."""
+    options = SMALL | {"enable_prefix_caching": True, "enable_return_routed_experts": True}
+    standin.become({}, models("mixtral"), **options)
+    want = oracle.call(workload_child.run, models("mixtral"), options, FEW)
+    for form in FORMS[:-1]:
+        assert standin.call(standin_child.use_loop, form)["loop"] == form
+        have = standin.call(workload_child.answer, FEW)
+        assert not differing(have, want) and not other_experts(have, want), form
+        assert window_graphs(standin) > 0
+        control = standin.call(hybrid_child.recorded_unkept, form, FEW)
+        assert not differing(control, want) and other_experts(control, want), form
 
 
 @pytest.mark.exhaustive

@@ -168,6 +168,8 @@ def runner_class() -> Any:
             super().initialize_kv_cache(*args, **kwargs)
             if not hasattr(self, "stock_bytes"):  # the first time nothing is replaced
                 self.stock_bytes = GPU.live_bytes() - before - memory_of(self.kv_caches)
+            if self.aux_output_connector is not None:  # which asks vLLM's platform for the device
+                GPU.adopt(self.aux_output_connector._capturer.device_buffer)
 
     class StandInRunner(FusedStepRunner, Counted):
         def __init__(self, vllm_config: Any, device: torch.device) -> None:

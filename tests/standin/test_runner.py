@@ -82,6 +82,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         grammars=None,
         speculator=None,
         rounds=None,
+        experts=None,
+        aux_output_connector=None,
         model_config=SimpleNamespace(skip_tokenizer_init=False),
         graph_memory={},
         max_num_reqs=3,

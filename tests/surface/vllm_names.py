@@ -271,7 +271,7 @@ _ENGINE = {
             num_scheduled_tokens, total_num_scheduled_tokens, scheduled_spec_decode_tokens
             scheduled_new_reqs: NewRequestData
             scheduled_cached_reqs: CachedRequestData
-            preempted_req_ids, finished_req_ids
+            preempted_req_ids, finished_req_ids, aux_output_connector_metadata
             has_structured_output_requests, pending_structured_output_tokens
             +arrivals_seen, ends_at_stop, grammars, stock_step_reason, trace
         """,
@@ -328,7 +328,7 @@ _ENGINE = {
         """,
         "ModelRunnerOutput": """
             (req_ids=_, req_id_to_index=_, sampled_token_ids=_, logprobs=_, kv_connector_output=_)
-            req_ids, sampled_token_ids
+            req_ids, sampled_token_ids, aux_output_connector_output
             kv_connector_output: KVConnectorOutput
             +rounds, limit_reason
         """,

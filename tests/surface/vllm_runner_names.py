@@ -5,6 +5,26 @@ from __future__ import annotations
 GPU = "vllm.v1.worker.gpu"
 
 RUNNER = {
+    "vllm.distributed.aux_output_connector.connector": {"AuxRequestOutput": ""},
+    "vllm.distributed.aux_output_connector.worker": {
+        "AuxOutputWorkerConnector": """
+            begin_step(metadata)
+            prepare_output(input_batch) -> PendingAuxOutput
+            process_output(pending)
+            _capturer: RoutedExpertsCapturer
+            _requests: _WorkerRequestState
+        """,
+        "PendingAuxOutput": """
+            connector, query_start_loc, request_ids, token_starts
+            num_rejected, num_sampled, routed_experts
+            process_output()
+        """,
+        "_WorkerRequestState": "capture_cursor",
+    },
+    "vllm.model_executor.layers.fused_moe.routed_experts_capturer": {
+        "RoutedExpertsCapturer": "device_buffer, output_dtype_name, shape_per_token",
+    },
+    f"{GPU}.async_utils": {"AsyncOutput": "pending_aux_output"},
     "vllm.distributed.parallel_state": {
         "GroupCoordinator": "cpu_group, ranks, world_size",
         "get_dp_group": "() -> GroupCoordinator",
@@ -77,7 +97,8 @@ RUNNER = {
             def __init__(vllm_config, device)
             def load_model(*args, **kwargs)
             def initialize_kv_cache(kv_cache_config, *args, **kwargs)
-            adaptive_verification, aux_output_connector, fast_prefill, pcp_manager
+            adaptive_verification, fast_prefill, pcp_manager
+            aux_output_connector: AuxOutputWorkerConnector
             kv_connector: KVConnector
             pooling_runner, pp_handler, speculator, ubatch_runner
             def shutdown()

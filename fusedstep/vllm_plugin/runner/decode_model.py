@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from fusedstep.ops.types import WindowRows
 from fusedstep.vllm_plugin.runner.adapters import Adapters
 from fusedstep.vllm_plugin.runner.cross_attention import EncoderLengths, attends_across
+from fusedstep.vllm_plugin.runner.experts import RoutedExperts
 from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
 from fusedstep.vllm_plugin.runner.recurrent import RecurrentState, is_recurrent
 
@@ -69,11 +70,13 @@ class VllmDecodeModel:
         runner: GPUModelRunner,
         model_inputs: ModelInputs,
         rows: WindowRows,
+        experts: RoutedExperts | None = None,  # None: nobody asks for them
         *,
         use_graphs: bool,
     ) -> None:
         self.runner = runner
         self.model = runner.model
+        self.experts = experts
         self.model_inputs = model_inputs
         self.buffers = runner.input_buffers
         self.query_start_loc = torch.arange(
@@ -199,6 +202,8 @@ class VllmDecodeModel:
             hidden_states = self.runner.cudagraph_manager.run_pw_graph(self.model, self.inputs)
         else:
             hidden_states = self.runner.cudagraph_manager.run_fullgraph(self.graph)
+        if self.experts is not None:
+            self.experts.keep(self.num_rows)
         logits: torch.Tensor = self.model.compute_logits(hidden_states[: self.num_rows])
         return logits
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
 
     from fusedstep.counts import WindowCounts
+    from fusedstep.vllm_plugin.runner.experts import Outputs
     from fusedstep.vllm_plugin.runner.tracing import TracedStep
     from fusedstep.window.output import WindowTokens
 
@@ -34,10 +35,12 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
         counts: WindowCounts,
         kv_connector_output: KVConnectorOutput | None,
         limit: str | None = None,  # the reason of fewer steps than were reserved
+        experts: Outputs | None = None,  # None: nobody asks for them
     ) -> None:
         self.req_ids = list(scheduler_output.num_scheduled_tokens)
         self.tokens, self.live, self.counts = tokens, live, counts
         self.kv_connector_output, self.limit = kv_connector_output, limit
+        self.experts = experts
         self.trace: TracedStep | None = None
 
     def tell(self, trace: TracedStep) -> None:
@@ -65,6 +68,8 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
             logprobs=logprobs,
             kv_connector_output=self.kv_connector_output,
         )
+        if self.experts is not None:
+            output.aux_output_connector_output = self.experts(result.num_sampled)
         if self.limit is not None:
             report_limit(output, self.limit)
         if result.rounds is not None:

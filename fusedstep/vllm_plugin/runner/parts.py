@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from vllm.distributed.aux_output_connector.worker import AuxOutputWorkerConnector
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector, KVConnector
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
@@ -79,6 +80,7 @@ BATCH = {
     "num_common_prefix_blocks",
     "scheduled_encoder_input_stats",
     "kv_connector_metadata",
+    "aux_output_connector_metadata",
 }
 OTHER = tuple(field.name for field in fields(SchedulerOutput) if field.name not in BATCH)
 
@@ -101,11 +103,12 @@ def runner_reason(runner: GPUModelRunner) -> str | None:
         return f"{Reason.SAMPLER} {type(sampler.thinking_budget_state).__name__}"
     if type(runner.kv_connector) not in (KVConnector, ActiveKVConnector):
         return f"{Reason.KV_CONNECTOR} {type(runner.kv_connector).__name__}"
+    if type(runner.aux_output_connector) not in (type(None), AuxOutputWorkerConnector):
+        return f"{Reason.AUX_OUTPUT} of {type(runner.aux_output_connector).__name__}"
     if (reason := _speculation_reason(runner)) is not None:
         return reason
     others = (
         (runner.adaptive_verification, Reason.ADAPTIVE_VERIFICATION),
-        (runner.aux_output_connector, Reason.AUX_OUTPUT),
         (runner.fast_prefill, Reason.FAST_PREFILL),
         (runner.pcp_manager, Reason.PREFILL_CONTEXT_PARALLEL),
         (runner.pooling_runner, Reason.POOLING_MODEL),

@@ -22,6 +22,7 @@ from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import compat, reasons, stamps
 from fusedstep.vllm_plugin.grammar_tables import grammars_of
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
+from fusedstep.vllm_plugin.runner.experts import RoutedExperts, routed_by
 from fusedstep.vllm_plugin.runner.grammars import Grammars, StockSteps
 from fusedstep.vllm_plugin.runner.logprobs import Logprobs
 from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
@@ -95,6 +96,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.grammars: Grammars | None = None  # None: this engine takes no structured output
         self.reason: str | None = None  # of the step under way
         self.rounds: Rounds | None = None  # of speculative decoding
+        self.experts: RoutedExperts | None = None  # None: nobody asks for them
         if self.dp_size > 1 and self.engine_reason is None:
             self.ranks = self.stats.ranks = Ranks(self.dp_size, self.dp_rank)
         self.rotations: Counter[str] = Counter()  # layers by what became of ``--rope fused``
@@ -167,6 +169,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if not hasattr(self, "arrivals"):  # made once: a GPU's driver keeps its page
             self.arrivals = arrival_counter(self.vllm_config)
         self.windows = WindowState.allocate(self.max_num_reqs, MAX_STEPS, self.device)
+        if self.aux_output_connector is not None:
+            self.experts = RoutedExperts(self.aux_output_connector, self.windows.rows)
         on_cpu = self.device.type == "cpu"
         self.pace: Pace = HostPace() if on_cpu else AheadPace()
         if self.ranks is not None:
@@ -215,7 +219,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         rows = self.windows.rows
         model_inputs = ModelInputs(self, self.tables, rows.idx_mapping)
         self.decode_model = VllmDecodeModel(
-            self, model_inputs, rows, use_graphs=loop != LoopForm.EAGER
+            self, model_inputs, rows, self.experts, use_graphs=loop != LoopForm.EAGER
         )
         parts = LoopParts(
             self.decode_model,
@@ -273,7 +277,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         """Run the staged window, or finish the stock step."""
         if self.staged is None:
-            return super().sample_tokens(grammar_output)
+            return routed_by(self.experts, super().sample_tokens(grammar_output))
         staged, self.staged = self.staged, None
         slot, is_ours = staged.slot, staged.ops is self.ops
         if self.rounds is not None:
@@ -307,6 +311,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             self.stats.counts,
             received,
             Reason.OTHER_RANKS if staged.agreement and staged.agreement.is_cut else None,
+            None if self.experts is None else self.experts.fetch(slot, self.copy_stream),
         )
 
     def sample(
@@ -402,6 +407,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         live = np.flatnonzero(~self.tables.stopped_np[rows])
         rows, steps_allowed = rows[live], steps_allowed[live]
         self.tables.static.refresh()
+        if self.experts is not None:
+            self.experts.stage(scheduler_output, self.req_states, rows)
         if self.rounds is not None:
             self._stage_rounds(scheduler_output, rows, steps_allowed, live)
             return
