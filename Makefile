@@ -6,7 +6,8 @@ VARIANT ?= auto
 VLLM ?=
 BIN := .venv/bin
 TYPES := build/types
-# Tests that start processes for long have the machine to themselves; the others run on several cores.
+# Tests that start engines run apart from the others, two at a time. An engine has one thread, on any
+# core: vLLM would pin each to the first.
 ENGINES := tests/engine tests/frontend/test_server.py tests/standin/test_copies.py \
 	tests/standin/test_engine.py tests/libcuda
 
@@ -43,7 +44,8 @@ else ifneq ($(ARGS),)
 else
 	@failed=0; \
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ENGINES:%=--ignore=%) || failed=1; \
-	$(BIN)/pytest $(ENGINES) || failed=1; \
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	$(BIN)/pytest --numprocesses auto --maxprocesses 2 --dist loadfile $(ENGINES) || failed=1; \
 	exit $$failed
 endif
 

@@ -57,6 +57,38 @@ def test_workflow_runs_lint_and_tests_on_a_cpu() -> None:
         assert _make(*arguments)
 
 
+def test_engines_have_a_phase_of_their_own_in_two_streams() -> None:
+    """An engine has one thread, on any core; all others run before, and no file in both."""
+    recipe = _make("test").replace("\\\n", " ").splitlines()
+    (line,) = (line for line in recipe if line.count("bin/pytest ") == 2)
+    others, engines = (part.split(";")[0].split() for part in line.split("bin/pytest ")[1:])
+    named = [word for word in engines if word.startswith("tests/")]
+    assert [f"--ignore={name}" for name in named] == [w for w in others if "--ignore" in w]
+    assert "tests/engine" in named and all((ROOT / name).exists() for name in named)
+    assert "OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind" in " ".join(line.split())
+    assert "--dist loadfile" in " ".join(engines)
+
+
+def test_tests_that_share_engines_are_one_group(tmp_path: Path) -> None:
+    """As their files say, since the process that deals them out has not collected them."""
+    from engine.conftest import group
+
+    files = {
+        "test_a.py": "def test_a(client: object) -> None:\n    pass",
+        "test_b.py": "@fixture\ndef both_of(model: str, fused: object) -> None:\n    pass",
+        "test_c.py": "def helper(fused: int, server: int) -> None:\n    pass",
+        "test_d.py": "def test_d(model: str, server_of: str) -> None:\n    pass",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert [group(tmp_path, name) for name in files] == ["server", "children", *[*files][2:]]
+    real = [path.name for path in (ROOT / "tests/engine").glob("test_*.py")]
+    groups = {name: group(ROOT, f"tests/engine/{name}") for name in real}
+    assert groups["test_server.py"] == groups["test_examples.py"] == "server"
+    assert groups["test_features.py"] == groups["test_sampling.py"] == "children"
+    assert groups["test_cli.py"] == "tests/engine/test_cli.py"
+
+
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
 def test_issue_form_is_whole(path: Path) -> None:
     """What the host asks of a form, so that it is shown."""

@@ -1,10 +1,16 @@
-"""One server for the whole session, and two processes for engines one after the other."""
+"""One server for the whole session, and processes for engines one after the other.
+
+In two streams, what shares them is one group, so that they are there once: each is GiBs and many
+seconds of imports. Every other file is a group of its own.
+"""
 
 from __future__ import annotations
 
+import ast
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,34 @@ import pytest
 from engine_child import EngineChild
 from features_child import CONFIG, OPTIONS, Ask, FeatureChild
 from serving import FUSEDSTEP, KV_CACHE, SMALL, TOOLS, Server
+from xdist.scheduler import LoadFileScheduling
+
+SHARED = {"server": {"server", "client"}, "children": {"oracle", "fused", "compare", "both"}}
+
+
+class Streams(LoadFileScheduling):
+    """Whole files in several streams; those that take the same of ``SHARED`` are one group."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(self.config.rootpath, super()._split_scope(nodeid))
+
+
+@cache
+def group(root: Path, file: str) -> str:
+    """The first of ``SHARED`` that a test or a fixture of the file takes; or the file itself."""
+    functions = [
+        node
+        for node in ast.parse((root / file).read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and (node.name.startswith("test_") or node.decorator_list)
+    ]
+    taken = {parameter.arg for node in functions for parameter in node.args.args}
+    return next((name for name, fixtures in SHARED.items() if fixtures & taken), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return Streams(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The examples, and what the pages show: Python, requests by curl, vLLM's own server.
 
-What has an engine of its own is started at once: most of a start is imports, one after the other.
+One engine at a time: each takes GiBs, and another stream of tests has its own.
 """
 
 from __future__ import annotations
@@ -44,60 +44,29 @@ ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
-def _start(*command: str, log: Path) -> subprocess.Popen[str]:
-    with log.open("w") as file:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=log.parent,
-            env=os.environ | ENV | ONE_PROCESS,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-        )
+def _output(folder: Path, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | ENV | ONE_PROCESS,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory, model: str) -> Iterator[Server]:
+@pytest.fixture
+def plain(tmp_path: Path, model: str) -> Iterator[Server]:
     """vLLM's own server; ``python`` is that of this environment."""
-    folder = tmp_path_factory.mktemp("plain")
     env = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDSTEP")}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     command = ("bash", str(EXAMPLES / "plain_vllm.sh"), model)
-    server = Server(folder / "log", *SMALL, command=command, env=env)
+    server = Server(tmp_path / "log", *SMALL, command=command, env=env)
     yield server
     server.kill()
-
-
-@pytest.fixture(scope="module")
-def started(
-    tmp_path_factory: pytest.TempPathFactory, model: str, plain: Server
-) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """The examples that have an engine, and the Python of the pages, by name."""
-    folder = tmp_path_factory.mktemp("examples")
-    rollout = ("--rounds=2", "--answers=2", "--max-tokens=8")
-    lines = {
-        "offline_batch.py": [str(EXAMPLES / "offline_batch.py")],
-        "rl_rollout.py": [str(EXAMPLES / "rl_rollout.py"), *rollout],
-    }
-    for number, block in enumerate(PYTHON):
-        script = folder / f"block_{number}.py"
-        script.write_text(re.sub(r'\bLLM\(\s*"[^"]*"', f'LLM("{model}"', block.text))
-        lines[block.where] = [str(script)]
-    running = {
-        name: _start(*line, log=folder / f"{number}.log")
-        for number, (name, line) in enumerate(lines.items())
-    }
-    yield running
-    for process in running.values():
-        process.kill()
-        process.communicate()
-
-
-def _output(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, out
-    return out
 
 
 def test_every_example_is_run() -> None:
@@ -145,9 +114,7 @@ def test_plain_vllm_of_the_pages_is_the_example() -> None:
         assert " ".join(example).replace("'", "") == " ".join(command.words), command.where
 
 
-def test_plain_vllm_decodes_in_windows(
-    plain: Server, started: dict[str, subprocess.Popen[str]]
-) -> None:
+def test_plain_vllm_decodes_in_windows(plain: Server) -> None:
     plain.wait_until_up()
     with openai.OpenAI(base_url=f"{plain.url}/v1", api_key="none", max_retries=0) as client:
         name = client.models.list().data[0].id
@@ -160,18 +127,18 @@ def test_plain_vllm_decodes_in_windows(
     assert 1 <= windows.windows < windows.steps == 32
 
 
-def test_offline_batch(started: dict[str, subprocess.Popen[str]]) -> None:
-    *answers, stats = _output(started["offline_batch.py"]).splitlines()[-5:]
+def test_offline_batch(tmp_path: Path) -> None:
+    *answers, stats = _output(tmp_path, str(EXAMPLES / "offline_batch.py")).splitlines()[-5:]
     assert f"{PROMPT!r} -> ' Paris" in answers[0]
     steps, windows = map(int, re.findall(r"\d+", stats))
     assert steps > 4 * windows > 0
 
 
-def test_rl_rollout_samples_from_the_new_weights(
-    started: dict[str, subprocess.Popen[str]],
-) -> None:
+def test_rl_rollout_samples_from_the_new_weights(tmp_path: Path) -> None:
     """Engine and trainer agree in every round, though training moved what they agree about."""
-    rounds = [line for line in _output(started["rl_rollout.py"]).splitlines() if "round" in line]
+    rollout = ("--rounds=2", "--answers=2", "--max-tokens=8")
+    said = _output(tmp_path, str(EXAMPLES / "rl_rollout.py"), *rollout)
+    rounds = [line for line in said.splitlines() if "round" in line]
     found = [[float(x) for x in re.findall(r"\d\.\de[-+]\d+", line)] for line in rounds]
     assert len(found) == 2
     for differ, moved in found:
@@ -179,5 +146,7 @@ def test_rl_rollout_samples_from_the_new_weights(
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.where)
-def test_python_of_a_page(block: Block, started: dict[str, subprocess.Popen[str]]) -> None:
-    assert _output(started[block.where]).strip()
+def test_python_of_a_page(block: Block, tmp_path: Path, model: str) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(re.sub(r'\bLLM\(\s*"[^"]*"', f'LLM("{model}"', block.text))
+    assert _output(tmp_path, str(script)).strip()
