@@ -27,6 +27,13 @@ PATCHES = (
     ),
     Patch(
         "scheduler/door.py",
+        "EngineCoreProc._reject_add_while_paused",
+        Kind.REPLACED,
+        "EngineCoreProc._reject_add_while_paused, since vLLM 0.33",
+        "a request that was announced and is rejected is on its way no more: windows go on",
+    ),
+    Patch(
+        "scheduler/door.py",
         "EngineCore.preprocess_add_request",
         Kind.REPLACED,
         "EngineCore.preprocess_add_request",

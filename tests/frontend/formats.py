@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fusedstep.vllm_plugin.compat import release_of, vllm_version
+
 JSON = '{"city": "Paris", "days": 3}'
 CALL = f'{{"name": "get_weather", "arguments": {JSON}}}'
 CALL_2 = '{"name": "get_weather", "arguments": {"city": "Rome", "days": 4}}'
@@ -34,6 +36,18 @@ def _wide(text: str) -> str:
 
 def _plamo(text: str) -> str:
     return text.replace("<", "<|plamo:").replace(">", ":plamo|>")
+
+
+MUSE_CALL = (
+    " to=user<|message|>I look.<|eom|><|start|>assistant to=get_weather<|message|>"
+    '<atem:function_calls><atem:invoke name="get_weather"><atem:parameter name="city">Paris'
+    '</atem:parameter><atem:parameter name="days">3</atem:parameter></atem:invoke>'
+    "</atem:function_calls><|eot|>"
+)
+MUSE_THINKS = (
+    " to=self<|message|>The sea is deep.<|eom|><|start|>assistant to=user<|message|>"
+    "It is deep.<|eot|>"
+)
 
 
 TOOLS = {
@@ -115,12 +129,9 @@ TOOLS = {
         "]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>"
     ),
     "mistral": f"I look.[TOOL_CALLS][{CALL}, {CALL_2}]",
-    "muse_glimmer": (
-        " to=user<|message|>I look.<|eom|><|start|>assistant to=get_weather<|message|>"
-        '<atem:function_calls><atem:invoke name="get_weather"><atem:parameter name="city">Paris'
-        '</atem:parameter><atem:parameter name="days">3</atem:parameter></atem:invoke>'
-        "</atem:function_calls><|eot|>"
-    ),
+    "muse": MUSE_CALL,
+    "muse_glimmer": MUSE_CALL,
+    "musespark1x": MUSE_CALL,
     "olmo3": (
         '<function_calls>get_weather(city="Paris", days=3)\nget_weather(city="Rome", days=4)'
         "</function_calls>"
@@ -149,6 +160,7 @@ TOOLS = {
         "<|tool_call_end|><|tool_calls_end|>"
     ),
     "step3p5": f"I look.\n{QWEN}",
+    "step5": f"I look.\n{QWEN}",
     "xlam": f"[{CALL}, {CALL_2}]",
 }
 THINK = "<think>The sea is\n deep.</think>It is deep."
@@ -184,10 +196,9 @@ REASONING = {
     "minimax_m2_append_think": "The sea is deep.</think>It is deep.",
     "minimax_m3": "<mm:think>The sea is deep.</mm:think>It is deep.",
     "mistral": "[THINK]The sea is deep.[/THINK]It is deep.",
-    "muse_glimmer": (
-        " to=self<|message|>The sea is deep.<|eom|><|start|>assistant to=user<|message|>"
-        "It is deep.<|eot|>"
-    ),
+    "muse": MUSE_THINKS,
+    "muse_glimmer": MUSE_THINKS,
+    "musespark1x": MUSE_THINKS,
     "nemotron_v3": THINK,
     "olmo3": "<think>The sea is deep.</think>It is deep.",
     "openai_gptoss": (
@@ -200,6 +211,7 @@ REASONING = {
     "seed_oss": THINK.replace("think>", "seed:think>"),
     "step3": "The sea is deep.</think>It is deep.",
     "step3p5": "<think>\nThe sea is deep.\n</think>\nIt is deep.",
+    "step5": THINK,
 }
 
 # Parsers that cannot be made here, and what they say.
@@ -208,6 +220,8 @@ CANNOT = {
     "tool:cohere_command4": "requires the `cohere_melody` package",
     "reasoning:cohere_command3": "requires the `cohere_melody` package",
     "reasoning:cohere_command4": "requires the `cohere_melody` package",
+    "tool:beam": "requires `response_template` metadata in the tokenizer",
+    "reasoning:beam": "requires `response_template` metadata in the tokenizer",
     "tool:hf": "requires `response_template` metadata in the tokenizer",
     "reasoning:hf": "requires `response_template` metadata in the tokenizer",
 }
@@ -232,3 +246,11 @@ NEED_SINGLE_TOKENS = (
     "reasoning:granite",
     "reasoning:olmo3",
 )
+
+NEW = ("beam", "muse", "musespark1x", "step5")  # parsers that vLLM 0.32 has not
+if release_of(vllm_version() or "0.32") < (0, 33):
+    for parser in NEW:
+        for texts in (TOOLS, REASONING):
+            texts.pop(parser, None)
+        for kind in ("tool", "reasoning"):
+            CANNOT.pop(f"{kind}:{parser}", None)

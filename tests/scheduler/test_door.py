@@ -48,6 +48,23 @@ def test_who_is_on_the_way_leaves_one_step(door: Door) -> None:
     assert door.seen(before + 1) == before + 1 and door.counter.exceeds(before)
 
 
+@pytest.mark.parametrize(
+    ("rejected", "left", "outside"),
+    ((True, False, set()), (False, False, {"a"}), (True, True, {"a"})),
+    ids=("rejected", "taken", "passed on"),
+)
+def test_who_is_rejected_is_on_the_way_no_more(
+    door: Door, rejected: bool, left: bool, outside: set[str]
+) -> None:
+    """vLLM 0.33 does so while it is paused. One whose KV has to be freed goes to the scheduler."""
+    reject = arrivals._shuts_the_door(lambda _, __: rejected)
+    door.announce_request("a")
+    core = SimpleNamespace(scheduler=SimpleNamespace(door=door))
+    assert reject(core, SimpleNamespace(request_id="a", abort_immediately=left)) is rejected
+    assert door.outside == outside
+    assert reject(SimpleNamespace(scheduler=None), None) is rejected  # stock's scheduler
+
+
 def test_an_id_comes_again_before_its_abort_is_with_the_scheduler(door: Door) -> None:
     for _ in range(2):
         door.announce_request("a")

@@ -217,7 +217,10 @@ _ENGINE = {
             def preprocess_add_request(request)
             scheduler, aborts_queue, model_executor
         """,
-        "EngineCoreProc": "run_busy_loop",
+        "EngineCoreProc": """
+            run_busy_loop
+            def _reject_add_while_paused(request) since 0.33
+        """,
         "DPEngineCoreProc": "run_busy_loop",
     },
     "vllm.v1.request": {

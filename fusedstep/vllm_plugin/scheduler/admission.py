@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import RequestStatus
 
+from fusedstep.vllm_plugin.compat import release_of, vllm_version
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 STARTABLE = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+# vLLM 0.32 counts the LoRA adapters of the requests that it schedules, 0.33 those of all that run.
+COUNTS_SCHEDULED = release_of(vllm_version() or "0.33") < (0, 33)
 
 
 class Admission:
@@ -88,11 +92,11 @@ class Admission:
 
     @contextmanager
     def adapters_keep_their_places(self, ending: list[Request]) -> Iterator[None]:
-        """``ending`` sit this turn out, but may come back: vLLM counts the LoRA adapters of the
-        requests that it schedules, and would give away the places of theirs."""
+        """``ending`` sit this turn out, but may come back: vLLM 0.32 would give away the places of
+        their LoRA adapters."""
         scheduler = self.scheduler
         config = scheduler.lora_config
-        if not config:
+        if not config or not COUNTS_SCHEDULED:
             yield
             return
         others = _adapters(request for request in scheduler.running if request not in ending)

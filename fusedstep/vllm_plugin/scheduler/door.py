@@ -117,6 +117,21 @@ def announce_arrivals() -> None:
     # In a process of its own the engine core loads plug-ins within its own __init__.
     EngineCoreProc.run_busy_loop = _opens_door(EngineCoreProc.run_busy_loop)
     DPEngineCoreProc.run_busy_loop = _opens_door(DPEngineCoreProc.run_busy_loop)
+    if reject := getattr(EngineCoreProc, "_reject_add_while_paused", None):  # since vLLM 0.33
+        EngineCoreProc._reject_add_while_paused = _shuts_the_door(reject)
+
+
+def _shuts_the_door(stock: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    """A request that is rejected never gets to the scheduler: it is on its way no more."""
+
+    def _reject_add_while_paused(self: Any, request: Any) -> bool:
+        rejected = stock(self, request)
+        door = getattr(self.scheduler, "door", None)
+        if rejected and door is not None and not request.abort_immediately:
+            door.received(request.request_id)
+        return rejected
+
+    return _reject_add_while_paused
 
 
 def _opens_door(stock: Callable[[Any], None]) -> Callable[[Any], None]:
