@@ -63,6 +63,7 @@ class Engine:
             heapq.heappush(self.events, (spec.arrives, n, "add"))
             if spec.aborted_after is not None:
                 heapq.heappush(self.events, (spec.arrives + spec.aborted_after, n, "end"))
+        self.left: set[int] = set()  # numbers of requests whose client has sent an abort
         self.input: deque[tuple[str, int]] = deque()
         self.aborts: queue.Queue[list[str]] = queue.Queue()
         self.queue: deque[Batch] = deque()  # oldest first
@@ -112,6 +113,7 @@ class Engine:
                     forget_aborts(self.aborts, req_id)
                     self.scheduler.door.announce_request(req_id)
             else:
+                self.left.add(number)
                 self.aborts.put_nowait([req_id])
                 if self.fused:
                     self.scheduler.announce_abort([req_id])
@@ -211,7 +213,7 @@ class Engine:
         if spec.stop_string in answer.tokens:
             del answer.tokens[answer.tokens.index(spec.stop_string) + 1 :]
             answer.reason = "stop"
-            if output.finish_reason is None:
+            if output.finish_reason is None and number not in self.left:
                 heapq.heappush(self.events, (now, number, "end"))
                 self._arrive()
         elif output.finish_reason is not None:
