@@ -154,6 +154,15 @@ def test_an_arrival_ends_the_windows(asynchronous: bool) -> None:
     assert engine.turns < 60
 
 
+def test_a_client_that_has_left_ends_no_other_request() -> None:
+    """It sends one abort. Its token that would end it comes when another has its id by then."""
+    leaves = spec(0, 2, 41, aborted_after=3)
+    leaves = replace(leaves, stop_string=expected(leaves, 400)[0][0])
+    specs = leaves, spec(3, 15, reuses=0)
+    trace = Trace(specs, max_num_batched_tokens=40, lag=1, decode_steps="auto")
+    assert compare(trace).problems == []
+
+
 @pytest.mark.parametrize("by_priority", [False, True])
 def test_a_full_house_ends_at_the_first_stop(by_priority: bool) -> None:
     """The stop is in nobody's sight: the place is taken at once all the same."""
