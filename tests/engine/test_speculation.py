@@ -47,6 +47,11 @@ GREEDY = [n for n, (_, fields, _) in enumerate(REQUESTS) if "temperature" not in
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"prompt_lookup_max": 3, "prompt_lookup_min": 1},
     "draft_model": {"model": "draft"},
+    "drawn": {  # its drafts are drawn, and verified with their logits
+        "method": "draft_model",
+        "model": "draft",
+        "draft_sample_method": "probabilistic",
+    },
     "eagle": {"model": "eagle"},
     "eagle3": {"model": "eagle3"},
     "mtp": {},
@@ -171,7 +176,7 @@ def check_on_the_stand_in(
         graphs, steps = have["graphs"], have["counts"]["steps"]
         assert graphs["full"] >= steps if is_full else not graphs["full"]
         # vLLM itself launches a draft model call by call.
-        is_recorded = is_full and method == "draft_model"
+        is_recorded = is_full and METHODS.get(method, {}).get("model") == "draft"
         assert graphs["drafts"] >= steps if is_recorded else not graphs["drafts"]
     assert waits == {"an event"}, "of the pace; nothing else is waited for"
 
