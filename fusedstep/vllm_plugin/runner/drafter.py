@@ -150,9 +150,14 @@ class DraftModel:
         )
         self.back = torch.zeros(size, dtype=torch.int32, device=device)
         self.graphs: dict[int, Graph] = {}  # by rows with padding
+        self.read_by_graphs: list[_Forward | None] = []  # their tensors must stay where they are
         self.num_rows = 0
         self.first: _Forward | None = None
         self.next: _Forward | None = None
+        # The kernel is compiled before a request waits for it. No row is active.
+        drafts = self.speculator.draft_tokens
+        ops.place(rows, 1, self.inputs, self.width, drafts, 0, back=self.back[:1])
+        ops.place(rows, 1, self.inputs, 1, drafts, 1, ahead=1)
 
     def padded(self, num_reqs: int) -> int:
         return next((n for n in sorted(self.graphs) if n >= num_reqs), num_reqs)
@@ -184,6 +189,7 @@ class DraftModel:
         self.speculator.idx_mapping.fill_(-1)
         self._plan(num_rows)
         self._draft(num_rows)
+        self.read_by_graphs += [self.first, self.next]
         self.graphs[num_rows] = recorder.record(partial(self._draft, num_rows))
 
     def _plan(self, num_rows: int) -> None:

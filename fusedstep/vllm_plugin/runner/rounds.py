@@ -82,8 +82,9 @@ class Rounds:
         self.drafter = make_drafter(runner, ops, rows)
         self.outputs = tuple(RoundTokens(max_num_reqs, self.width, device) for _ in range(2))
         self.output = self.outputs[0]  # of the window that runs
-        # Its kernel is compiled before a request waits for it. No row is active.
+        # Kernels are compiled before a request waits for them. No row is active.
         ops.accept(self.output.tokens[0, :1], self.output.num_tokens[0, :1], rows, 1)
+        ops.place(rows, 1, self.inputs, self.width, self.drafts, self.num_drafts)
         self.use_graphs = use_graphs
         self.graph: Any = None  # of vLLM, for this window's batch
         # Without vLLM's kernels for drafts, which cost the host more than the device.
@@ -149,6 +150,7 @@ class Rounds:
         """The host launches each draft."""
         assert isinstance(self.drafter, DraftModel)
         self.drafter.graphs.clear()
+        self.drafter.read_by_graphs.clear()
 
     def begin(self, num_rows: int) -> None:
         runner, num_reqs = self.runner, len(self.reqs)
