@@ -35,7 +35,7 @@ from ops.options import (
 )
 from ops.world import build_world, random_logits
 
-from fusedstep.ops import attention, reference, triton_step
+from fusedstep.ops import attention, reference, triton_scratch, triton_step
 from fusedstep.ops.attention import MAX_QUERY_LEN, DecodeAttention, DeviceLimits
 from fusedstep.ops.rotation import rotate_launch
 from fusedstep.ops.triton_step import TritonStep
@@ -64,9 +64,11 @@ def small_blocks() -> Iterator[None]:
     """Kernels launched inside have several programs where the shipped sizes would need one."""
     with (
         patch.object(triton_step, "SAMPLE_BLOCKS", (BLOCK, BLOCK)),
+        patch.object(triton_scratch, "SAMPLE_BLOCKS", (BLOCK, BLOCK)),
         patch.object(triton_step, "TRUNCATE_BLOCKS", (BLOCK, BLOCK)),
         patch.object(triton_step, "CONSTRAIN_BLOCK", BLOCK),
         patch.object(triton_step, "CANDIDATES", CANDIDATES),
+        patch.object(triton_scratch, "CANDIDATES", CANDIDATES),
         patch.object(attention, "MIN_SHARE", 16),
     ):
         yield

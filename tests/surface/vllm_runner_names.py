@@ -24,7 +24,6 @@ RUNNER = {
     "vllm.model_executor.layers.fused_moe.routed_experts_capturer": {
         "RoutedExpertsCapturer": "device_buffer, output_dtype_name, shape_per_token",
     },
-    f"{GPU}.async_utils": {"AsyncOutput": "pending_aux_output"},
     "vllm.distributed.parallel_state": {
         "GroupCoordinator": "cpu_group, ranks, world_size",
         "get_dp_group": "() -> GroupCoordinator",

@@ -43,7 +43,7 @@ class RoutedExperts:
     def __init__(self, connector: AuxOutputWorkerConnector, rows: WindowRows) -> None:
         capturer = connector._capturer
         self.connector, self.rows = connector, rows
-        self.captured = capturer.device_buffer  # [max_num_tokens, num_layers, top_k] int32
+        self.captured = capturer.device_buffer  # [max_num_tokens, layers, experts of a token] int32
         self.shape = capturer.shape_per_token
         self.numpy_dtype = np.dtype(capturer.output_dtype_name)
         self.dtype = DTYPES[capturer.output_dtype_name]
