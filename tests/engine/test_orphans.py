@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -120,10 +121,11 @@ def check(result: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory, model: str) -> dict[Any, Any]:
-    """What each of ``SOME`` leaves, two at a time."""
-    root = tmp_path_factory.mktemp("commands")
-    with ThreadPoolExecutor(2) as pool:
+def ended(model: str) -> dict[Any, Any]:
+    """What each of ``SOME`` leaves, two at a time. vLLM's sockets are in the folder: 107 bytes is
+    all that a path may have, and pytest's are long where it runs in several streams."""
+    with TemporaryDirectory(prefix="c") as folder, ThreadPoolExecutor(2) as pool:
+        root = Path(folder)
         return dict(zip(SOME, pool.map(lambda case: run(root, model, *case), SOME), strict=True))
 
 

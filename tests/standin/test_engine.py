@@ -127,7 +127,7 @@ def test_batches_of_no_capture_size(
         assert (stats["loop"], set(stats["stock_steps"])) == (form, {"prefill"})
         recorded = logprobs is None and form != "eager"
         forwards = 1 if recorded else 1 + stats["steps"]  # the prefill's, too
-        replays = {"full": 0, "pieces": 0, "windows": recorded * stats["windows"]}
+        replays = {"full": 0, "pieces": 0, "windows": recorded * stats["windows"], "drafts": 0}
         assert stats["steps"] == 19 and stats["windows"] == 3
         assert stats["replays"] == replays | {kind: graphs * forwards}
 
