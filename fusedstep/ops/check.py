@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedstep.errors import TensorError
-from fusedstep.ops.types import GrammarState, StepState, TokenInputs, WindowRows, dtypes
+from fusedstep.ops.types import GrammarState, RowTokens, StepState, TokenInputs, WindowRows, dtypes
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -97,8 +97,9 @@ def check_token_inputs(out: TokenInputs, device: torch.device) -> None:
     _expect("slot_mappings", out.slot_mappings, 1, len(out.input_ids))
 
 
-def check_place(out: TokenInputs, drafts: torch.Tensor, num_reqs: int, width: int) -> None:
-    """Raise TensorError unless there is room for ``width`` tokens of ``num_reqs`` rows."""
+def check_place(out: TokenInputs, tokens: RowTokens, num_reqs: int) -> None:
+    """Raise TensorError unless there is room for these tokens of ``num_reqs`` rows."""
+    drafts, width = tokens.drafts, tokens.width
     if drafts.dtype != torch.int64 or len(drafts) < num_reqs:
         rows = f"{len(drafts)} rows of {drafts.dtype}"
         raise TensorError(f"drafts: {rows}, expected {num_reqs} of torch.int64")

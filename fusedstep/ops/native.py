@@ -29,6 +29,7 @@ from fusedstep.ops.types import (
     BatchNeeds,
     GrammarState,
     RequestState,
+    RowTokens,
     SamplingState,
     StepInputs,
     StepState,
@@ -229,44 +230,30 @@ class NativeStep:
             num_reqs, tokens.numpy(), num_tokens.numpy(), views, self._requests, self._stop
         )
 
-    def place(
-        self,
-        rows: WindowRows,
-        num_reqs: int,
-        out: TokenInputs,
-        width: int,
-        drafts: torch.Tensor,  # [num_reqs or more, d] int64
-        num_drafts: int,
-        *,
-        back: torch.Tensor | None = None,  # [num_reqs] int32
-        ahead: int = 0,
-    ) -> None:
-        """Write ``width`` tokens of each row: from its last sampled one on, or ``back[b]`` before
-        it, or ``ahead`` of it. Behind it come the first ``num_drafts`` of ``drafts[b]``, then 0.
-
-        Positions and lengths end at max_model_len. What lies behind the rows is padding.
-        """
-        check_place(out, drafts, num_reqs, width)
+    def place(self, rows: WindowRows, num_reqs: int, out: TokenInputs, tokens: RowTokens) -> None:
+        """Write these tokens of each row. What lies behind the rows is padding."""
+        check_place(out, tokens, num_reqs)
+        width, drafts, num_drafts, back, ahead = tokens
         views = self._views_of(rows, num_reqs)
         placed = self._placed.get(id(out))
         if placed is None:
             check_token_inputs(out, CPU)
             placed = self._placed[id(out)] = (out, _views(TokenInputsViews, out))
-        tokens = placed[1]
+        placed_views = placed[1]
         going_back = _NONE if back is None else back.numpy()
         native_rows.place_tokens(
             *(num_reqs, width, drafts.numpy(), num_drafts, going_back, ahead),
-            *(views, self._requests, tokens),
+            *(views, self._requests, placed_views),
         )
         for number, group in enumerate(self._groups):
             native_rows.map_token_slots(
                 num_reqs,
                 width,
                 views.active,
-                tokens.positions,
+                placed_views.positions,
                 group.input_block_table,
                 group.block_size,
-                tokens.slot_mappings[number],
+                placed_views.slot_mappings[number],
             )
 
     def _map_slots(self, views: Any, num_reqs: int) -> None:
@@ -308,7 +295,7 @@ def warm_up(vocab_size: int, dtype: torch.dtype, num_groups: int = 1) -> None:
 
 def _warm_up_place(step: NativeStep, rows: WindowRows, num_groups: int) -> None:
     out = TokenInputs.allocate(1, 2, num_groups, CPU)
-    step.place(rows, 1, out, 2, torch.zeros(1, 1, dtype=torch.int64), 1)
+    step.place(rows, 1, out, RowTokens(2, torch.zeros(1, 1, dtype=torch.int64), 1))
 
 
 def _smallest_step(vocab_size: int, num_groups: int) -> tuple[NativeStep, WindowRows]:

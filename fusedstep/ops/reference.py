@@ -17,6 +17,7 @@ from fusedstep.ops.types import (
     BatchNeeds,
     GrammarState,
     RequestState,
+    RowTokens,
     SamplingState,
     StepState,
     StopState,
@@ -110,23 +111,9 @@ class ReferenceStep:
                 rows.active[batch_idx] = False
                 rows.num_active.sub_(rows.stop_weight)
 
-    def place(
-        self,
-        rows: WindowRows,
-        num_reqs: int,
-        out: TokenInputs,
-        width: int,
-        drafts: torch.Tensor,
-        num_drafts: int,
-        *,
-        back: torch.Tensor | None = None,
-        ahead: int = 0,
-    ) -> None:
-        """Write ``width`` tokens of each row: from its last sampled one on, or ``back[b]`` before
-        it, or ``ahead`` of it. Behind it come the first ``num_drafts`` of ``drafts[b]``, then 0.
-
-        Positions and lengths end at max_model_len.
-        """
+    def place(self, rows: WindowRows, num_reqs: int, out: TokenInputs, tokens: RowTokens) -> None:
+        """Write these tokens of each row."""
+        width, drafts, num_drafts, back, ahead = tokens
         inputs, max_len = self.inputs, self.requests.all_token_ids.shape[1]
         out.seq_lens[num_reqs:] = 0
         out.slot_mappings[:, num_reqs * width :] = PAD_SLOT_ID

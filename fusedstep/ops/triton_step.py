@@ -50,6 +50,7 @@ from fusedstep.ops.types import (
     BatchNeeds,
     GrammarState,
     RequestState,
+    RowTokens,
     SamplingState,
     StepState,
     StopState,
@@ -221,48 +222,27 @@ class TritonStep:
         }
         return (Launch(accept_kernel, (num_reqs,), args, {}, num_warps=1),) * (num_reqs > 0)
 
-    def place(
-        self,
-        rows: WindowRows,
-        num_reqs: int,
-        out: TokenInputs,
-        width: int,
-        drafts: torch.Tensor,
-        num_drafts: int,
-        *,
-        back: torch.Tensor | None = None,
-        ahead: int = 0,
-    ) -> None:
-        """Write the tokens of a round's forward, or of its drafter's; see ``NativeStep``."""
-        arguments = rows, num_reqs, out, width, drafts, num_drafts
-        for launch in self.place_launches(*arguments, back=back, ahead=ahead):
+    def place(self, rows: WindowRows, num_reqs: int, out: TokenInputs, tokens: RowTokens) -> None:
+        """Write these tokens of each row: those of a round's forward, or of its drafter's."""
+        for launch in self.place_launches(rows, num_reqs, out, tokens):
             launch()
 
     def place_launches(
-        self,
-        rows: WindowRows,
-        num_reqs: int,
-        out: TokenInputs,
-        width: int,
-        drafts: torch.Tensor,
-        num_drafts: int,
-        *,
-        back: torch.Tensor | None = None,
-        ahead: int = 0,
+        self, rows: WindowRows, num_reqs: int, out: TokenInputs, tokens: RowTokens
     ) -> Sequence[Launch]:
         """The kernel that ``place`` launches."""
-        check_place(out, drafts, num_reqs, width)
+        check_place(out, tokens, num_reqs)
         arguments, strides = self._arguments_of(rows, num_reqs)
         known = self._placed.get(id(out))
         if known is None:
             check_token_inputs(out, self._device)
             known = self._placed[id(out)] = (out, _of(_Tokens, out))
         args = {
-            "drafts_ptr": drafts,
-            "drafts_stride": drafts.stride(0),
-            "num_drafts": num_drafts,
-            "back_ptr": back,
-            "ahead": ahead,
+            "drafts_ptr": tokens.drafts,
+            "drafts_stride": tokens.drafts.stride(0),
+            "num_drafts": tokens.num_drafts,
+            "back_ptr": tokens.back,
+            "ahead": tokens.ahead,
             "num_reqs": num_reqs,
             "rows": arguments,
             "requests": self._requests,
@@ -275,8 +255,8 @@ class TritonStep:
             "strides": strides,
         }
         constexprs = {
-            "WIDTH": width,
-            "TOKENS": power_of_two(width),
+            "WIDTH": tokens.width,
+            "TOKENS": power_of_two(tokens.width),
             "BLOCK_SIZES": self._block_sizes,
             "BLOCK": 1024,
         }

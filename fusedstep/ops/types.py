@@ -159,6 +159,21 @@ class StepInputs:
         return max(position - reach, 0) // self.block_sizes[group] if reach else 0
 
 
+class RowTokens(NamedTuple):
+    """The tokens of each row that a forward reads: ``width`` of them, from the last one that was
+    sampled on, or ``back[b]`` before it, or ``ahead`` of it.
+
+    Behind it come the first ``num_drafts`` of ``drafts[b]``, then 0. Positions and lengths end at
+    max_model_len.
+    """
+
+    width: int
+    drafts: torch.Tensor  # [num_reqs or more, d] int64
+    num_drafts: int
+    back: torch.Tensor | None = None  # [num_reqs] int32; None: 0
+    ahead: int = 0
+
+
 @dataclass(frozen=True)
 class TokenInputs:
     """Inputs of a forward with several tokens of each row, by batch_idx. Written by ``place``.

@@ -31,7 +31,7 @@ from fusedstep.ops.attention import AttentionLayer, DecodeAttention
 from fusedstep.ops.launch import Launch
 from fusedstep.ops.rotation import rotate_launch
 from fusedstep.ops.triton_step import TritonStep
-from fusedstep.ops.types import BatchNeeds, TokenInputs
+from fusedstep.ops.types import BatchNeeds, RowTokens, TokenInputs
 
 FP8_CACHES = {"sm_90": FP8, "sm_100": FP8, "gfx942": torch.float8_e4m3fnuz}
 VOCAB_SIZE = 151936
@@ -88,7 +88,8 @@ def cases(world: World, targets: Collection[str]) -> Iterator[Case]:
         drafts, back = torch.zeros(num_reqs, 3, dtype=torch.int64), None
         if width == 5:
             back = torch.zeros(num_reqs, dtype=torch.int32)
-        for launch in step.place_launches(rows, num_reqs, out, width, drafts, 3, back=back):
+        tokens = RowTokens(width, drafts, 3, back=back)
+        for launch in step.place_launches(rows, num_reqs, out, tokens):
             yield Case(f"place n={num_reqs} width={width}", launch)
     unaligned = strided(torch.zeros(1, VOCAB_SIZE, dtype=torch.bfloat16), VOCAB_SIZE + 3, 1)
     for launch in step.launches(unaligned, rows, 1, EVERYTHING, True):

@@ -10,7 +10,7 @@ from ops.world import POISON, Implementation, World, assert_close, build_world, 
 
 from fusedstep.errors import TensorError
 from fusedstep.ops.reference import ReferenceStep
-from fusedstep.ops.types import PAD_SLOT_ID, TokenInputs, dtypes
+from fusedstep.ops.types import PAD_SLOT_ID, RowTokens, TokenInputs, dtypes
 
 NUM_REQS, MAX_LEN, ROOM = 6, 40, 64
 DRAFTS = torch.arange(NUM_REQS * 3).view(NUM_REQS, 3) + 30
@@ -57,8 +57,8 @@ def run(world: World, step_class: type, call: Call, device: str = "cpu") -> dict
         getattr(out, name).fill_(POISON)
     back = call.back and placed(torch.tensor(call.back, dtype=torch.int32), device)
     drafts = placed(DRAFTS, device)
-    args = copy.rows, NUM_REQS, out, call.width, drafts, call.num_drafts
-    step.place(*args, back=back, ahead=call.ahead)
+    tokens = RowTokens(call.width, drafts, call.num_drafts, back, call.ahead)
+    step.place(copy.rows, NUM_REQS, out, tokens)
     return {name: getattr(out, name).cpu() for name in dtypes(TokenInputs)}
 
 
@@ -117,8 +117,8 @@ def test_no_room_is_named(implementation: Implementation) -> None:
         (drafts, 11, "input_ids"),
     ):
         with pytest.raises(TensorError, match=f"^{name}: "):
-            step.place(world.rows, NUM_REQS, out, width, wrong, 1)
+            step.place(world.rows, NUM_REQS, out, RowTokens(width, wrong, 1))
     out = TokenInputs.allocate(NUM_REQS, ROOM, 1, implementation.device)
     object.__setattr__(out, "positions", out.positions.int())
     with pytest.raises(TensorError, match=r"^positions: "):
-        step.place(world.rows, NUM_REQS, out, 4, drafts, 1)
+        step.place(world.rows, NUM_REQS, out, RowTokens(4, drafts, 1))

@@ -39,7 +39,7 @@ from fusedstep.ops import attention, reference, triton_scratch, triton_step
 from fusedstep.ops.attention import MAX_QUERY_LEN, DecodeAttention, DeviceLimits
 from fusedstep.ops.rotation import rotate_launch
 from fusedstep.ops.triton_step import TritonStep
-from fusedstep.ops.types import OUTSIDE, REASONS, TokenInputs
+from fusedstep.ops.types import OUTSIDE, REASONS, RowTokens, TokenInputs
 
 VOCAB_SIZE = 500
 BLOCK = 128  # of the vocabulary: four programs per row
@@ -204,9 +204,9 @@ def place_case(*, seed: int = 0) -> Case:
         drafts = torch.arange(3 * n).view(n, 3)
         back = torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(seed)).int()
         out = TokenInputs.allocate(n + 2, 40, 2)
-        step.place(world.rows, n, out, 4, drafts, 3)
-        step.place(world.rows, n, out, 5, drafts, 0, back=back)
-        step.place(world.rows, n, out, 1, drafts, 2, ahead=2)
+        step.place(world.rows, n, out, RowTokens(4, drafts, 3))
+        step.place(world.rows, n, out, RowTokens(5, drafts, 0, back=back))
+        step.place(world.rows, n, out, RowTokens(1, drafts, 2, ahead=2))
         return world.tensors() | {f"out {name}": t for name, t in vars(out).items()}
 
     return Case("place", run)

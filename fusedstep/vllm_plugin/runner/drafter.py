@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 from vllm.v1.worker.gpu.spec_decode.utils import get_drafter_hidden_states
 
-from fusedstep.ops.types import TokenInputs, WindowRows
+from fusedstep.ops.types import RowTokens, TokenInputs, WindowRows
 from fusedstep.vllm_plugin.runner.decode_model import in_place
 from fusedstep.window.graphs import Graph, Recorder
 
@@ -29,19 +29,8 @@ if TYPE_CHECKING:
 class PlaceOps(Protocol):
     """The part of the step operations that places tokens."""
 
-    def place(
-        self,
-        rows: WindowRows,
-        num_reqs: int,
-        out: TokenInputs,
-        width: int,
-        drafts: torch.Tensor,
-        num_drafts: int,
-        *,
-        back: torch.Tensor | None = None,
-        ahead: int = 0,
-    ) -> None:
-        """Write ``width`` tokens of each row."""
+    def place(self, rows: WindowRows, num_reqs: int, out: TokenInputs, tokens: RowTokens) -> None:
+        """Write these tokens of each row."""
 
 
 class Verified(NamedTuple):
@@ -156,8 +145,8 @@ class DraftModel:
         self.next: _Forward | None = None
         # The kernel is compiled before a request waits for it. No row is active.
         drafts = self.speculator.draft_tokens
-        ops.place(rows, 1, self.inputs, self.width, drafts, 0, back=self.back[:1])
-        ops.place(rows, 1, self.inputs, 1, drafts, 1, ahead=1)
+        ops.place(rows, 1, self.inputs, RowTokens(self.width, drafts, 0, back=self.back[:1]))
+        ops.place(rows, 1, self.inputs, RowTokens(1, drafts, 1, ahead=1))
 
     def padded(self, num_reqs: int) -> int:
         return next((n for n in sorted(self.graphs) if n >= num_reqs), num_reqs)
@@ -241,12 +230,14 @@ class DraftModel:
         """All drafts of a round; nothing but device work where metadata is moved along there."""
         drafts, back = self.speculator.draft_tokens, self.back[:num_rows]
         assert self.first is not None and self.next is not None
-        self.ops.place(self.rows, num_rows, self.inputs, self.width, drafts, 0, back=back)
+        taken = RowTokens(self.width, drafts, 0, back=back)
+        self.ops.place(self.rows, num_rows, self.inputs, taken)
         hidden_states = self._run(self.first)
         last = self.inputs.last_sampled[:num_rows]
         self._draw(0, num_rows, hidden_states[last], last)
         for number in range(1, self.num_drafts):
-            self.ops.place(self.rows, num_rows, self.inputs, 1, drafts, number, ahead=number)
+            draft = RowTokens(1, drafts, number, ahead=number)
+            self.ops.place(self.rows, num_rows, self.inputs, draft)
             self._draw(number, num_rows, self._run(self.next), None)
 
     def _run(self, forward: _Forward) -> torch.Tensor:

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from fusedstep.ops.greedy import verify_greedy
-from fusedstep.ops.types import BatchNeeds, StepInputs, TokenInputs, WindowRows
+from fusedstep.ops.types import BatchNeeds, RowTokens, StepInputs, TokenInputs, WindowRows
 from fusedstep.vllm_plugin.runner.decode_model import decode_graph
 from fusedstep.vllm_plugin.runner.drafter import DraftModel, PlaceOps, Verified, make_drafter
 from fusedstep.window.graphs import Recorder
@@ -84,7 +84,8 @@ class Rounds:
         self.output = self.outputs[0]  # of the window that runs
         # Kernels are compiled before a request waits for them. No row is active.
         ops.accept(self.output.tokens[0, :1], self.output.num_tokens[0, :1], rows, 1)
-        ops.place(rows, 1, self.inputs, self.width, self.drafts, self.num_drafts)
+        self.tokens = RowTokens(self.width, self.drafts, self.num_drafts)  # that a round verifies
+        ops.place(rows, 1, self.inputs, self.tokens)
         self.use_graphs = use_graphs
         self.graph: Any = None  # of vLLM, for this window's batch
         # Without vLLM's kernels for drafts, which cost the host more than the device.
@@ -178,7 +179,7 @@ class Rounds:
     def plan(self) -> None:
         runner, batch, inputs = self.runner, self.batch, self.inputs
         assert batch is not None
-        self.ops.place(self.rows, batch.num_reqs, inputs, self.width, self.drafts, self.num_drafts)
+        self.ops.place(self.rows, batch.num_reqs, inputs, self.tokens)
         slot_mappings = inputs.slot_mappings[:, : batch.num_tokens_after_padding]
         self.slots_by_layer = build_slot_mappings_by_layer(slot_mappings, runner.kv_cache_config)
         batch.seq_lens_cpu_upper_bound[: batch.num_reqs] += self.width
