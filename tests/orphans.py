@@ -3,7 +3,8 @@
     python orphans.py JSON
 
 It is a subreaper: whatever the command starts stays below it, orphans and daemons too. It prints
-what was there before the end, and the processes and files that were left ten seconds after it.
+what was there before the end, and the processes and files that were left ten seconds after it
+(``Clock``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import psutil
 PR_SET_CHILD_SUBREAPER = 36
 START_SECONDS = 240.0
 END_SECONDS = 10.0
+WORKING = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
 
 
 class Driver:
@@ -79,6 +81,37 @@ def files(folder: Path) -> set[str]:
     return found
 
 
+class Clock:
+    """Seconds since the end, as a machine with a core for everyone would count them: while a
+    process that is left works, what counts is the time that it had a core."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._now = time.monotonic()
+        self._used = {process: used(process) for process in below()}
+
+    def tick(self) -> list[psutil.Process]:
+        """What is left now."""
+        left = below()
+        now, before = time.monotonic(), self._used
+        self._used = {process: used(process) for process in left}
+        passed, self._now = now - self._now, now
+        if any(status(process) in WORKING for process in left):
+            had = (self._used[each] - before.get(each, self._used[each]) for each in left)
+            passed = min(passed, max(had))
+        self.seconds += passed
+        return left
+
+
+def used(process: psutil.Process) -> float:
+    """Seconds that it has had a core."""
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
+
+
 def wait_for(done: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not done():
@@ -121,7 +154,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     time.sleep(spec.get("seconds", 0))
     started = time.monotonic() - began
     seen = sorted(f"{status(p)} {words(p)[:60]}" for p in below())
-    used = files(folder)
+    held = files(folder)
     if spec["end"] in ("frozen", "no guardian"):  # and then it is killed
         # Its command line is its parent's until it has begun: it would be frozen with the others.
         guarded = lambda: any("guardian.py" in words(other) for other in below())  # noqa: E731
@@ -141,16 +174,15 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         os.killpg(process.pid, signal.SIGINT)
     elif spec["end"] != "itself":
         process.send_signal(getattr(signal, spec["end"]))
-    ended = time.monotonic()
-    while (left := below()) and time.monotonic() < ended + spec.get("patience", END_SECONDS):
+    clock = Clock()
+    while (left := clock.tick()) and clock.seconds < spec.get("patience", END_SECONDS):
         process.poll()
         time.sleep(0.05)
-    seconds = time.monotonic() - ended
-    kept = sorted(name for name in used if Path(name).exists())
+    kept = sorted(name for name in held if Path(name).exists())
     result = {
         "code": process.poll(),
         "started": started,
-        "seconds": seconds,
+        "seconds": clock.seconds,
         "seen": seen,
         "left": [f"{status(p)} {words(p)[:100]}" for p in left],
         "files": kept,

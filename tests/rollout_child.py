@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from typing import Any
 from unittest.mock import patch
 
@@ -11,12 +12,14 @@ import engine_child
 from features_child import counts, sampling_params, since, use
 
 # An engine of its own, whose windows are long though its requests stream, on a slow machine, too;
-# but not so long that two of them run past what happens in between.
+# but not so long that two of them run past what happens in between. In a process of its own it is
+# slowed down, or on a busy machine a client that wants to meddle would come when all is over.
 EXTENSION = {
     "worker_extension_cls": "rollout_child.Policy",
     "additional_config": {"fusedstep": {"window_latency_ms": 10_000, "decode_steps": 16}},
 }
 LENGTH = 230
+PACE_SECONDS = 0.2  # per turn
 FIELDS = {"max_tokens": LENGTH, "ignore_eos": True}
 
 
@@ -36,6 +39,16 @@ class Policy:
             given[request_id.rpartition("-")[0]] = computed + 1
         self.reload_weights(weights_path=folder)
         return given
+
+    def pace(self, seconds: float) -> None:
+        """From now on each turn takes so much longer."""
+        execute = self.model_runner.execute_model
+
+        def slowly(*args: Any, **fields: Any) -> Any:
+            time.sleep(seconds)
+            return execute(*args, **fields)
+
+        self.model_runner.execute_model = slowly
 
 
 def update(
@@ -96,6 +109,7 @@ def serve(model: str, options: dict[str, Any], prompts: list[str], other: str) -
     async def talk() -> dict[str, Any]:
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**given))
         try:
+            await engine.collective_rpc("pace", args=(PACE_SECONDS,))
             talker = Talker(engine, prompts)
             return {
                 "update": await talker.update(model, other),

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import orphans
 import pytest
 from orphans import Driver
 
@@ -68,6 +70,24 @@ def test_a_killed_guardian_is_no_loss_for_those_that_belong(ended: dict[str, Any
 
 def test_what_a_program_starts_besides_is_its_own_business(ended: dict[str, Any]) -> None:
     assert ended["theirs, SIGKILL"]["left"] == ["sleeping /bin/sleep 303"]
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds"), (("running", 1), ("disk-sleep", 1), ("sleeping", 20))
+)
+def test_what_works_has_ten_seconds_of_a_core(
+    monkeypatch: pytest.MonkeyPatch, status: str, seconds: float
+) -> None:
+    """A busy machine gives it a twentieth of one; to sleep takes no core."""
+    now, has = iter(range(100)), iter(n / 20 for n in range(100))
+    monkeypatch.setattr(orphans, "below", lambda: ["a process"])
+    monkeypatch.setattr(orphans, "status", lambda process: status)
+    monkeypatch.setattr(orphans, "used", lambda process: next(has))
+    monkeypatch.setattr(orphans, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    clock = orphans.Clock()
+    for _ in range(20):
+        assert clock.tick() == ["a process"]
+    assert clock.seconds == pytest.approx(seconds)
 
 
 def test_nohup_is_respected() -> None:
