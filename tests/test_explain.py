@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from fusedstep.cli.main import group
 from fusedstep.errors import ConfigError
 from fusedstep.explain import explain, metrics_url, read
-from fusedstep.vllm_plugin import compat, metrics
-from fusedstep.vllm_plugin.frontend import ExplainRoute
+from fusedstep.options import Options
+from fusedstep.vllm_plugin import compat, metrics, shared
+from fusedstep.vllm_plugin.frontend import ExplainRoute, explain_route
+from fusedstep.vllm_plugin.launch import server
 from fusedstep.vllm_plugin.scheduler.counts import PublishedCounts
 from fusedstep.window.page import SIZE, Page
 
@@ -48,9 +51,9 @@ def counted(page: Page | None = None) -> PublishedCounts:
     return counts
 
 
-def config(scheduler_cls: str = compat.SCHEDULER_CLS) -> Any:
+def config(scheduler_cls: str = compat.SCHEDULER_CLS, name: str = "x") -> Any:
     return SimpleNamespace(
-        instance_id="x",
+        instance_id=name,
         parallel_config=SimpleNamespace(
             data_parallel_index=0, data_parallel_rank=0, data_parallel_size_local=2
         ),
@@ -358,3 +361,41 @@ def test_the_route_adds_up_the_engines(
     assert body["one_step_turns"] == {"structured output": 2}
     assert asked(route, method="DELETE")[0] == 405
     assert asked(route, path="/v1/models") == (299, None)
+
+
+def test_the_route_tells_of_its_own_engines_each_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two engines with counts of their own; another server has the same page names but for its."""
+    monkeypatch.setattr(metrics, "engines", [])
+    monkeypatch.setattr(metrics, "REGISTRY", CollectorRegistry())
+    ours, other = (config(name=f"{tmp_path.name}-{name}") for name in ("ours", "other"))
+    pages = [shared.counts_page(ours, n) for n in range(2)] + [shared.counts_page(other, 0)]
+    try:
+        for n, windows in enumerate((3, 5, 11)):
+            counts = PublishedCounts(pages[n])
+            for _ in range(windows):
+                counts.add_turn("fixed", 8, 8 - n, 8)
+            counts.publish(now=True)
+        for n in range(2):
+            metrics.WindowStatLogger(ours, n)
+        status, body = asked(ExplainRoute(None))  # type: ignore[arg-type]
+    finally:
+        for each in pages:
+            each.unlink()
+    assert (status, body["windows"], body["steps"]) == (200, 3 + 5, 3 * 8 + 5 * 7)
+    assert body["tokens"] == 8 * (3 + 5)
+
+
+@pytest.mark.parametrize("stock", (False, True))
+def test_the_server_gets_the_route(
+    stock: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beside the middleware that somebody names; vLLM's own server gets none."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # which vLLM would set
+    (tmp_path / "config.json").write_text("{}")
+    words = [str(tmp_path), "--middleware", "somebodys.Own"]
+    args = server._parse(Options("auto"), stock, words)
+    assert args.middleware == ["somebodys.Own", *([] if stock else [explain_route.OPTION])]
+    module, _, name = explain_route.OPTION.rpartition(".")
+    assert getattr(import_module(module), name) is ExplainRoute

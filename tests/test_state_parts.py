@@ -10,6 +10,7 @@ import pytest
 import torch
 from scheduler.trace import Spec, Trace
 from scheduler.world import STOCK, make_scheduler
+from vllm.config import KVTransferConfig
 from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
 from vllm.v1.attention.backends.flex_attention import (
@@ -106,18 +107,39 @@ def test_an_encoder_decoder_model_on_another_device() -> None:
         )
 
 
-def test_what_routed_experts_were_not_tried_with() -> None:
+DRAFTS = SimpleNamespace(
+    method="ngram",
+    num_speculative_tokens=3,
+    parallel_drafting=False,
+    enable_adaptive_verification=False,
+    uses_dynamic_speculative_decoding=lambda: False,
+)
+RECEIVES = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_consumer")
+NOT_WITH_EXPERTS: tuple[tuple[str | None, str, Any, str], ...] = (
+    (None, "speculative_config", DRAFTS, "with drafts"),
+    (None, "kv_transfer_config", RECEIVES, "with a KV connector"),
+    ("parallel_config", "data_parallel_size", 2, "with data parallelism"),
+    ("parallel_config", "tensor_parallel_size", 2, "with tensor parallelism"),
+    ("aux_output_config", "enable_return_hidden_states", True, ""),  # a newer vLLM's
+)
+
+
+@pytest.mark.parametrize(("holder", "name", "value", "words"), NOT_WITH_EXPERTS)
+def test_what_routed_experts_were_not_tried_with(
+    holder: str | None, name: str, value: Any, words: str
+) -> None:
+    """Nothing else keeps this engine from windows: without the experts it has them."""
     config = make_scheduler(Trace((Spec((1,), 0, 1),)), STOCK[True]).vllm_config
     outputs = config.aux_output_config
+    owner = config if holder is None else getattr(config, holder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         patch.setattr(outputs, "enable_return_routed_experts", True)
         assert reasons.engine_reason(config) is None
-        with patch.context() as ranks:
-            ranks.setattr(config.parallel_config, "tensor_parallel_size", 2)
-            assert reasons.engine_reason(config) == "auxiliary outputs with tensor parallelism"
-        patch.setitem(vars(outputs), "enable_return_hidden_states", True)  # a newer vLLM's
-        assert reasons.engine_reason(config) == "auxiliary outputs"
+        patch.setitem(vars(owner), name, value)
+        assert reasons.engine_reason(config) == f"auxiliary outputs {words}".rstrip()
+        patch.setattr(outputs, "enable_return_routed_experts", False)
+        assert reasons.engine_reason(config) is None
 
 
 def test_blocks_of_an_encoders_keys_are_not_held_ahead() -> None:

@@ -18,6 +18,7 @@ from scheduler.trace import Spec, Trace
 from scheduler.watched import Watched
 from vllm.config import ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.executor import ray_utils
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
@@ -223,3 +224,11 @@ def test_what_vllm_refuses_is_in_its_words(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         args.create_engine_config()
     assert words in str(error.value)
+
+
+def test_vllm_refuses_its_executor_on_ray_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with Ray installed and started, which a stand-in is. docs/scale.md quotes them."""
+    monkeypatch.setattr(ray_utils, "ray", SimpleNamespace(is_initialized=lambda: True))
+    with pytest.raises(ValueError) as error:
+        ray_utils.initialize_ray_cluster(parallel({}))
+    assert str(error.value) == "current platform cpu does not support ray."
