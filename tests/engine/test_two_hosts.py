@@ -1,0 +1,70 @@
+"""One engine on two hosts that share no memory: stock's tokens, no file elsewhere.
+
+    .venv/bin/pytest -m exhaustive tests/engine/test_two_hosts.py     # minutes
+
+Each host is a network namespace with a ``/dev/shm`` of its own (``two_hosts.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hosts_child
+import pytest
+import two_hosts
+from serving import KV_CACHE, SMALL
+
+TESTS = Path(__file__).resolve().parent.parent
+FIRST = two_hosts.ADDRESSES[0]
+COMMON = (*SMALL, "--max-model-len", "512", *KV_CACHE, "--served-model-name", "tiny")
+NODES = ("--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", FIRST)
+OPTIONS = (*NODES, "--node-rank", "0"), (*NODES, "--node-rank", "1", "--headless")
+SECONDS = 800.0
+Found = dict[str, Any]
+
+pytestmark = pytest.mark.exhaustive
+
+
+@pytest.fixture(scope="module")
+def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Found]:
+    if why := two_hosts.missing():
+        pytest.skip(f"this machine's kernel or tools cannot make two hosts of it: {why}")
+
+    def run(stock: bool) -> Found:
+        """What host 0 found, and under ``there`` what host 1 found."""
+        folder = tmp_path_factory.mktemp("stock" if stock else "ours")
+        options = [[*COMMON, *words] for words in OPTIONS]
+        what = {"model": tiny, "folder": str(folder), "stock": stock, "options": options}
+        child = [sys.executable, str(TESTS / "hosts_child.py")]
+        hosts = [json.dumps([*child, str(n), json.dumps(what)]) for n in range(2)]
+        command = [*two_hosts.JOIN, sys.executable, str(TESTS / "two_hosts.py"), *hosts]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        logs = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("*.log")))
+        assert done.returncode == 0, f"{done.stderr[-2000:]}\n{logs}"
+        found: Found = json.loads((folder / "host0.json").read_text())
+        found["there"] = json.loads((folder / "host1.json").read_text())
+        assert found["left"] == found["there"]["left"] == []
+        return found
+
+    return run
+
+
+def test_a_model_over_two_hosts(run: Callable[[bool], Found]) -> None:
+    """Host 1's worker cannot see an arrival: it has no file, and all windows run as planned."""
+    ours = run(False)
+    assert ours["there"]["files"] == []
+    kinds = {name.rpartition("-")[2] for name in ours["files"]}
+    assert kinds == {"counts", "trace"}  # nor has host 0 one for arrivals
+    assert ours["code"] == ours["there"]["code"] == 0  # of Ctrl-C on each
+    counts = ours["counts"]
+    assert counts["windows"] > 0 and counts["steps"] > 8 * counts["windows"]
+    assert (counts["tokens"], counts["unused_steps"]) == (sum(hosts_child.LENGTHS), 0)
+    assert [len(tokens) for tokens in ours["tokens"]] == list(hosts_child.LENGTHS)
+    stock = run(True)
+    assert ours["tokens"] == stock["tokens"]
+    assert stock["files"] == stock["there"]["files"] == []
