@@ -22,6 +22,7 @@ class Reason(StrEnum):
     ROUNDED_STATE = "randomly rounded recurrent state"
     STATE_CACHE = "recurrent state cached as"  # and which mode
     METADATA = "attention metadata of"  # and which builder
+    LATENT = "latent attention"  # and with what
     MODEL_STATE = "model state"  # and which
     DIFFUSION = "diffusion model"
     RSWA = "reference sliding-window attention"

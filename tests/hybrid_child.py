@@ -84,6 +84,22 @@ def recorded_unkept(form: str, workload: workload_child.Workload) -> dict[str, A
         return workload_child.answer(workload)
 
 
+def run_planned_once(*args: Any) -> dict[str, Any]:
+    """Attention keeps the lengths of a window's first step."""
+    from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
+
+    build = VllmDecodeModel._build
+
+    def once(self: Any, groups: Any) -> None:
+        if not self.attn_metadata:
+            for common in self.common:
+                common.seq_lens = common.seq_lens.clone()
+            build(self, groups)
+
+    with patch.object(VllmDecodeModel, "_build", once):
+        return workload_child.run(*args)
+
+
 def routed_experts(model: str, options: dict[str, Any]) -> list[tuple[list[int], Any]]:
     """Per request its tokens, and the experts of each token in each layer."""
     llm = features_child.use(model, options)

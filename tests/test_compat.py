@@ -94,15 +94,16 @@ def test_kv_caches_that_windows_know():
     full = kinds.FullAttentionSpec(**shape)
     sliding = kinds.SlidingWindowSpec(**shape, sliding_window=64)
     latent = kinds.MLAAttentionSpec(**shape)
+    chunked = kinds.ChunkedLocalAttentionSpec(**shape, attention_chunk_size=64)
 
     def reason(*specs):
         groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
         return reasons.cache_reason(SimpleNamespace(kv_cache_groups=groups))
 
-    assert reason(full) is reason(full, sliding) is None
-    assert reason(full, latent) == "KV cache of MLAAttentionSpec"
-    mixed = kinds.UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": full, "b": latent})
-    assert reason(mixed) == "KV cache of MLAAttentionSpec"
+    assert reason(full) is reason(full, sliding) is reason(latent) is None
+    assert reason(full, chunked) == "KV cache of ChunkedLocalAttentionSpec"
+    mixed = kinds.UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": full, "b": chunked})
+    assert reason(mixed) == "KV cache of ChunkedLocalAttentionSpec"
 
 
 def test_tokens_below_a_sliding_window():

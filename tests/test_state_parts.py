@@ -10,8 +10,10 @@ import pytest
 import torch
 from scheduler.trace import Spec, Trace
 from scheduler.world import STOCK, make_scheduler
+from vllm._custom_ops import rotary_embedding
 from vllm.config import KVTransferConfig
 from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionMetadataBuilder
 from vllm.v1.attention.backends.flex_attention import (
     FlexAttentionBackend,
@@ -21,12 +23,20 @@ from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 from vllm.v1.attention.backends.linear_attn import LinearAttentionMetadataBuilder
 from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionMetadataBuilder
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadataBuilder
+from vllm.v1.attention.backends.mla.amx_mla import AMXMLABackend
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+from vllm.v1.attention.backends.mla.triton_mla import TritonMLABackend
 from vllm.v1.attention.backends.short_conv_attn import (
     PleShortConvAttentionMetadataBuilder,
     ShortConvAttentionMetadataBuilder,
 )
 from vllm.v1.core.single_type_kv_cache_manager import CrossAttentionManager
-from vllm.v1.kv_cache_interface import CrossAttentionSpec, FullAttentionSpec, MambaSpec
+from vllm.v1.kv_cache_interface import (
+    CrossAttentionSpec,
+    FullAttentionSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+)
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from fusedstep.vllm_plugin import reasons
@@ -44,8 +54,9 @@ class SomebodysBuilder:
 SomebodysBuilder.__name__ = "Mamba2AttentionMetadataBuilder"
 
 
-def reason(*layers: tuple[Any, type]) -> str | None:
+def reason(*layers: tuple[Any, type], runner: Any = None) -> str | None:
     """Of a model whose layers have these KV caches and builders."""
+    runner = runner or SimpleNamespace()
     groups = [
         SimpleNamespace(
             kv_cache_spec=spec,
@@ -53,7 +64,8 @@ def reason(*layers: tuple[Any, type]) -> str | None:
         )
         for spec, builder in layers
     ]
-    return metadata_reason(SimpleNamespace(attn_groups=[groups]))
+    runner.attn_groups = [groups]
+    return metadata_reason(runner)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +105,57 @@ def test_cross_attention_is_known_by_what_it_is_made_from() -> None:
     keys = KEYS, CPUAttentionMetadataBuilder
     assert reason(keys, (across, known)) is None
     assert reason(keys, (across, unknown)) == "attention metadata of FlexAttentionMetadataBuilder"
+
+
+LATENT = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.float32)
+
+
+def latent(**other: Any) -> str | None:
+    """Of a model of latent attention on a CPU, where nothing else is special."""
+    usual = {
+        "device": torch.device("cpu"),
+        "tensor_parallel_size": 1,
+        "data_parallel_size": 1,
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "lora_config": None,
+        "model": torch.nn.Module(),
+    }
+    parts = SimpleNamespace(**usual | other)
+    parts.parallel_config = parts.vllm_config = parts
+    return reason((LATENT, CPUMLABackend.get_builder_cls()), runner=parts)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"device": torch.device("cuda")}, "on a device that is not a CPU"),
+        ({"tensor_parallel_size": 2}, "with tensor parallelism"),
+        ({"data_parallel_size": 2}, "with data parallelism"),
+        ({"speculative_config": object()}, "with drafts"),
+        ({"kv_transfer_config": object()}, "with a KV connector"),
+        ({"lora_config": object()}, "with LoRA"),
+    ],
+)
+def test_what_latent_attention_was_not_tried_with(other: dict[str, Any], words: str) -> None:
+    assert latent() is None
+    assert latent(**other) == f"latent attention {words}"
+
+
+@pytest.mark.parametrize("backend", [AMXMLABackend, TritonMLABackend])
+def test_other_backends_of_latent_attention_have_builders_of_their_own(backend: Any) -> None:
+    builder = backend.get_builder_cls()
+    assert reason((LATENT, builder)) == f"attention metadata of {builder.__name__}"
+
+
+def test_vllms_kernel_for_cpus_rotates_heads_as_if_they_were_tokens() -> None:
+    """Where this fails, vLLM has repaired it: windows may then have such models, too."""
+    positions, size = torch.tensor([5, 6, 7]), 64
+    table, queries, keys = torch.randn(16, size), torch.randn(3, 2, size), torch.randn(3, 1, size)
+    want, _ = RotaryEmbedding.forward_static(positions, queries, keys, size, size, table, False)
+    rotary_embedding(positions, queries, keys, size, table, False)
+    assert torch.allclose(queries[0, 0], want[0, 0], atol=1e-5)
+    assert not torch.allclose(queries[0, 1], want[0, 1], atol=1e-5)
 
 
 def test_an_encoder_decoder_model_on_another_device() -> None:

@@ -157,6 +157,43 @@ def mixtral() -> Any:
     return transformers.MixtralForCausalLM(config)
 
 
+def deepseek_v2(rotation: dict[str, Any]) -> Any:
+    """DeepSeek-V2: latent attention, of the one shape that vLLM's CPU_MLA knows; experts."""
+    import transformers
+
+    config = transformers.DeepseekV2Config(
+        num_hidden_layers=2,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        rope_parameters={"rope_theta": 10000.0, **rotation},
+        **TEXT | {"num_key_value_heads": 2},
+    )
+    return transformers.DeepseekV2ForCausalLM(config)
+
+
+@maker
+def deepseek() -> Any:
+    """Rotated with YaRN, as DeepSeek-V2, V3 and Kimi K2 are."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    return deepseek_v2(yarn | {"mscale": 1.0, "mscale_all_dim": 1.0})
+
+
+@maker
+def deepseek_plain() -> Any:
+    """Rotated without scaling, as Moonlight and DeepSeek-VL2 are."""
+    return deepseek_v2({"rope_type": "default"})
+
+
 @maker
 def granite() -> Any:
     """Granite 4 hybrid: Mamba2 and attention."""

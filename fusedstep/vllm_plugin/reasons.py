@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 # KV caches that windows were tested with, by name: others may have metadata that needs more.
-KV_CACHES = ("FullAttentionSpec", "SlidingWindowSpec", "MambaSpec", "CrossAttentionSpec")
+KV_CACHES = (
+    *("FullAttentionSpec", "SlidingWindowSpec", "MambaSpec", "CrossAttentionSpec"),
+    "MLAAttentionSpec",
+)
 STATE_CACHES = (None, "none", "align")  # of recurrent states; None: a cache of keys and values
 # Sampling parameters that a window honours, or that concern the prompt or the frontend only.
 PARAMETERS = {

@@ -185,6 +185,21 @@ def test_embeddings_for_each_layer(compare: Any) -> None:
     compare("gemma3n", OPTIONS, CUT, SAMPLED)
 
 
+def test_latent_attention(compare: Any, fused: EngineChild, models: Callable[[str], str]) -> None:
+    """No hybrid either: DeepSeek-V2. vLLM caches no prefixes of it on a CPU."""
+    few = replace(CUT, num_requests=4, max_tokens=(2, 40))
+    sampled = replace(SAMPLED, num_requests=4, max_tokens=(2, 40), decode_steps=2)
+    [cut, _] = compare("deepseek", OPTIONS, few, sampled)
+    control = fused.call(hybrid_child.run_planned_once, models("deepseek"), OPTIONS, few)
+    assert differing(control, cut["stock"])
+
+    few = replace(few, num_requests=2, max_tokens=(2, 5))
+    plain = fused.call(workload_child.run, models("deepseek_plain"), OPTIONS, few)
+    assert set(plain["counts"]["stock_steps"]) == {
+        "latent attention rotated by vLLM's kernel for CPUs"
+    }
+
+
 def test_nemotron(compare: Any) -> None:
     compare("nemotron", FORGETS, replace(CUT, num_requests=5, decode_steps=2))
 

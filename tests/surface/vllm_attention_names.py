@@ -14,6 +14,7 @@ ATTENTION = {
     "vllm.config.compilation": {
         "CompilationConfig": "static_forward_context, cudagraph_capture_sizes",
     },
+    "vllm.model_executor.layers.rotary_embedding.base": {"RotaryEmbedding": "forward_cpu"},
     "vllm.platforms.cpu": {
         "CpuPlatform": """
             def get_attn_backend_cls(selected_backend, attn_selector_config, num_heads=None)

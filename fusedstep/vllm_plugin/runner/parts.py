@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from fusedstep.reasons import Reason
+from fusedstep.vllm_plugin.runner import latent_attention
 from fusedstep.vllm_plugin.runner.recurrent import STATE_INDICES, is_recurrent
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ BUILDERS = {
     "FlashAttentionMetadataBuilder",
     "FlashInferMetadataBuilder",
     "FusedStepAttentionMetadataBuilder",
+    latent_attention.BUILDER,
     "RocmAiterUnifiedAttentionMetadataBuilder",
     "RocmAttentionMetadataBuilder",
     "TritonAttentionMetadataBuilder",
@@ -156,6 +158,9 @@ def metadata_reason(runner: GPUModelRunner) -> str | None:
         known = STATE_INDICES if is_recurrent(group) else BUILDERS
         if builder.__name__ not in known or not builder.__module__.startswith(OURS_AND_VLLMS):
             return f"{Reason.METADATA} {builder.__name__}"
+        is_latent = builder.__name__ == latent_attention.BUILDER
+        if is_latent and (reason := latent_attention.latent_reason(runner)) is not None:
+            return reason
     return None
 
 
