@@ -96,6 +96,9 @@ def initialise(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    for name, parameter in model.named_parameters():
+        if name.endswith("altup.correct_output_scale"):  # 0: no embedding of a layer would count
+            torch.nn.init.ones_(parameter)
 
 
 def maker(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -280,10 +283,17 @@ def qwen3_next() -> Any:
 
 @maker
 def gemma3n() -> Any:
-    """Gemma 3n, text only: embeddings for each layer, shared KV caches, several hidden states."""
+    """Gemma 3n, text only."""
     import transformers
 
-    config = transformers.Gemma3nTextConfig(
+    return transformers.Gemma3nForCausalLM(gemma3n_text())
+
+
+def gemma3n_text() -> Any:
+    """Embeddings for each layer, shared KV caches, several hidden states."""
+    import transformers
+
+    return transformers.Gemma3nTextConfig(
         num_hidden_layers=4,
         head_dim=32,
         sliding_window=64,
@@ -296,7 +306,6 @@ def gemma3n() -> Any:
         altup_num_inputs=2,
         **TEXT | {"tie_word_embeddings": True},  # vLLM knows no other
     )
-    return transformers.Gemma3nForCausalLM(config)
 
 
 if __name__ == "__main__":  # python tests/tiny_models.py FOLDER NAME...

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny_models
 from tiny_models import TEXT, initialise, save_tokenizer
 
-START, END, IMAGE, VIDEO = 2000, 2001, 2002, 2003
+START, END, IMAGE, VIDEO, AUDIO = 2000, 2001, 2002, 2003, 2004
 QWEN = {
     "<|vision_start|>": START,
     "<|vision_end|>": END,
@@ -24,6 +25,15 @@ QWEN_IDS = {
     "video_token_id": VIDEO,
     "tie_word_embeddings": False,
 }
+GEMMA = {
+    "boi_token": "<boi>",
+    "eoi_token": "<eoi>",
+    "image_token": "<image>",
+    "audio_token": "<audio>",
+    "boa_token": "<boa>",
+    "eoa_token": "<eoa>",
+}
+GEMMA_IDS = dict(zip(GEMMA.values(), (START, END, IMAGE, AUDIO, 2005, 2006), strict=True))
 VISION = {"hidden_size": 64, "intermediate_size": 128}
 MAKERS: dict[str, Callable[[Path], None]] = {}
 # Tokens that stand for an image in a prompt.
@@ -33,6 +43,7 @@ IMAGE_TOKENS: dict[str, tuple[int, ...]] = {
     "qwen3_5": (START, IMAGE, END),
     "gemma3": (START,),
     "gemma4": (IMAGE,),
+    "gemma3n": (IMAGE,),
     "whisper": (),  # its encoder's, not its prompt's
 }
 QWEN3_VISION = VISION | {
@@ -226,14 +237,6 @@ def gemma4(folder: Path) -> None:
     """Embeddings for each layer, beside those of the tokens; layers that share a KV cache."""
     import transformers
 
-    words = {
-        "boi_token": "<boi>",
-        "eoi_token": "<eoi>",
-        "image_token": "<image>",
-        "audio_token": "<audio>",
-        "boa_token": "<boa>",
-        "eoa_token": "<eoa>",
-    }
     config = transformers.Gemma4Config(
         text_config={
             **TEXT,
@@ -260,21 +263,60 @@ def gemma4(folder: Path) -> None:
         eoi_token_id=END,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
-        audio_token_id=2004,
+        audio_token_id=AUDIO,
         boa_token_id=2005,
         eoa_token_index=2006,
         tie_word_embeddings=False,
     )
     _save(folder, transformers.Gemma4ForConditionalGeneration(config))
-    ids = (START, END, IMAGE, 2004, 2005, 2006)
-    tokenizer = _tokenizer_with(
-        folder, dict(zip(words.values(), ids, strict=True)) | {"<|video|>": VIDEO}, words
-    )
+    tokenizer = _tokenizer_with(folder, GEMMA_IDS | {"<|video|>": VIDEO}, GEMMA)
     transformers.Gemma4Processor(
         feature_extractor=transformers.Gemma4AudioFeatureExtractor(),
         image_processor=transformers.Gemma4ImageProcessor(max_soft_tokens=70),
         tokenizer=tokenizer,
         video_processor=transformers.Gemma4VideoProcessor(),
+        chat_template=CHAT.replace("@", "<image>"),
+    ).save_pretrained(folder)
+
+
+@maker
+def gemma3n(folder: Path) -> None:
+    """Its vision tower is one of the package timm, here the smallest."""
+    import transformers
+
+    config = transformers.Gemma3nConfig(
+        text_config=tiny_models.gemma3n_text().to_dict(),
+        vision_config={
+            "architecture": "test_efficientnet",
+            "hidden_size": 256,
+            "vocab_offset": START,
+            "vocab_size": 4,
+        },
+        audio_config={
+            "hidden_size": 32,
+            "vocab_offset": AUDIO,
+            "vocab_size": 4,
+            "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1,
+            "sscp_conv_channel_size": [8, 8],
+        },
+        vision_soft_tokens_per_image=9,
+        boi_token_id=START,
+        eoi_token_id=END,
+        image_token_id=IMAGE,
+        audio_token_id=AUDIO,
+        boa_token_id=2005,
+        eoa_token_id=2006,
+    )
+    model = transformers.Gemma3nForConditionalGeneration(config)
+    _save(folder, model)
+    newlines = {"\n" * number: 2006 + number for number in (1, 2, 3, 4)}
+    tokenizer = _tokenizer_with(folder, GEMMA_IDS | newlines, GEMMA)
+    transformers.Gemma3nProcessor(
+        feature_extractor=transformers.Gemma3nAudioFeatureExtractor(),
+        image_processor=transformers.SiglipImageProcessor(size={"height": 96, "width": 96}),
+        tokenizer=tokenizer,
+        image_seq_length=9,
         chat_template=CHAT.replace("@", "<image>"),
     ).save_pretrained(folder)
 

@@ -42,7 +42,14 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "1",  # from the start: not all kernels have a native stand-in
 }
 # KV blocks: so few that requests are preempted, enough for one of max_model_len in each group.
-NUM_BLOCKS = {"qwen25_vl": 18, "qwen3_vl": 18, "gemma3": 40, "gemma4": 34, "whisper": 40}
+NUM_BLOCKS = {
+    "qwen25_vl": 18,
+    "qwen3_vl": 18,
+    "gemma3": 40,
+    "gemma4": 34,
+    "gemma3n": 34,
+    "whisper": 40,
+}
 # Whose prompts are not cut, and take sound.
 WHISPER: dict[str, Any] = {
     "max_num_batched_tokens": 512,
@@ -151,6 +158,8 @@ RUNS = [
     pytest.param("gemma3", "auto", 4, 0.0, None, marks=pytest.mark.exhaustive),
     ("gemma4", "auto", 5, 0.0, None),
     ("gemma4", "auto", None, 0.0, "side effects"),
+    pytest.param("gemma3n", "auto", 8, 0.0, None, marks=pytest.mark.exhaustive),
+    pytest.param("gemma3n", "auto", None, 0.0, "side effects", marks=pytest.mark.exhaustive),
     ("whisper", 7, 6, 0.0, None),
     ("whisper", "auto", 7, 0.8, None),
     ("whisper", "auto", None, 0.0, "encoder lengths"),
