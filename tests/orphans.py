@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
-START_SECONDS = 240.0
+START_SECONDS = 600.0
 END_SECONDS = 10.0
 WORKING = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
 

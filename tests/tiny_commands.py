@@ -21,7 +21,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
         [FUSEDSTEP, *args],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
         env=os.environ | ENVIRONMENT,
         start_new_session=True,
     )

@@ -58,7 +58,7 @@ def child(environment: dict[str, str], *command: str) -> subprocess.Popen[str]:
 
 
 def output(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=400)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out[-4000:]
     return out
 
@@ -237,7 +237,7 @@ def test_vllms_server_refuses_in_one_line(environment: dict[str, str], tiny: str
     given = {"FUSEDSTEP": "on", "FUSEDSTEP_WINDOW_LATENCY_MS": "0"}
     server = ("-m", "vllm.entrypoints.openai.api_server", "--model", tiny)
     process = child(environment | given, *server, "--port", str(free_port()))
-    out, _ = process.communicate(timeout=200)
+    out, _ = process.communicate(timeout=600)
     assert process.returncode == 2
     wanted = "FUSEDSTEP_WINDOW_LATENCY_MS must be a number of milliseconds above 0, not '0'"
     assert f"fusedstep: {wanted}" in out.splitlines() and "Traceback" not in out

@@ -75,8 +75,8 @@ def test_tokens_equal_stock_vllm(device: str, model: str) -> None:
 def test_the_name_is_known_in_every_process() -> None:
     """Registered without importing attention; pickled for a process that has no plugins yet."""
     command = [sys.executable, "-c", IN_A_NEW_PROCESS]
-    pickled = subprocess.run(command, capture_output=True, check=True, timeout=120).stdout
-    done = subprocess.run([*command, "x"], input=pickled, capture_output=True, timeout=120)
+    pickled = subprocess.run(command, capture_output=True, check=True, timeout=600).stdout
+    done = subprocess.run([*command, "x"], input=pickled, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr.decode()
     name, *words = done.stdout.decode().strip().splitlines()[-1].split("; ")
     assert name == "FUSEDSTEP"

@@ -267,7 +267,7 @@ def child(model: str) -> tuple[dict[str, tuple[int, str]], list[Any], dict[str, 
             [sys.executable, "-c", CHILD, json.dumps(args), json.dumps(models)],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
     result = next((x for x in done.stdout.splitlines() if x.startswith("RESULT")), None)
     assert result is not None, done.stderr
@@ -329,7 +329,7 @@ def test_error_of_the_engine_core_is_one_line() -> None:
         [FUSEDSTEP, "serve", *args, "--port", str(port)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         start_new_session=True,
     )
     assert done.returncode == 2 and done.stdout == ""
@@ -461,7 +461,7 @@ def test_verify_finds_windows_identical_to_stock(model: str) -> None:
     """With the prompts of the examples: several lengths, logprobs, a stop string, two choices."""
     path = EXAMPLES / "own_prompts.jsonl"
     command = [FUSEDSTEP, "verify", model, "--prompts", str(path), "--max-tokens=12", "--json=-"]
-    done = subprocess.run([*command, *SMALL], capture_output=True, text=True, timeout=400)
+    done = subprocess.run([*command, *SMALL], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert set(report) >= {
@@ -492,7 +492,7 @@ def test_verify_with_the_kernels_of_a_gpu(tmp_path: Path, model: str) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [FUSEDSTEP, "verify", model, "--ops=triton", "--prompts", str(path), "--limit=3"]
     command += ["--max-tokens=6", "--json=-"]
-    done = subprocess.run([*command, *SMALL], capture_output=True, text=True, timeout=400)
+    done = subprocess.run([*command, *SMALL], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["ops"], report["loop"], report["oracle"]) == ("triton", "eager", "oracle")

@@ -52,7 +52,7 @@ def _output(folder: Path, *command: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -77,7 +77,7 @@ def test_every_example_is_run() -> None:
 
 def test_openai_client(server: Server) -> None:
     command = [sys.executable, str(EXAMPLES / "openai_client.py"), server.url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     chat, *tokens = done.stdout.splitlines()
     assert "Paris" in chat and len(tokens) == 4
@@ -97,7 +97,7 @@ def test_request_of_a_page(server: Server, command: Command) -> None:
     headers = dict(line.split(": ", 1) for line in given.header)
     body = given.data.encode() if given.data else None
     request = urllib.request.Request(f"{server.url}{path}", body, headers)
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=600) as answer:
         assert answer.status == 200 and answer.read()
 
 

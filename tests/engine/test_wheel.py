@@ -60,7 +60,7 @@ class Installed:
 def _output(process: subprocess.Popen[str]) -> str:
     """What a command prints to its stdout; it must succeed."""
     try:
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 0, out + err

@@ -51,7 +51,7 @@ def driver(major: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
     with ProcessPoolExecutor(1, context, child.begin, (library, stub.BINDINGS[major])) as process:
 
         def call(function: Any, *args: Any) -> Any:
-            return process.submit(function, *args).result(timeout=240)
+            return process.submit(function, *args).result(timeout=600)
 
         assert call(child.version) // 1000 == major
         yield call
