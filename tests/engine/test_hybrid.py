@@ -32,6 +32,8 @@ OPTIONS: dict[str, Any] = {
     "seed": 0,
 }
 FORGETS: dict[str, Any] = OPTIONS | {"enable_prefix_caching": False}
+# vLLM takes another one where the CPU has AMX.
+LATENT: dict[str, Any] = OPTIONS | {"attention_backend": "CPU_MLA"}
 # Every block's state is kept, not only the last of a prompt: tokens of windows are found again.
 CACHES: dict[str, Any] = OPTIONS | {"enable_prefix_caching": True}
 RETURNS_EXPERTS: dict[str, Any] = CACHES | {"enable_return_routed_experts": True}
@@ -189,12 +191,12 @@ def test_latent_attention(compare: Any, fused: EngineChild, models: Callable[[st
     """No hybrid either: DeepSeek-V2. vLLM caches no prefixes of it on a CPU."""
     few = replace(CUT, num_requests=4, max_tokens=(2, 40))
     sampled = replace(SAMPLED, num_requests=4, max_tokens=(2, 40), decode_steps=2)
-    [cut, _] = compare("deepseek", OPTIONS, few, sampled)
-    control = fused.call(hybrid_child.run_planned_once, models("deepseek"), OPTIONS, few)
+    [cut, _] = compare("deepseek", LATENT, few, sampled)
+    control = fused.call(hybrid_child.run_planned_once, models("deepseek"), LATENT, few)
     assert differing(control, cut["stock"])
 
     few = replace(few, num_requests=2, max_tokens=(2, 5))
-    plain = fused.call(workload_child.run, models("deepseek_plain"), OPTIONS, few)
+    plain = fused.call(workload_child.run, models("deepseek_plain"), LATENT, few)
     assert set(plain["counts"]["stock_steps"]) == {
         "latent attention rotated by vLLM's kernel for CPUs"
     }
