@@ -36,7 +36,7 @@ GEMMA = {
 GEMMA_IDS = dict(zip(GEMMA.values(), (START, END, IMAGE, AUDIO, 2005, 2006), strict=True))
 VISION = {"hidden_size": 64, "intermediate_size": 128}
 MAKERS: dict[str, Callable[[Path], None]] = {}
-# Tokens that stand for an image in a prompt.
+# Tokens that stand for an image, or a sound, in a prompt.
 IMAGE_TOKENS: dict[str, tuple[int, ...]] = {
     "qwen25_vl": (START, IMAGE, END),
     "qwen3_vl": (START, IMAGE, END),
@@ -44,6 +44,7 @@ IMAGE_TOKENS: dict[str, tuple[int, ...]] = {
     "gemma3": (START,),
     "gemma4": (IMAGE,),
     "gemma3n": (IMAGE,),
+    "qwen2_audio": (START, AUDIO, END),
     "whisper": (),  # its encoder's, not its prompt's
 }
 QWEN3_VISION = VISION | {
@@ -318,6 +319,32 @@ def gemma3n(folder: Path) -> None:
         tokenizer=tokenizer,
         image_seq_length=9,
         chat_template=CHAT.replace("@", "<image>"),
+    ).save_pretrained(folder)
+
+
+@maker
+def qwen2_audio(folder: Path) -> None:
+    """An encoder of sound, whose output stands among a prompt's embeddings, before a Qwen2."""
+    import transformers
+
+    config = transformers.Qwen2AudioConfig(
+        text_config={**TEXT, "num_hidden_layers": 2},
+        audio_config={
+            "num_mel_bins": 80,
+            "d_model": 64,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 128,
+            "max_source_positions": 1500,  # thirty seconds: vLLM's model takes no other length
+        },
+        audio_token_index=AUDIO,
+        tie_word_embeddings=False,
+    )
+    _save(folder, transformers.Qwen2AudioForConditionalGeneration(config))
+    words = {"<|audio_bos|>": START, "<|AUDIO|>": AUDIO, "<|audio_eos|>": END}
+    transformers.Qwen2AudioProcessor(
+        feature_extractor=transformers.WhisperFeatureExtractor(),
+        tokenizer=save_tokenizer(folder, words),
     ).save_pretrained(folder)
 
 

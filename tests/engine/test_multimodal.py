@@ -1,7 +1,7 @@
-"""Models that take images, M-RoPE and prompt embeddings in windows: stock's tokens.
+"""Models that take images or sound, M-RoPE and prompt embeddings in windows: stock's tokens.
 
 Stock Model Runner V2 is the oracle (``FUSEDSTEP=oracle``): it answers the same requests, with
-images and without, that come late, end at different times, are preempted and hit prefixes.
+media and without, that come late, end at different times, are preempted and hit prefixes.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ NUM_BLOCKS = {
     "gemma3": 40,
     "gemma4": 34,
     "gemma3n": 34,
+    "qwen2_audio": 18,
     "whisper": 40,
 }
-# Whose prompts are not cut, and take sound.
-WHISPER: dict[str, Any] = {
-    "max_num_batched_tokens": 512,
-    "limit_mm_per_prompt": {"audio": 1},
-}
+SOUND: dict[str, Any] = {"limit_mm_per_prompt": {"audio": 1}}
+# Options of the models that take sound. Whisper's prompts are not cut.
+TAKE_SOUND = {"qwen2_audio": SOUND, "whisper": SOUND | {"max_num_batched_tokens": 512}}
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +111,12 @@ def expected(oracle: EngineChild, models: Callable[[str], str]) -> Callable[...,
 
 
 def options(name: str) -> dict[str, Any]:
-    more = WHISPER if name == "whisper" else {}
-    return OPTIONS | more | {"num_gpu_blocks_override": NUM_BLOCKS[name]}
+    return OPTIONS | TAKE_SOUND.get(name, {}) | {"num_gpu_blocks_override": NUM_BLOCKS[name]}
 
 
 def _workload(name: str, **fields: Any) -> Workload:
     return Workload(
-        media="audio" if name == "whisper" else "image",
+        media="audio" if name in TAKE_SOUND else "image",
         image_share=1.0 if name == "whisper" else 0.7,
         image_tokens=tiny_vlms.IMAGE_TOKENS[name],
         arrives_by=8,
@@ -163,6 +161,9 @@ RUNS = [
     ("whisper", 7, 6, 0.0, None),
     ("whisper", "auto", 7, 0.8, None),
     ("whisper", "auto", None, 0.0, "encoder lengths"),
+    ("qwen2_audio", 7, 9, 0.0, None),
+    ("qwen2_audio", "auto", 10, 0.8, None),
+    ("qwen2_audio", "auto", None, 0.0, "embeds"),
 ]
 
 
@@ -192,6 +193,36 @@ def test_images_and_text(
     assert sum(phase["preemptions"] for phase in have["phases"]) > 0
     if name not in ("gemma3", "whisper"):  # blocks are gone, prefixes are not cached
         assert sum(have["phases"][1]["cached"]) > 0
+
+
+def _tones(*frequencies: int) -> tuple[list[Any], dict[int, int]]:
+    """The same words about a second of each tone, for ``engine_child.run``; one after the other."""
+    import numpy as np
+
+    rate = 16000
+    token_ids = [33, 700, *tiny_vlms.IMAGE_TOKENS["qwen2_audio"], 41]
+    fields = {"max_tokens": 40, "ignore_eos": True}
+    requests: list[Any] = []
+    for frequency in frequencies:
+        sound = np.sin(np.arange(rate, dtype=np.float32) * (2 * np.pi * frequency / rate))
+        media = {"audio": (sound.astype(np.float32), rate)}
+        requests.append(({"prompt_token_ids": token_ids, "multi_modal_data": media}, fields))
+    return requests, {number: 5 * number for number in range(len(requests))}
+
+
+def test_answers_are_to_the_sound(
+    oracle: EngineChild, fused: EngineChild, models: Callable[[str], str]
+) -> None:
+    """Equal prompts: each tone has its own answer, stock's, and the same one when it comes again."""
+    name = "qwen2_audio"
+    ask = multimodal_child.ask, models(name), options(name), *_tones(220, 440, 1760, 440)
+    have, want = fused.call(*ask), oracle.call(*ask)
+    low, middle, high, again = multimodal_child.tokens(want)
+    assert len({*map(tuple, (low, middle, high))}) == 3
+    assert middle == again
+    assert multimodal_child.tokens(have) == [low, middle, high, again]
+    assert have["counts"]["steps"] > have["counts"]["windows"] > 0, have["counts"]
+    assert set(have["counts"]["stock_steps"]) == {"prefill"}
 
 
 def _differing(
