@@ -191,7 +191,6 @@ def qwen3_5(folder: Path) -> None:
 def gemma3(folder: Path) -> None:
     """Sliding windows, and prompts whose image tokens see each other."""
     import transformers
-    from safetensors.torch import load_file, save_file
 
     words = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
     config = transformers.Gemma3Config(
@@ -217,11 +216,7 @@ def gemma3(folder: Path) -> None:
         tie_word_embeddings=False,
     )
     _save(folder, transformers.Gemma3ForConditionalGeneration(config))
-    weights = {
-        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
-        for name, tensor in load_file(folder / "model.safetensors").items()
-    }  # the names that vLLM's loader knows
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _rename_weights(folder, "vision_tower.", "vision_tower.vision_model.")
     tokenizer = _tokenizer_with(
         folder, dict(zip(words.values(), (START, END, IMAGE), strict=True)), words
     )
@@ -341,6 +336,7 @@ def qwen2_audio(folder: Path) -> None:
         tie_word_embeddings=False,
     )
     _save(folder, transformers.Qwen2AudioForConditionalGeneration(config))
+    _rename_weights(folder, "language_model.model.model.", "language_model.model.")
     words = {"<|audio_bos|>": START, "<|AUDIO|>": AUDIO, "<|audio_eos|>": END}
     transformers.Qwen2AudioProcessor(
         feature_extractor=transformers.WhisperFeatureExtractor(),
@@ -378,6 +374,15 @@ def whisper(folder: Path) -> None:
         feature_extractor=transformers.WhisperFeatureExtractor(chunk_length=2),
         tokenizer=save_tokenizer(folder, {"<|startoftranscript|>": START}),
     ).save_pretrained(folder)
+
+
+def _rename_weights(folder: Path, start: str, wanted: str) -> None:
+    """The names that vLLM's loader knows, where transformers writes others."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = {name.replace(start, wanted): tensor for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _tokenizer_with(folder: Path, specials: dict[str, int], names: dict[str, str]) -> Any:
