@@ -201,7 +201,7 @@ def _tones(*frequencies: int) -> tuple[list[Any], dict[int, int]]:
 
     rate = 16000
     token_ids = [33, 700, *tiny_vlms.IMAGE_TOKENS["qwen2_audio"], 41]
-    fields = {"max_tokens": 40, "ignore_eos": True}
+    fields = {"max_tokens": 40, "ignore_eos": True, "temperature": 0.0}
     requests: list[Any] = []
     for frequency in frequencies:
         sound = np.sin(np.arange(rate, dtype=np.float32) * (2 * np.pi * frequency / rate))
