@@ -126,7 +126,7 @@ class Replica:
         )
         decision = decide(self.engine.policy, turn)
         self.reserved = self.steps = decision.num_steps
-        if decision.ends_at_stop:
+        if decision.num_stops == 1:
             self.steps = min(self.steps, *left)
 
     def arrival(self, now: float) -> float | None:

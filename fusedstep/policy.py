@@ -16,6 +16,10 @@ MAX_STEPS_UNTIMED = 8
 SLOW_STEP = 1.2
 # Stop strings are seen by the host only, so a window may overrun one by its length.
 MAX_STEPS_HOST_STOPS = 8
+# What it costs to end a window before its last step: the host's turn, with nothing behind it.
+TURN_MS = 10.0
+# In so many steps all rows of a batch have stopped, if nothing else is known.
+STOPS_WITHIN = 128
 # Logprobs of a window, 12 bytes each, which the device and the host keep room for, twice.
 MAX_LOGPROBS = 1 << 22
 
@@ -66,6 +70,7 @@ class Turn:
     latency_ms: float = 50.0  # how much longer than a stock step a window may keep those who wait
     step_ms: float | None = None  # time of a step, None before any was measured
     step_measured: bool = True  # at this batch size, not only at another
+    row_ms: float = 0.0  # that a row more adds to a step; 0 where it is not known
     token_budget: int = 1 << 30  # tokens that windows may reserve
     logprobs: int = 0  # of a step, of all requests together
     free_blocks: int = 1 << 30  # KV-cache blocks that are free
@@ -80,12 +85,13 @@ class Turn:
 class Decision:
     """``num_steps`` of the coming window, and the reason in words.
 
-    ``ends_at_stop``: a request waits for a row, so the window ends at the first row that stops.
+    ``num_stops``: it ends when about so many rows have stopped: 1 where a request waits for a row,
+    more where a smaller batch is faster; 0: when no row is left.
     """
 
     num_steps: int
     reason: str
-    ends_at_stop: bool = False
+    num_stops: int = 0
 
 
 def decide(config: DecodeSteps, turn: Turn) -> Decision:
@@ -122,7 +128,21 @@ def decide(config: DecodeSteps, turn: Turn) -> Decision:
     fitting = _fitting(turn, num_steps)
     if fitting < num_steps:
         num_steps, reason = fitting, Reason.BLOCKS
-    return Decision(num_steps, reason, ends_at_stop=turn.full_house)
+    return Decision(num_steps, reason, 1 if turn.full_house else _stops(turn, num_steps))
+
+
+def _stops(turn: Turn, num_steps: int) -> int:
+    """Rows that may stop before the window ends for the sake of those that go on; 0: all.
+
+    A row that has stopped costs each step ``row_ms``, an end ``TURN_MS``. If stops come evenly, of
+    all rows within ``STOPS_WITHIN`` steps, s of them cost s^2 / 2 * STOPS_WITHIN / rows * row_ms in
+    the meantime: TURN_MS is cheapest shared by the s where both are equal.
+    """
+    num_rows = len(turn.remaining)
+    if not turn.row_ms or num_steps == 1:
+        return 0
+    stops = (2 * TURN_MS * num_rows / (STOPS_WITHIN * turn.row_ms)) ** 0.5
+    return max(round(stops), 1) if stops <= num_rows / 2 else 0
 
 
 def _waiting_limits(turn: Turn) -> list[tuple[int, Reason]]:
@@ -175,6 +195,17 @@ class StepTimes:
         size, sample = batch_size.bit_length(), ms / num_steps
         average = self._ms.get(size, sample)
         self._ms[size] = average + (min(sample, 2 * average) - average) / 4
+
+    def row_ms(self, batch_size: int) -> float:
+        """What one row more adds to a step of a batch of this size, by the next smaller size that
+        was measured; 0 where none was."""
+        sizes = [size for size in self._ms if size < batch_size.bit_length()]
+        here = self._ms.get(batch_size.bit_length())
+        if here is None or not sizes:
+            return 0.0
+        smaller = max(sizes)
+        rows = 0.75 * ((1 << batch_size.bit_length()) - (1 << smaller))  # of their middles
+        return max(here - self._ms[smaller], 0.0) / rows
 
     def get(self, batch_size: int) -> tuple[float | None, bool]:
         """The average and True; until this size was measured the longest of all, and False."""

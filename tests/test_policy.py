@@ -1,5 +1,7 @@
 """The policy is a pure function: every limit, and what it says about itself."""
 
+from dataclasses import replace
+
 import pytest
 
 from fusedstep.errors import ConfigError
@@ -105,10 +107,44 @@ def test_nobody_waits():
 
 
 def test_a_full_house_ends_at_the_first_stop():
-    assert decide(AUTO, turn(90, 3, full_house=True)) == Decision(64, "longest window", True)
-    assert decide(DecodeSteps(7), turn(90, full_house=True)) == Decision(7, "fixed", True)
-    assert not decide(AUTO, turn(90, 3)).ends_at_stop
-    assert not decide(AUTO, turn(90, full_house=True, may_admit=True)).ends_at_stop
+    assert decide(AUTO, turn(90, 3, full_house=True)) == Decision(64, "longest window", 1)
+    assert decide(DecodeSteps(7), turn(90, full_house=True)) == Decision(7, "fixed", 1)
+    assert not decide(AUTO, turn(90, 3)).num_stops
+    assert not decide(AUTO, turn(90, full_house=True, may_admit=True)).num_stops
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_ms", "stops"),
+    [
+        (64, 0.0, 0),  # not known
+        (64, 1.0, 3),  # a large model on a CPU: 64 row-milliseconds a step
+        (64, 0.01, 32),
+        (64, 0.005, 0),  # a GPU: a row costs nothing
+        (8, 1.0, 1),
+        (1, 9.0, 1),
+    ],
+)
+def test_a_window_ends_where_a_smaller_batch_is_faster(rows, row_ms, stops):
+    """Of 64 rows that stop within 128 steps 3 have cost 9 ms when they end the window for 10."""
+    seen = turn(*[1000] * rows, row_ms=row_ms)
+    assert decide(AUTO, seen) == Decision(64, "longest window", stops)
+    assert decide(AUTO, replace(seen, full_house=True)).num_stops == 1
+    assert decide(DecodeSteps(1), seen).num_stops == 0
+
+
+def test_what_a_row_adds_to_a_step():
+    times = StepTimes()
+    times.add(64, 1, 80.0)
+    assert times.row_ms(64) == times.row_ms(40) == 0.0
+    times.add(40, 1, 48.0)  # 32 to 63 rows, 64 to 127: 48 apart
+    assert times.row_ms(64) == pytest.approx(32 / 48)
+    assert times.row_ms(40) == 0.0
+    times.add(3, 1, 12.0)
+    assert times.row_ms(40) == pytest.approx(36 / 45)
+    times.add(100, 1, 1.0)  # faster than a smaller batch: noise
+    for _ in range(30):
+        times.add(100, 1, 1.0)
+    assert times.row_ms(64) == 0.0
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 3, 37, MAX_STEPS])

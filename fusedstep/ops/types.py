@@ -23,8 +23,6 @@ UInt8 = Annotated[torch.Tensor, torch.uint8]
 PAD_SLOT_ID = -1
 # In the place of blocks below a sliding window: they may be somebody else's by now, with a NaN.
 NULL_BLOCK_ID = 0
-# Larger than any batch: subtracting it from num_active once makes it <= 0 and ends the window.
-WINDOW_ENDS = 1 << 16
 # Off-value of top-k: the size of the vocabulary.
 ALL_TOKENS = -1
 # A request's state in its grammar, where that is no state of the tables: any token may come (there
@@ -258,7 +256,7 @@ class WindowRows:
     out_tokens: Int64  # [max_num_steps, B], [step, batch_idx]
     out_logprobs: Float32  # [max_num_steps, B], of them, kept by the loop when asked
     out_ranks: Int64  # [max_num_steps, B], the same
-    stop_weight: Int32  # [1], staged: 1, or WINDOW_ENDS to end at the first stop
+    stop_weight: Int32  # [1], staged: what a stop takes off num_active, at <= 0 the window ends
     num_active: Int32  # [1], less the weight of each stop: the window ends at <= 0
 
     @classmethod

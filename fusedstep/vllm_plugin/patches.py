@@ -92,7 +92,7 @@ PATCHES = (
         "stamps.py",
         "output.*",
         Kind.HUNG,
-        "SchedulerOutput.arrivals_seen, ends_at_stop, trace; ModelRunnerOutput.rounds",
+        "SchedulerOutput.arrivals_seen, num_stops, trace; ModelRunnerOutput.rounds",
         "a window ends when more requests have arrived than its scheduler had seen, or at the "
         "first stop, as requests wait for a row; turns that are traced have numbers; vLLM counts "
         "drafts by round, of which a window has several",

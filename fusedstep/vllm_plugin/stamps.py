@@ -15,18 +15,18 @@ class WindowStamp(NamedTuple):
     """A window's terms, from the scheduler to the worker, on vLLM's SchedulerOutput."""
 
     arrivals_seen: int
-    ends_at_stop: bool
+    num_stops: int  # rows that stop before it ends; 0: all
 
 
 def stamp(output: SchedulerOutput, window: WindowStamp) -> None:
-    output.arrivals_seen, output.ends_at_stop = window
+    output.arrivals_seen, output.num_stops = window
 
 
 def stamp_of(output: SchedulerOutput) -> WindowStamp:
     """Batches that were scheduled with K fixed at 1 bear none: they run to their end."""
     if not hasattr(output, "arrivals_seen"):
-        return WindowStamp(arrivals.NEVER_END, ends_at_stop=False)
-    return WindowStamp(output.arrivals_seen, output.ends_at_stop)
+        return WindowStamp(arrivals.NEVER_END, num_stops=0)
+    return WindowStamp(output.arrivals_seen, output.num_stops)
 
 
 def stamp_stock_step(output: SchedulerOutput, reason: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fusedstep.ops.types import WINDOW_ENDS, BatchNeeds, WindowRows
+from fusedstep.ops.types import BatchNeeds, WindowRows
 from fusedstep.window import arrivals
 from fusedstep.window.output import WindowBuffers, WindowTokens
 from fusedstep.window.pinned import host_zeros
@@ -34,7 +34,7 @@ class Staging:
         steps_allowed: np.ndarray,  # [num_reqs] int32
         num_rows: int,
         arrivals_seen: int,
-        ends_at_stop: bool,
+        num_stops: int,
     ) -> None:
         """Rows from num_reqs on are padding. The device must have read the window before."""
         num_reqs = len(idx_mapping)
@@ -42,7 +42,7 @@ class Staging:
         self._idx_mapping_np[num_reqs:num_rows] = -1
         self._steps_allowed_np[:num_reqs] = steps_allowed
         self._steps_allowed_np[num_reqs:num_rows] = 0
-        self._stop_weight_np[0] = WINDOW_ENDS if ends_at_stop else 1
+        self._stop_weight_np[0] = -(-num_reqs // num_stops) if num_stops else 1
         self._seen_np[0] = arrivals_seen
         rows.idx_mapping[:num_rows].copy_(self.idx_mapping[:num_rows], non_blocking=True)
         rows.steps_allowed[:num_rows].copy_(self.steps_allowed[:num_rows], non_blocking=True)
@@ -93,13 +93,14 @@ class WindowSlot:
         needs: BatchNeeds,
         num_rows: int | None = None,  # with padding rows, num_reqs without
         arrivals_seen: int = arrivals.NEVER_END,
-        ends_at_stop: bool = False,
+        num_stops: int = 0,
         num_loras: int = 0,
         gives_way: bool = True,
     ) -> None:
         """Host part of a window; everything else happens on the device.
 
-        ``ends_at_stop``: the window ends after the step in which the first row stops.
+        ``num_stops``: the window ends after the step in which the last of about so many rows stops;
+        0: when no row is left.
         """
         self.num_reqs = len(idx_mapping)
         self.num_rows = self.num_reqs if num_rows is None else num_rows
@@ -116,7 +117,7 @@ class WindowSlot:
             steps_allowed,
             self.num_rows,
             arrivals_seen,
-            ends_at_stop,
+            num_stops,
         )
         if num_logprobs >= 0:
             self.output.reserve_logprobs(self.num_steps, self.num_rows, num_logprobs)

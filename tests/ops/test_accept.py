@@ -8,7 +8,6 @@ from ops.world import Implementation, World, assert_close, assert_same, build_wo
 
 from fusedstep.errors import TensorError
 from fusedstep.ops.reference import ReferenceStep
-from fusedstep.ops.types import WINDOW_ENDS
 
 NUM_REQS, WIDTH = 7, 4
 
@@ -56,7 +55,7 @@ def run(
     return copy.clone(), counts
 
 
-@pytest.mark.parametrize("stop_weight", [1, WINDOW_ENDS])
+@pytest.mark.parametrize("stop_weight", [1, 3, 1 << 16])
 @pytest.mark.parametrize("seed", range(3))
 def test_rounds(implementation: Implementation, seed: int, stop_weight: int) -> None:
     world = build(seed)

@@ -23,7 +23,7 @@ from ops.world import (
 )
 
 from fusedstep.ops.reference import ReferenceStep
-from fusedstep.ops.types import PAD_SLOT_ID, WINDOW_ENDS
+from fusedstep.ops.types import PAD_SLOT_ID
 
 
 class Pair:
@@ -145,12 +145,12 @@ def test_a_stop_may_end_the_window(implementation: Implementation) -> None:
     """Nothing is left to go on for; a step enqueued ahead still gives the other rows a token."""
     pair = Pair(build_world(63, 4), implementation)
     for world in (pair.ref, pair.out):
-        world.rows.stop_weight.fill_(WINDOW_ENDS)
+        world.rows.stop_weight.fill_(40)
         world.rows.steps_allowed[3] = 1
         row = int(world.rows.idx_mapping[1])
         world.stop.max_len[row] = int(world.requests.total_len[row]) + 2
     pair.prepare()
-    for step, active in enumerate([4 - 1, 3 - WINDOW_ENDS, 3 - WINDOW_ENDS]):
+    for step, active in enumerate([4 - 1, 3 - 40, 3 - 40]):
         pair.step(random_logits(4, 63, seed=step))
         assert pair.out.rows.num_active.item() == active
     assert pair.out.rows.num_sampled[:4].tolist() == [3, 2, 3, 1]

@@ -37,6 +37,7 @@ class Batch:
     sampled: dict[str, list[int]] = field(default_factory=dict)
     rounds: dict[str, list[int]] | None = None  # tokens of each, if it is a window of them
     num_steps: int = 0
+    num_stopped: int = 0
     begun: bool = False
     done: bool = False
 
@@ -131,7 +132,7 @@ class Device:
 
     def _window_step(self, batch: Batch) -> bool:
         """A token of each live row, or a round; is the window over after it?"""
-        goes_on = stops = False
+        goes_on, stops = False, 0
         live = []
         for req_id, budget in batch.output.num_scheduled_tokens.items():
             row, sampled = self.rows[req_id], batch.sampled.setdefault(req_id, [])
@@ -143,11 +144,13 @@ class Device:
             sampled += tokens
             if batch.rounds is not None:
                 batch.rounds.setdefault(req_id, []).append(len(tokens))
-            stops |= row.stopped
+            stops += row.stopped
             goes_on |= not row.stopped and batch.num_steps * self.width < budget
         arrived = self.arrivals() > batch.output.arrivals_seen
         cut = self.random.random() < self.trace.cut
-        return not goes_on or arrived or cut or (stops and batch.output.ends_at_stop)
+        batch.num_stopped += stops
+        is_enough = 0 < batch.output.num_stops <= batch.num_stopped
+        return not goes_on or arrived or cut or is_enough
 
     def _gives_way(self, seen: int) -> bool:
         """Has somebody come since the window was scheduled? Some devices miss it."""

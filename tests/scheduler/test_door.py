@@ -182,7 +182,7 @@ def test_a_grammar_that_is_compiled_does_not_stop_the_others() -> None:
         for _ in range(4):
             engine._turn()
             reasons.append(scheduler.last_decision)
-    assert reasons[-1].num_steps == 9 and not reasons[-1].ends_at_stop
+    assert reasons[-1].num_steps == 9 and not reasons[-1].num_stops
     assert reasons[-1].reason == "a waiting request may get ready"
     assert scheduler.door.is_open
 

@@ -18,6 +18,7 @@ from scheduler.trace import Spec, Trace, expected, make_trace, make_trace_with_d
 from scheduler.watched import Watched
 from scheduler.world import STOCK
 
+from fusedstep import policy
 from fusedstep.policy import SLOW_STEP
 from fusedstep.vllm_plugin.scheduler.blocks import Blocks
 from fusedstep.vllm_plugin.scheduler.rounds import Rounds
@@ -41,6 +42,23 @@ def test_same_answers_as_stock(random: Random, num_requests: int) -> None:
 @pytest.mark.parametrize("seed", range(80))
 def test_same_answers_as_stock_in_busy_engines(seed: int) -> None:
     assert compare(make_trace(Random(seed), 50)).problems == []
+
+
+def test_same_answers_where_windows_end_for_a_smaller_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After any number of stops, which other windows may have been scheduled behind."""
+    random, numbers = Random(1), set()
+
+    def stops(turn: policy.Turn, num_steps: int) -> int:
+        number = random.randint(0, len(turn.remaining))
+        numbers.add(number)
+        return number
+
+    monkeypatch.setattr(policy, "_stops", stops)
+    for seed in range(0, 80, 4):
+        assert compare(make_trace(Random(seed), 50)).problems == []
+    assert len(numbers) > 4
 
 
 def compare_drafts(*seeds: int) -> Comparison:

@@ -276,7 +276,7 @@ _ENGINE = {
             scheduled_cached_reqs: CachedRequestData
             preempted_req_ids, finished_req_ids, aux_output_connector_metadata
             has_structured_output_requests, pending_structured_output_tokens
-            +arrivals_seen, ends_at_stop, grammars, stock_step_reason, trace
+            +arrivals_seen, num_stops, grammars, stock_step_reason, trace
         """,
         "NewRequestData": "req_id, prompt_len\nsampling_params: sampling_params.SamplingParams",
         "CachedRequestData": "req_ids, num_computed_tokens",

@@ -152,7 +152,7 @@ class Engine:
         num_rows=None,
         logprobs=True,
         arrivals_seen=NEVER_END,
-        ends_at_stop=False,
+        num_stops=0,
         num_loras=0,
         sampled_logprobs=False,
     ):
@@ -162,7 +162,7 @@ class Engine:
         needs = replace(BatchNeeds.none(), logprobs=sampled_logprobs, grammar=self.has_grammars)
         budget = np.asarray(budget, dtype=np.int32)
         asked = 1 if logprobs else 0 if sampled_logprobs else -1
-        slot.stage(rows, budget, asked, needs, num_rows, arrivals_seen, ends_at_stop, num_loras)
+        slot.stage(rows, budget, asked, needs, num_rows, arrivals_seen, num_stops, num_loras)
         run_window(
             self.model, self.ops, slot, cut_short, pace, graphs, top_one if logprobs else None
         )

@@ -131,7 +131,7 @@ def test_the_device_ends_the_while_loop(engine, recorder, arrivals):
 def test_a_full_house_ends_at_the_first_stop(engine, recorder, form):
     """The third request's first token is its last; an unrolled graph ends with its last step."""
     graphs = recorded(form, engine, recorder)
-    steps = engine.window([16] * ROWS, graphs=graphs, logprobs=False, ends_at_stop=True)
+    steps = engine.window([16] * ROWS, graphs=graphs, logprobs=False, num_stops=1)
     assert steps == (UNROLLED_STEPS if form == "unrolled" else 1)
 
 

@@ -75,10 +75,10 @@ def test_an_arrival_ends_the_window_after_its_step(engine, tmp_path):
 def test_a_full_house_ends_at_the_first_stop(engine):
     """The third request has one token to give; then the first two have stopped or wait again."""
     budget = [16] * len(PROMPTS)
-    assert engine.window(budget, ends_at_stop=True) == 1
+    assert engine.window(budget, num_stops=1) == 1
     stopped = 1
     while engine.outputs != emitted():
-        steps = engine.window(budget, ends_at_stop=True)
+        steps = engine.window(budget, num_stops=1)
         now = sum(map(list.__eq__, engine.outputs, emitted()))
         assert (steps < 16) <= (now > stopped)
         stopped = now
@@ -88,7 +88,7 @@ def test_all_steps_are_run_where_others_count_on_them(engine):
     """After the last row has stopped, too; such steps give no token."""
     budget = [7] * len(PROMPTS)
     for _ in range(2 + max(MAX_TOKENS) // 7):
-        engine.window(budget, pace=SetPace(), ends_at_stop=True)
+        engine.window(budget, pace=SetPace(), num_stops=1)
         assert engine.steps_enqueued == 7
     assert engine.outputs == emitted()
 

@@ -179,7 +179,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self.has_freed = False
         stamps.stamp(
             scheduler_output,
-            stamps.WindowStamp(self.door.seen(count), self.last_decision.ends_at_stop),
+            stamps.WindowStamp(self.door.seen(count), self.last_decision.num_stops),
         )
         decision = self.last_decision
         if scheduler_output.scheduled_new_reqs:
@@ -420,6 +420,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             latency_ms=self.latency_ms,
             step_ms=step_ms,
             step_measured=step_measured,
+            row_ms=self.in_flight.step_times.row_ms(len(params)),
             token_budget=budget,
             logprobs=self._logprobs(params),
             free_blocks=self.blocks.num_free,

@@ -28,7 +28,7 @@ class Turn:
     waiting: int
     running: int
     arrivals_seen: int
-    ends_at_stop: bool
+    num_stops: int  # after which its window ends; 0: all
 
 
 class Tracing:
@@ -126,8 +126,9 @@ def _why_ended(turn: Turn, batch: Batch, steps: int, num_arrivals: int) -> str:
         return "all its steps are done"
     if all(finished):
         return "every request has ended"
-    if turn.ends_at_stop and any(finished):
-        return "a request has ended, and others wait"
+    if turn.num_stops and any(finished):
+        one = turn.num_stops == 1 and turn.waiting
+        return "a request has ended, and others wait" if one else "a smaller batch is faster"
     if num_arrivals > turn.arrivals_seen:
         return "cut short" if steps else "gave way before its first step"
     return "no row could go on"
