@@ -21,6 +21,7 @@ from scheduler.world import STOCK
 from fusedstep import policy
 from fusedstep.policy import SLOW_STEP
 from fusedstep.vllm_plugin.scheduler.blocks import Blocks
+from fusedstep.vllm_plugin.scheduler.in_flight import InFlight
 from fusedstep.vllm_plugin.scheduler.rounds import Rounds
 from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
 
@@ -59,6 +60,24 @@ def test_same_answers_where_windows_end_for_a_smaller_batch(
     for seed in range(0, 80, 4):
         assert compare(make_trace(Random(seed), 50)).problems == []
     assert len(numbers) > 4
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["ends", "control"])
+def test_who_was_to_end_in_a_window_waits_for_none_behind_it(
+    looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window ended at its first stop. The next was scheduled for those left after all steps."""
+    monkeypatch.setattr(policy, "_stops", lambda *_: 1)
+    if not looks:
+        monkeypatch.setattr(InFlight, "leaves_out", lambda *_: False)
+    specs = tuple(Spec((1, 2), 0, n, ignore_eos=True) for n in (300, 40, 3))
+    engine = Engine(
+        Trace(specs, max_model_len=400, max_num_batched_tokens=512, lag=2),
+        FusedStepScheduler,
+        "auto",
+    )
+    engine.run()
+    assert (engine.answers[1].last_at < 60) == looks  # 40 tokens; the others' windows between
 
 
 def compare_drafts(*seeds: int) -> Comparison:

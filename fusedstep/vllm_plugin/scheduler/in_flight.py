@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from fusedstep.vllm_plugin.stamps import rounds_of
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Batch:
     def steps_of(self, result: ModelRunnerOutput) -> int:
         """Its steps that gave tokens."""
         return steps_of(result, self.tokens_per_step)
+
+    def ended_at_stops(self, result: ModelRunnerOutput) -> bool:
+        """Has it ended before its last step because so many requests have stopped?"""
+        return self.decision.num_stops > 0 and self.steps_of(result) < self.num_steps
 
     def output_for(self, known: Mapping[str, Any]) -> SchedulerOutput:
         """The output as it was scheduled, for the requests that the scheduler knows now.
@@ -62,6 +67,11 @@ class InFlight:
     def has_window(self) -> bool:
         """Is one of more than a step under way?"""
         return any(batch.num_steps > 1 for batch in self._batches)
+
+    def leaves_out(self, running: Iterable[Request]) -> bool:
+        """Is some of these requests in none of the batches under way?"""
+        scheduled = set().union(*(batch.requests for batch in self._batches))
+        return any(request.request_id not in scheduled for request in running)
 
     def sent(
         self,

@@ -212,7 +212,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             if received is not None and received.finished_recving:
                 self.admission.retry()
             self.refusals.deliver(outputs)
-            self._cut_windows_short()
+            ended_at_stops = batch is not None and batch.ended_at_stops(model_runner_output)
+            self._cut_windows_short(ended_at_stops)
         self.counts.add_turn(
             stamps.limit_of(model_runner_output)
             or (batch.decision.reason if batch else self.engine_reason or Reason.FIXED_AT_1),
@@ -468,12 +469,14 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
         return blocks_for
 
-    def _cut_windows_short(self) -> None:
-        """End the windows in flight if a waiting request could start now, or nothing runs."""
+    def _cut_windows_short(self, ended_at_stops: bool = False) -> None:
+        """End the windows in flight if a waiting request could start now, or nothing runs; or if
+        they lack some who go on, having been scheduled for those left after all steps."""
         if not self.in_flight.has_window:
             return
         place_got_free = self.has_freed and self.admission.num_startable > 0
-        if place_got_free or not self.running:
+        too_few = ended_at_stops and self.in_flight.leaves_out(self.running)
+        if place_got_free or not self.running or too_few:
             self.door.end_windows()
             self.tracing.announced("freed", [], ends_windows=True)
 
