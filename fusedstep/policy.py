@@ -197,8 +197,8 @@ class StepTimes:
         self._ms[size] = average + (min(sample, 2 * average) - average) / 4
 
     def row_ms(self, batch_size: int) -> float:
-        """What one row more adds to a step of a batch of this size, by the next smaller size that
-        was measured; 0 where none was."""
+        """Time that one row more adds to a step of a batch of this size, by the next smaller size
+        that was measured; 0 where none was."""
         sizes = [size for size in self._ms if size < batch_size.bit_length()]
         here = self._ms.get(batch_size.bit_length())
         if here is None or not sizes:
