@@ -125,6 +125,7 @@ def _print(banner: Banner, log: Path | None, warnings: int, to: Console) -> None
         ("ops", banner.ops),
         ("loop", banner.loop),
         ("KV cache", banner.kv_cache),
+        ("cores", banner.cores),
         ("versions", banner.versions),
         ("log", f"{log}{said}" if log else ""),
         ("server", banner.url),

@@ -88,3 +88,48 @@ def test_who_holds_which_core(
     assert told is not None and "no other is left" in told and cores.BIND not in os.environ
     monkeypatch.setenv(cores.BIND, "0")  # the user's own choice
     assert cores.settle() is None and os.environ[cores.BIND] == "0"
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "cores_here", "busy", "told"),
+    (
+        ({}, {0, 1}, 0.1, "all 2 for the model"),
+        ({}, {0, 1, 2, 3}, 0.0, "all 4 for the model"),
+        ({}, {0, 1}, 0.6, ""),  # somebody else's machine, too
+        ({}, {0}, 0.0, ""),
+        ({}, set(range(8)), 0.0, ""),  # a core is an eighth there, and a late one holds up seven
+        ({cores.RESERVED: "1"}, {0, 1}, 0.0, ""),
+        ({cores.BIND: "0"}, {0, 1}, 0.0, ""),
+    ),
+)
+def test_the_hosts_cores(
+    set_by_user: dict[str, str],
+    cores_here: set[int],
+    busy: float,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model has the host's cores on a small machine that is idle, where nobody chose."""
+    for name in (cores.RESERVED, cores.BIND):
+        monkeypatch.setenv(name, "")  # taken back with what the test sets
+        monkeypatch.delenv(name)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores_here)
+    monkeypatch.setattr(cores, "siblings", lambda core: {core})
+    monkeypatch.setattr(cores, "_busy_cores", lambda: busy)
+    words = cores.take_the_hosts()
+    assert words.startswith(told) and bool(words) == bool(told)
+    reserved = {cores.RESERVED: "0"} if told else {}
+    names = (cores.RESERVED, cores.BIND)
+    assert {n: os.environ[n] for n in names if n in os.environ} == set_by_user | reserved
+
+
+def test_how_busy_the_machine_is(others: list[subprocess.Popen[str]]) -> None:
+    """A program that computes counts as about a core, whatever else runs here."""
+    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    others.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    stdout = others[-1].stdout
+    assert stdout is not None and stdout.readline()
+    busy = cores._busy_cores()
+    assert cores.IDLE_CORES < busy <= (psutil.cpu_count() or 1) + 0.1

@@ -1,7 +1,8 @@
-"""Cores of a CPU that another vLLM computes on: this server takes others, or says whose they are.
+"""The cores of a CPU that a server computes on.
 
 vLLM pins its workers to the first cores that it may use. A second one on the machine takes the
-same, and both crawl.
+same, and both crawl: this server takes others, or says whose they are. And vLLM keeps cores for the
+host, which windows leave idle: on a small machine that is ours alone the model has them, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ from pathlib import Path
 import psutil
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
+RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 WORKER = "VLLM::Worker"  # the title of a process that computes
+# With more, a core is a small gain, and a host that wants it holds up the others: not measured.
+MOST_CORES = 4
+# Cores that other programs may be busy on, in the half second in which we look.
+IDLE_CORES = 0.25
+LOOK_SECONDS = 0.5
 
 
 def held(allowed: set[int]) -> dict[int, int]:
@@ -59,7 +66,7 @@ def settle() -> str | None:
 
     A user who binds threads is left alone.
     """
-    if os.environ.get(BIND, "auto") != "auto" or not hasattr(os, "sched_getaffinity"):
+    if not _may_choose():
         return None
     allowed = os.sched_getaffinity(0)
     held_by = held(allowed)
@@ -74,3 +81,27 @@ def settle() -> str | None:
         return f"{whose}, and no other is left: both crawl; end it, or set {BIND} for each"
     os.environ[BIND] = ",".join(map(str, cores))
     return f"{whose}: this one computes on {os.environ[BIND]} ({BIND})"
+
+
+def take_the_hosts() -> str:
+    """Give the model the cores that vLLM keeps for the host, unless the user said how many; what
+    the panel says of it, empty where nothing was done.
+
+    Only on a small machine on which nobody else computes. After ``settle``.
+    """
+    if RESERVED in os.environ or not _may_choose():
+        return ""
+    num_cores = len({max(siblings(cpu)) for cpu in os.sched_getaffinity(0)})
+    if not 1 < num_cores <= MOST_CORES or _busy_cores() > IDLE_CORES:
+        return ""
+    os.environ[RESERVED] = "0"
+    return f"all {num_cores} for the model, none for the host alone ({RESERVED}=0)"
+
+
+def _may_choose() -> bool:
+    return os.environ.get(BIND, "auto") == "auto" and hasattr(os, "sched_getaffinity")
+
+
+def _busy_cores() -> float:
+    """Cores of the whole machine that are at work."""
+    return psutil.cpu_percent(LOOK_SECONDS) / 100 * (psutil.cpu_count() or 1)

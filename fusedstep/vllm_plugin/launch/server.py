@@ -41,6 +41,7 @@ class Banner:
     ops: str
     loop: str
     kv_cache: str
+    cores: str
     versions: str
     url: str
     curl: str  # a first request, to paste
@@ -74,15 +75,18 @@ def serve(
     else:
         wiring.switch_on(options)
     alone = processes.folder() is None  # a measurement compares servers on the same cores
-    crowded = cores.settle() if alone and not stock and wiring.is_cpu_build() else None
-    if crowded:
-        display.warn(crowded)
+    on_cores = ""
+    if alone and not stock and wiring.is_cpu_build():
+        if crowded := cores.settle():
+            display.warn(crowded)
+        else:
+            on_cores = cores.take_the_hosts()
     os.environ |= processes.environment()
     log = None if verbose or _asks_for_output(vllm_args) else quiet.log_file(_name(vllm_args))
     started: list[str] = []
     try:
         with quiet.output_to(log) if log else contextlib.nullcontext():
-            _serve(options, stock, vllm_args, display, log, started)
+            _serve(options, stock, vllm_args, display, log, started, on_cores)
     except (ConfigError, SystemExit) as error:
         if log is not None and started:
             _tell_end(display, log, str(error))
@@ -96,6 +100,7 @@ def _serve(
     display: Display,
     log: Path | None,
     started: list[str],
+    on_cores: str,
 ) -> None:
     """``started`` gets a word when vLLM itself runs, and has something to say."""
     watch = quiet.Watch(display, log)
@@ -105,7 +110,7 @@ def _serve(
             args = _parse(options, stock, vllm_args)
             if not args.uds:  # where to listen may be in a file of vLLM's --config
                 early.check_port(args.host, args.port)
-            display.about(_banner(args, stock))
+            display.about(_banner(args, stock, on_cores))
             watch.until(partial(_answers, args))
             display.say("starting the engine")
             started.append("vLLM")
@@ -234,7 +239,7 @@ def _run(args: Namespace, display: Display) -> None:
         raise SystemExit("fusedstep: the engine has died: its error is in the log")
 
 
-def _banner(args: Namespace, stock: bool) -> Banner:
+def _banner(args: Namespace, stock: bool, on_cores: str) -> Banner:
     """Known before the engine starts; the worker has the last word on attention."""
     import torch
     from vllm.platforms import current_platform
@@ -258,6 +263,7 @@ def _banner(args: Namespace, stock: bool) -> Banner:
         ops=ops,
         loop=loop,
         kv_cache=f"{kv_bytes / wiring.GIB:.2f} GiB" if kv_bytes else "sized by vLLM",
+        cores=on_cores,
         versions=f"vLLM {compat.vllm_version()}, torch {torch.__version__}, "
         f"Python {sys.version.split()[0]}",
         url=args.uds or f"http://{args.host}:{args.port}/v1",
