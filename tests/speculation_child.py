@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -192,6 +193,28 @@ def answer_on_the_stand_in(
         answered = answer(requests, *windows)
     graphs = {kind: n - replays[kind] for kind, n in standin_child.num_replays().items()}
     return answered | {"waits": dict(waits), "graphs": graphs}
+
+
+def prove(fault: str | None) -> str | None:
+    """What the proof of the recorded rounds says; ``fault``: replays do nothing."""
+    import torch
+    from standin.engine import python_ops
+    from standin.modes import on_device
+
+    from fusedstep.window.proof import WrongTokensError
+
+    store = engine_child.runner().graph_store
+    graphs = [*store.graphs._single.values(), *store.graphs._many.values()]
+    with ExitStack() as stack:
+        stack.callback(engine_child.reset_prefix_cache)  # the proof has used its blocks
+        for graph in graphs if fault else ():
+            stack.enter_context(patch.object(graph, "replay", lambda: None))
+        try:
+            with torch.inference_mode(), on_device(python_ops()):
+                store.prove()
+        except WrongTokensError as error:
+            return str(error)
+        return None
 
 
 def drafts_of(metrics: Any) -> Any:

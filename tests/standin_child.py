@@ -95,11 +95,11 @@ def use_timing(seed: int | None) -> None:
 
 def num_replays() -> dict[str, int]:
     """Graphs that were replayed: vLLM's full ones, pieces of its piecewise ones (graphs between
-    calls in Python), those of windows, and of the draft model."""
+    calls in Python), those of windows, and of the draft model alone."""
     runner = engine_child.runner()
     manager = runner.cudagraph_manager
     drafter = getattr(runner.rounds, "drafter", None)
-    ours = None if runner.rounds is not None else runner.graph_store.graphs
+    ours = runner.graph_store.graphs
     pieces = getattr(manager, "breakable_cg_runner", None)
     captures = [] if pieces is None else [entry.capture for entry in pieces.entries.values()]
     parts = [getattr(part, "__self__", None) for capture in captures for part in capture.segments]

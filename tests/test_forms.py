@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from fusedstep.loop_forms import LoopForm
 from fusedstep.vllm_plugin.runner import recording as forms
 from fusedstep.vllm_plugin.runner.decode_model import padded_rows
-from fusedstep.vllm_plugin.runner.recording import Form, GraphStore, LoopParts, choose
+from fusedstep.vllm_plugin.runner.recording import Form, LoopParts, StepStore, choose
 from fusedstep.window import recorder
 from fusedstep.window.proof import WrongTokensError
 
@@ -76,13 +76,13 @@ def runner(
     )
 
 
-def graph_store(form: Form, cases: tuple[int, ...] = (0,), **options: Any) -> GraphStore:
+def graph_store(form: Form, cases: tuple[int, ...] = (0,), **options: Any) -> StepStore:
     adapters = SimpleNamespace(graph_cases=cases, made_up=nullcontext)
     model: Any = SimpleNamespace(stage=None, adapters=adapters, forget_states=None)
     unused: Any = None
     state: Any = SimpleNamespace(grammar=None)
     parts = LoopParts(model, unused, unused, state, unused, unused, None)
-    return GraphStore(runner(**options), parts, form)
+    return StepStore(runner(**options), parts, form)
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     machine.group = SimpleNamespace(world_size=1)
 
     class Graphs:
-        def __init__(self, form: str, *_: Any, grammars: bool) -> None:
+        def __init__(self, form: str, *_: Any) -> None:
             self.form = form
 
         def record(self, recorder: Any, num_rows: int, num_loras: int) -> None:

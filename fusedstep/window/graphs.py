@@ -72,7 +72,8 @@ def variant(needs: BatchNeeds) -> BatchNeeds:
 class WindowGraphs:
     """The recorded steps of one form, by padded batch size, number of LoRA adapters and variant.
 
-    A batch that wants other logprobs than those of the sampled tokens takes eager steps.
+    A batch that wants what no variant does takes eager steps: logprobs other than those of the
+    sampled tokens, for one.
     """
 
     def __init__(
@@ -81,12 +82,10 @@ class WindowGraphs:
         model: RecordableModel,
         ops: StepOps,
         state: WindowState,
-        *,
-        grammars: bool = False,
+        variants: tuple[BatchNeeds, ...] = VARIANTS,
     ) -> None:
-        """``form``: one that is recorded. ``grammars``: requests may have some."""
-        self.form = form
-        self.variants = (*VARIANTS, GRAMMAR) if grammars else VARIANTS
+        """``form``: one that is recorded."""
+        self.form, self.variants = form, variants
         self.model, self.ops, self.state = model, ops, state
         self._recorder: Recorder | None = None
         self._single: dict[Key, Graph] = {}

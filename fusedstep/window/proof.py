@@ -19,7 +19,7 @@ from fusedstep.ops.types import (
 from fusedstep.window.graphs import UNROLLED_STEPS, WindowGraphs
 from fusedstep.window.loop import HOST_PACE, Graphs, run_window
 from fusedstep.window.pace import Pace
-from fusedstep.window.state import Fetched
+from fusedstep.window.state import Fetched, WindowSlot
 
 CONTEXT = 5  # tokens that each request has computed
 STEPS = UNROLLED_STEPS + 2  # so that the unrolled form shows both of its graphs
@@ -47,9 +47,14 @@ class Proof:
         stream: torch.cuda.Stream | None = None,  # of the copies to the host
         pace: Pace = HOST_PACE,
         forget: Callable[[int], None] = lambda _: None,  # recurrent states in the first n blocks
+        steps: int = STEPS,
+        tokens_per_step: int = 1,
     ) -> None:
-        self.state, self.graphs = state, graphs
-        self.widths = [-(-(CONTEXT + STEPS) // size) for size in state.inputs.block_sizes]
+        self.state, self.graphs, self.steps = state, graphs, steps
+        self.widths = [
+            -(-(CONTEXT + (steps + 1) * tokens_per_step) // size)
+            for size in state.inputs.block_sizes
+        ]
         self.max_num_reqs = max_num_blocks // sum(self.widths)
         self.stage, self.stream, self.pace, self.forget = stage, stream, pace, forget
 
@@ -83,14 +88,18 @@ class Proof:
         """The tokens that a window of all requests gives."""
         self._make_up(num_reqs, needs)
         self.forget(1 + num_reqs * sum(self.widths))
-        steps_allowed = np.full(num_reqs, STEPS, dtype=np.int32)
+        steps_allowed = np.full(num_reqs, self.steps, dtype=np.int32)
         steps_allowed[2::3] -= 1
-        num_rows, num_loras = self.stage(np.full(num_reqs, CONTEXT + 1, dtype=np.int32), STEPS)
+        num_rows, num_loras = self.stage(np.full(num_reqs, CONTEXT + 1, dtype=np.int32), self.steps)
         slot = self.graphs.state.next_slot()
         num_logprobs = 0 if needs.logprobs else -1
         slot.stage(
             np.arange(num_reqs), steps_allowed, num_logprobs, needs, num_rows, num_loras=num_loras
         )
+        return self._window(slot, graphs)
+
+    def _window(self, slot: WindowSlot, graphs: Graphs | None) -> list[list[int]]:
+        """Run it: the tokens of each row."""
         run_window(self.graphs.model, self.graphs.ops, slot, lambda: False, self.pace, graphs)
         return Fetched(slot, self.stream).tokens().token_ids
 

@@ -58,6 +58,16 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 TARGETS = {"mtp": "mimo"}  # others: "target"
 
+# Nothing but temperature and seeds, and ends: rounds that are recorded whole. Three at a time.
+PLAIN = [
+    asked(0, max_tokens=41),
+    asked(1, temperature=0.7, seed=1),
+    asked(2, stop_token_ids=[11, 12, 13], max_tokens=50),
+    asked(3, at=3, temperature=1.0, seed=2),
+    asked(4, at=5, max_tokens=30),
+    asked(2, at=9, temperature=0.5, seed=5, stop_token_ids=[20, 21], max_tokens=23),
+]
+
 # Of vLLM: for one row of four tokens, and for three, one of which may be padding.
 GRAPHS: dict[str, Any] = {"ops": "triton", "capture_sizes": (4, 12, 32)}
 
@@ -119,8 +129,8 @@ def with_drafts(models: dict[str, str], method: str) -> dict[str, Any]:
     }
 
 
-def assert_same(have: dict[str, Any], want: dict[str, Any]) -> None:
-    for n, one in enumerate(REQUESTS):
+def assert_same(have: dict[str, Any], want: dict[str, Any], requests: list[Any] = REQUESTS) -> None:
+    for n, one in enumerate(requests):
         assert have["tokens"][n] == want["tokens"][n], one
         assert have["ends"][n] == want["ends"][n], one
         # Near max_model_len there are fewer drafts, as the scheduler runs ahead of the tokens.
@@ -174,10 +184,14 @@ def check_on_the_stand_in(
         waits |= set(have["waits"])  # none where a window has two rounds
         is_full = mode.startswith("FULL")
         graphs, steps = have["graphs"], have["counts"]["steps"]
-        assert graphs["full"] >= steps if is_full else not graphs["full"]
-        # vLLM itself launches a draft model call by call.
-        is_recorded = is_full and METHODS.get(method, {}).get("model") == "draft"
-        assert graphs["drafts"] >= steps if is_recorded else not graphs["drafts"]
+        has_draft_model = METHODS.get(method, {}).get("model") == "draft"
+        is_recorded = is_full and (has_draft_model or method.startswith("ngram"))
+        # Whole rounds; with penalties or truncation in the batch vLLM's graph, and our own of what
+        # vLLM itself launches call by call.
+        assert bool(graphs["windows"]) == is_recorded
+        assert bool(graphs["full"]) == is_full
+        assert is_recorded or graphs["full"] >= steps or not is_full
+        assert bool(graphs["drafts"]) == (is_full and has_draft_model)
     assert waits == {"an event"}, "of the pace; nothing else is waited for"
 
 
@@ -208,6 +222,35 @@ def test_on_the_stand_in_in_every_mode(
     want = wanted(method.removesuffix("_gpu"))
     windows = [(seed, k, None) for seed, k in ((None, 8), (1, 16), (2, "auto"))]
     check_on_the_stand_in(want, stand_in, models, method, mode, *windows, (4, 64, 1), (None, 20, 2))
+
+
+@pytest.mark.parametrize(
+    ("method", "loop", "seed"),
+    [("draft_model", "auto", None), ("drawn", "replay", 1), ("ngram", "auto", 2)],
+)
+def test_whole_rounds_as_graphs(
+    stock: EngineChild, stand_in: StandInChild, models: Any, method: str, loop: str, seed: int
+) -> None:
+    """Target, verification and drafter: a graph for each round, or for each window."""
+    options = with_drafts(models, method)
+    want = stock.call(speculation_child.run, models["target"], options, PLAIN)
+    stand_in.become(GRAPHS, models["target"], **options, loop=loop)
+    for window in ((64, None), ("auto", 3)):
+        have = stand_in.call(speculation_child.answer_on_the_stand_in, seed, PLAIN, *window)
+        assert_same(have, want, PLAIN)
+        counts, graphs = have["counts"], have["graphs"]
+        assert counts["steps"] > 1.2 * counts["windows"] > 0
+        # One launch a window; or one a round, and up to two after its last.
+        most = counts["windows"] if loop == "auto" else counts["steps"] + 2 * counts["windows"]
+        assert 0 < graphs["windows"] <= most
+        assert graphs["full"] == graphs["drafts"] == 0, "nothing else is launched"
+
+
+def test_recorded_rounds_are_proved(stand_in: StandInChild, models: dict[str, str]) -> None:
+    """Made-up requests, before rounds serve: what is not the tokens of launched ones is found."""
+    stand_in.become(GRAPHS, models["target"], **with_drafts(models, "draft_model"))
+    assert stand_in.call(speculation_child.prove, None) is None
+    assert "not those of the eager loop" in stand_in.call(speculation_child.prove, "nothing")
 
 
 def test_wrong_drafts(stock: EngineChild, fused: EngineChild, models: dict[str, str]) -> None:

@@ -240,7 +240,7 @@ def form_after(call: str | None, code: int, after: int) -> dict[str, Any]:
         us = runner()
         us.max_num_reqs = 1  # one batch size: a recording of each variant
         form = recording.Form(LoopForm.WHILE, "works here")
-        store = recording.GraphStore(us, parts, form)
+        store = recording.StepStore(us, parts, form)
         if call is not None:
             STUB.fail(call, code, after)
 

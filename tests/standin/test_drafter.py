@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,17 +11,14 @@ import pytest
 from fusedstep.vllm_plugin.runner import recording
 
 
-class FakeRounds:
-    """Those of an engine with two batch sizes; records as asked."""
+class FakeDrafter:
+    """Records as asked."""
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.error, self.sizes, self.kept = error, [4, 2], True
-
-    def sizes_to_record(self) -> list[int]:
-        return self.sizes
+        self.error, self.kept = error, True
 
     def record(self, recorder: Any, sizes: list[int]) -> None:
-        assert sizes == self.sizes
+        assert sizes == [4, 2]
         if self.error is not None:
             raise self.error
 
@@ -38,40 +36,41 @@ def started(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def record(rounds: FakeRounds, *, profile_only: bool = False) -> int:
-    class Runner:
-        device = None
-
-    return recording.record_drafter(Runner(), rounds, None, profile_only=profile_only)  # type: ignore[arg-type]
+def record(
+    drafter: FakeDrafter, sizes: tuple[int, ...] = (4, 2), *, profile_only: bool = False
+) -> int:
+    runner: Any = SimpleNamespace(device=None)
+    fake: Any = drafter
+    unused: Any = None
+    return recording.record_drafts(runner, fake, list(sizes), unused, profile_only=profile_only)
 
 
 def test_graphs_are_kept(started: Any) -> None:
-    rounds = FakeRounds()
-    assert record(rounds) == 100 and rounds.kept
+    drafter = FakeDrafter()
+    assert record(drafter) == 100 and drafter.kept
 
 
 def test_those_of_the_estimate_are_not(started: Any) -> None:
-    rounds = FakeRounds()
-    assert record(rounds, profile_only=True) == 100 and not rounds.kept
+    drafter = FakeDrafter()
+    assert record(drafter, profile_only=True) == 100 and not drafter.kept
 
 
 def test_the_host_launches_what_cannot_be_recorded(
     started: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rounds = FakeRounds(RuntimeError("a sync"))
+    drafter = FakeDrafter(RuntimeError("a sync"))
     with caplog.at_level("WARNING", "vllm.fusedstep"):
-        assert record(rounds) == 0 and not rounds.kept
+        assert record(drafter) == 0 and not drafter.kept
     assert "the host launches the draft model: a sync" in caplog.text
 
 
 def test_all_ranks_do_the_same(started: Any, caplog: pytest.LogCaptureFixture) -> None:
     started.setattr(recording, "_all_ranks", lambda fine: False)
-    rounds = FakeRounds()
-    record(rounds)
-    assert not rounds.kept
+    drafter = FakeDrafter()
+    record(drafter)
+    assert not drafter.kept
 
 
 def test_nothing_to_record(started: Any) -> None:
-    rounds = FakeRounds(AssertionError("nothing is recorded"))
-    rounds.sizes = []
-    assert record(rounds) == 0
+    drafter = FakeDrafter(AssertionError("nothing is recorded"))
+    assert record(drafter, ()) == 0

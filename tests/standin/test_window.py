@@ -18,7 +18,7 @@ from window.engine import MAX_TOKENS, PROMPTS, ROWS, Engine, emitted
 from fusedstep.loop_forms import LoopForm
 from fusedstep.ops.dispatch import load
 from fusedstep.window.arrivals import ArrivalCounter
-from fusedstep.window.graphs import VARIANTS, WindowGraphs
+from fusedstep.window.graphs import GRAMMAR, VARIANTS, WindowGraphs
 from fusedstep.window.pace import AheadPace
 from fusedstep.window.proof import Proof
 from fusedstep.window.recorder import CudaRecorder
@@ -38,9 +38,8 @@ def recorded(
     form: str, engine: Engine, arrivals: ArrivalCounter, sizes: tuple[int, ...]
 ) -> WindowGraphs:
     recorder = CudaRecorder(torch.device("cuda"), arrivals)
-    graphs = WindowGraphs(
-        LoopForm(form), engine.model, engine.ops, engine.windows, grammars=engine.has_grammars
-    )
+    variants = (*VARIANTS, GRAMMAR) if engine.has_grammars else VARIANTS
+    graphs = WindowGraphs(LoopForm(form), engine.model, engine.ops, engine.windows, variants)
     with torch.device("cuda"):
         for num_rows in sizes:
             graphs.record(recorder, num_rows)

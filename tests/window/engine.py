@@ -19,7 +19,7 @@ from fusedstep.ops.types import (
     StopState,
 )
 from fusedstep.window.arrivals import NEVER_END
-from fusedstep.window.graphs import WindowGraphs
+from fusedstep.window.graphs import GRAMMAR, VARIANTS, WindowGraphs
 from fusedstep.window.loop import HOST_PACE, run_window
 from fusedstep.window.state import Fetched, WindowState
 
@@ -223,9 +223,8 @@ def top_one(logits, slot):
 
 def recorded(form, engine, recorder, sizes=(ROWS,), grammars=False):
     """The graphs of a form for batches of these sizes."""
-    graphs = WindowGraphs(
-        LoopForm(form), engine.model, engine.ops, engine.windows, grammars=grammars
-    )
+    variants = (*VARIANTS, GRAMMAR) if grammars else VARIANTS
+    graphs = WindowGraphs(LoopForm(form), engine.model, engine.ops, engine.windows, variants)
     for num_rows in sizes:
         graphs.record(recorder, num_rows)
     engine.model.begun = engine.model.forwards = 0

@@ -104,4 +104,4 @@ def _may_choose() -> bool:
 
 def _busy_cores() -> float:
     """Cores of the whole machine that are at work."""
-    return psutil.cpu_percent(LOOK_SECONDS) / 100 * (psutil.cpu_count() or 1)
+    return float(psutil.cpu_percent(LOOK_SECONDS)) / 100 * (psutil.cpu_count() or 1)

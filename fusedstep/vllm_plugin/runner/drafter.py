@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ from vllm.forward_context import (
 )
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 from vllm.v1.worker.gpu.spec_decode.utils import get_drafter_hidden_states
 
@@ -47,14 +49,28 @@ class Verified(NamedTuple):
 class Drafter(Protocol):
     """Drafts the tokens that the next round verifies."""
 
-    def padded(self, num_reqs: int) -> int:
-        """Rows of its batch, with padding."""
+    @property
+    def is_recordable(self) -> bool:
+        """Is ``launch`` nothing but device work, at fixed addresses?"""
 
-    def begin(self, num_reqs: int) -> None:
+    @property
+    def sizes(self) -> Collection[int]:
+        """Rows with padding of the batches whose drafts are recorded, each round's alone."""
+
+    def stage(self, num_reqs: int) -> None:
         """A window starts; its rows are staged."""
+
+    def plan(self, num_rows: int) -> None:
+        """Its batch has so many rows, with padding."""
+
+    def plan_to_record(self, num_rows: int) -> None:
+        """The same, for graphs that will read what is planned here; every row is at rest."""
 
     def propose(self, verified: Verified) -> torch.Tensor:
         """[num_reqs, drafts] int64, by batch_idx."""
+
+    def launch(self, verified: Verified) -> torch.Tensor:
+        """The same without a graph: it is recorded itself, with the round."""
 
 
 def make_drafter(runner: GPUModelRunner, ops: PlaceOps, rows: WindowRows) -> Drafter:
@@ -65,16 +81,25 @@ def make_drafter(runner: GPUModelRunner, ops: PlaceOps, rows: WindowRows) -> Dra
 
 
 class StockDrafter:
-    """vLLM's own, in its own graphs. It plans each of its forwards."""
+    """vLLM's own, in its own graphs. It plans each of its forwards; n-gram has none."""
+
+    sizes: Collection[int] = ()
 
     def __init__(self, runner: GPUModelRunner) -> None:
         self.runner = runner
+        self.is_recordable = type(runner.speculator) is NgramGPUSpeculator
 
-    def padded(self, num_reqs: int) -> int:
-        return num_reqs
-
-    def begin(self, num_reqs: int) -> None:
+    def stage(self, num_reqs: int) -> None:
         pass
+
+    def plan(self, num_rows: int) -> None:
+        pass
+
+    def plan_to_record(self, num_rows: int) -> None:
+        pass
+
+    def launch(self, verified: Verified) -> torch.Tensor:
+        return self.propose(verified)
 
     def propose(self, verified: Verified) -> torch.Tensor:
         runner = self.runner
@@ -148,22 +173,34 @@ class DraftModel:
         ops.place(rows, 1, self.inputs, RowTokens(self.width, drafts, 0, back=self.back[:1]))
         ops.place(rows, 1, self.inputs, RowTokens(1, drafts, 1, ahead=1))
 
-    def padded(self, num_reqs: int) -> int:
-        return next((n for n in sorted(self.graphs) if n >= num_reqs), num_reqs)
+    @property
+    def is_recordable(self) -> bool:
+        return self.updates_in_place
 
-    def begin(self, num_reqs: int) -> None:
+    @property
+    def sizes(self) -> Collection[int]:
+        return self.graphs
+
+    def stage(self, num_reqs: int) -> None:
         speculator, sampling = self.speculator, self.runner.sampler.sampling_states
         speculator._copy_request_inputs(
             num_reqs, self.rows.idx_mapping[:num_reqs], sampling.temperature.gpu, sampling.seeds.gpu
         )
-        self.num_rows = self.padded(num_reqs)
-        if self.num_rows not in self.graphs:
-            self._plan(self.num_rows)
+
+    def plan(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        if num_rows not in self.graphs:
+            self._plan(num_rows)
 
     def propose(self, verified: Verified) -> torch.Tensor:
+        return self._drafts(verified, self.graphs.get(self.num_rows))
+
+    def launch(self, verified: Verified) -> torch.Tensor:
+        return self._drafts(verified, None)
+
+    def _drafts(self, verified: Verified, graph: Graph | None) -> torch.Tensor:
         num_reqs = len(verified.num_tokens)
         self.back[:num_reqs] = verified.num_tokens
-        graph = self.graphs.get(self.num_rows)
         if graph is None:
             self._draft(self.num_rows)
         else:
@@ -171,15 +208,24 @@ class DraftModel:
         drafts: torch.Tensor = self.speculator.draft_tokens[:num_reqs]
         return drafts
 
-    def record(self, recorder: Recorder, num_rows: int) -> None:
-        """Record the drafts of a batch of ``num_rows`` rows, after a run that compiles."""
-        self.rows.idx_mapping[:num_rows].fill_(-1)  # only padding: nobody's KV slot
-        self.rows.active[:num_rows].fill_(False)
+    def record(self, recorder: Recorder, sizes: list[int]) -> None:
+        """Record the drafts of batches of so many rows, each after a run that compiles."""
+        for num_rows in sizes:
+            self.rows.idx_mapping[:num_rows].fill_(-1)  # only padding: nobody's KV slot
+            self.rows.active[:num_rows].fill_(False)
+            self.plan_to_record(num_rows)
+            self._draft(num_rows)
+            self.graphs[num_rows] = recorder.record(partial(self._draft, num_rows))
+
+    def forget_records(self) -> None:
+        """The host launches each draft."""
+        self.graphs.clear()
+
+    def plan_to_record(self, num_rows: int) -> None:
         self.speculator.idx_mapping.fill_(-1)
+        self.num_rows = num_rows
         self._plan(num_rows)
-        self._draft(num_rows)
         self.read_by_graphs += [self.first, self.next]
-        self.graphs[num_rows] = recorder.record(partial(self._draft, num_rows))
 
     def _plan(self, num_rows: int) -> None:
         self.first = self._forward(num_rows, self.width)

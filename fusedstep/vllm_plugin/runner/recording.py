@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,7 +33,7 @@ from fusedstep.vllm_plugin.runner.decode_model import (
     padded_rows,
 )
 from fusedstep.window.arrivals import ArrivalCounter
-from fusedstep.window.graphs import WindowGraphs
+from fusedstep.window.graphs import GRAMMAR, VARIANTS, WindowGraphs
 from fusedstep.window.loop import StepOps
 from fusedstep.window.pace import Pace
 from fusedstep.window.proof import Proof
@@ -41,7 +43,7 @@ from fusedstep.window.state import WindowState
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    from fusedstep.vllm_plugin.runner.rounds import Rounds
+    from fusedstep.vllm_plugin.runner.drafter import DraftModel
 
 logger = logging.getLogger("vllm.fusedstep")
 
@@ -117,13 +119,29 @@ def no_windows_reason(runner: GPUModelRunner) -> str | None:
     return None
 
 
-class GraphStore:
+class GraphStore(ABC):
     """The graphs of an engine's windows, recorded when vLLM records its own."""
 
-    def __init__(self, runner: GPUModelRunner, parts: LoopParts, form: Form) -> None:
-        self.runner, self.parts = runner, parts
-        self.form = form
+    def __init__(self, runner: GPUModelRunner, arrivals: ArrivalCounter, form: Form) -> None:
+        self.runner, self.arrivals, self.form = runner, arrivals, form
         self.graphs: WindowGraphs | None = None
+
+    @abstractmethod
+    def _made_up(self) -> AbstractContextManager[None]:
+        """Nobody's requests may be in the batches that are recorded."""
+
+    @abstractmethod
+    def _batches(self) -> list[tuple[int, int]]:
+        """Padded rows and LoRA adapters of the batches for which vLLM has a graph, the largest
+        first."""
+
+    @abstractmethod
+    def _new_graphs(self) -> WindowGraphs | None:
+        """Graphs of this form, none recorded yet; None where none of ours is wanted."""
+
+    @abstractmethod
+    def prove(self) -> None:
+        """Raises WrongTokensError. Overwrites KV blocks."""
 
     def record(self, *, profile_only: bool, prove: bool = True) -> int:
         """Record the steps of all batch sizes; a form that fails makes way for the next.
@@ -139,7 +157,7 @@ class GraphStore:
             free, began = _free_bytes(), time.perf_counter()
             failure: Exception | None = None
             try:
-                with self.parts.model.adapters.made_up():
+                with self._made_up():
                     self.graphs, taken = self._record(PROFILED_SIZES if profile_only else None)
                     if prove and not profile_only:
                         self.prove()
@@ -170,27 +188,44 @@ class GraphStore:
 
     def _record(self, num_sizes: int | None) -> tuple[WindowGraphs | None, int]:
         """The graphs of the largest ``num_sizes`` batches, and the bytes that all would take."""
-        runner, parts = self.runner, self.parts
-        batches = self._batches()
-        if _planners(runner):
-            return None, 0  # planned before every step: vLLM's own graph is the forward then
-        graphs = WindowGraphs(
-            self.form.name,
-            parts.model,
-            parts.ops,
-            parts.windows,
-            grammars=parts.state.grammar is not None,
-        )
+        batches, graphs = self._batches(), self._new_graphs()
+        if graphs is None:
+            return None, 0
         recorded = batches[:num_sizes]
         taken: list[int] = []
-        with graph_capture(device=runner.device):
-            recorder = CudaRecorder(runner.device, parts.arrivals)
+        with graph_capture(device=self.runner.device):
+            recorder = CudaRecorder(self.runner.device, self.arrivals)
             for num_rows, num_loras in self._shown(recorded):
                 free = _free_bytes()
                 graphs.record(recorder, num_rows, num_loras)
                 taken.append(free - _free_bytes())
         rest = len(batches) - len(recorded)
         return graphs, sum(taken) + rest * (taken[-1] if taken else 0)
+
+    def _shown(self, batches: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """With vLLM's kind of progress bar, on the first rank."""
+        if is_global_first_rank():
+            yield from tqdm(batches, desc=f"Recording decode windows ({self.form.name})")
+        else:
+            yield from batches
+
+
+class StepStore(GraphStore):
+    """The graphs of decode steps."""
+
+    def __init__(self, runner: GPUModelRunner, parts: LoopParts, form: Form) -> None:
+        super().__init__(runner, parts.arrivals, form)
+        self.parts = parts
+
+    def _made_up(self) -> AbstractContextManager[None]:
+        return self.parts.model.adapters.made_up()
+
+    def _new_graphs(self) -> WindowGraphs | None:
+        if _planners(self.runner):
+            return None  # planned before every step: vLLM's own graph is the forward then
+        parts = self.parts
+        variants = VARIANTS if parts.state.grammar is None else (*VARIANTS, GRAMMAR)
+        return WindowGraphs(self.form.name, parts.model, parts.ops, parts.windows, variants)
 
     def prove(self) -> None:
         """The smallest and the largest batch: other kernels may run in them.
@@ -220,8 +255,7 @@ class GraphStore:
         return self.parts.model.stage(seq_lens, num_steps)
 
     def _batches(self) -> list[tuple[int, int]]:
-        """Padded rows and LoRA adapters of the batches for which vLLM has a graph, the largest
-        first. Its full ones end below a ``max_num_seqs`` that is none of their sizes."""
+        """vLLM's full graphs end below a ``max_num_seqs`` that is none of their sizes."""
         batches = set()
         for num_loras in self.parts.model.adapters.graph_cases:
             for num_reqs in range(1, self.runner.max_num_reqs + 1):
@@ -230,28 +264,25 @@ class GraphStore:
                     batches.add((padded_rows(graph, self.runner.max_num_reqs), num_loras))
         return sorted(batches, reverse=True)
 
-    def _shown(self, batches: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """With vLLM's kind of progress bar, on the first rank."""
-        if is_global_first_rank():
-            yield from tqdm(batches, desc=f"Recording decode windows ({self.form.name})")
-        else:
-            yield from batches
 
-
-def record_drafter(
-    runner: GPUModelRunner, rounds: Rounds, arrivals: ArrivalCounter, *, profile_only: bool
+def record_drafts(
+    runner: GPUModelRunner,
+    drafter: DraftModel,
+    sizes: list[int],
+    arrivals: ArrivalCounter,
+    *,
+    profile_only: bool,
 ) -> int:
-    """Record the drafts of rounds where they can be; one that fails is launched by the host.
+    """Record the drafts of rounds of so many rows; if that fails the host launches them.
 
     Returns the bytes of device memory, as ``GraphStore.record``.
     """
-    sizes = rounds.sizes_to_record()
     taken, failure = 0, None
     if sizes:
         try:
             with graph_capture(device=runner.device):
                 recorder, free = CudaRecorder(runner.device, arrivals), _free_bytes()
-                rounds.record(recorder, sizes)
+                drafter.record(recorder, sizes)
                 taken = free - _free_bytes()
         except Exception as error:
             failure = error
@@ -260,7 +291,7 @@ def record_drafter(
             reason = failure or "another rank could not record it"
             logger.warning("fusedstep: the host launches the draft model: %s", reason)
         if profile_only or not fine:
-            rounds.forget_records()
+            drafter.forget_records()
     return taken
 
 

@@ -19,9 +19,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from fusedstep.ops.greedy import verify_greedy
 from fusedstep.ops.types import BatchNeeds, RowTokens, StepInputs, TokenInputs, WindowRows
 from fusedstep.vllm_plugin.runner.decode_model import decode_graph
-from fusedstep.vllm_plugin.runner.drafter import DraftModel, PlaceOps, Verified, make_drafter
-from fusedstep.window.graphs import Recorder
-from fusedstep.window.rounds import RoundTokens
+from fusedstep.vllm_plugin.runner.drafter import PlaceOps, Verified, make_drafter
+from fusedstep.window.rounds import HostRounds, RoundTokens
+from fusedstep.window.state import WindowSlot
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -41,12 +41,15 @@ class RoundOps(PlaceOps, Protocol):
 
 
 class Rounds:
-    """``DecodeModel`` and ``StepOps`` of ``fusedstep.window.loop``, in one: a step is a round.
+    """``RecordableModel`` and ``StepOps`` of ``fusedstep.window``, in one: a step is a round.
 
     What a round needs of the host is the same for all rounds of a window, but for an upper bound of
     the lengths. A row that has stopped goes on in the batch: it writes no key, takes no token, and
-    its drafts are nobody's. The forward is what vLLM's own step has for such a batch: its full
-    graph, its piecewise one, or plain calls; so are the drafter's.
+    its drafts are nobody's.
+
+    A round that is recorded is one graph, if its requests ask for temperature and seeds alone. Else
+    the forward is what vLLM's own step has for such a batch: its full graph, its piecewise one, or
+    plain calls; so are the drafter's.
     """
 
     def __init__(
@@ -80,12 +83,14 @@ class Rounds:
             max_num_reqs, self.num_drafts, dtype=torch.int64, device=device
         )
         self.drafter = make_drafter(runner, ops, rows)
-        self.outputs = tuple(RoundTokens(max_num_reqs, self.width, device) for _ in range(2))
+        self.taken = RoundTokens(max_num_reqs, self.width, device)
+        self.outputs = tuple(HostRounds(max_num_reqs, self.width, device) for _ in range(2))
         self.output = self.outputs[0]  # of the window that runs
         # Kernels are compiled before a request waits for them. No row is active.
-        ops.accept(self.output.tokens[0, :1], self.output.num_tokens[0, :1], rows, 1)
+        ops.accept(self.taken.tokens[0, :1], self.taken.num_tokens[0, :1], rows, 1)
         self.tokens = RowTokens(self.width, self.drafts, self.num_drafts)  # that a round verifies
         ops.place(rows, 1, self.inputs, self.tokens)
+        self.sizes: set[int] = set()  # rows of the batches that are recorded, or their drafts
         self.use_graphs = use_graphs
         self.graph: Any = None  # of vLLM, for this window's batch
         # Without vLLM's kernels for drafts, which cost the host more than the device.
@@ -104,13 +109,6 @@ class Rounds:
         self.hidden_states: Any = None
         self.aux_hidden_states: Any = None
 
-    @property
-    def form_reason(self) -> str:
-        """The reason that no window is recorded, and the part of a round that is."""
-        if isinstance(self.drafter, DraftModel) and self.drafter.graphs:
-            return "speculative rounds are not recorded, but for the draft model"
-        return "speculative rounds are not recorded"
-
     def are_whole(self, scheduler_output: SchedulerOutput) -> bool:
         """Does this batch give each request the same number of rounds, with all drafts in each?"""
         num_tokens = set(scheduler_output.num_scheduled_tokens.values())
@@ -123,53 +121,46 @@ class Rounds:
         is_plain = needs == BatchNeeds.none() and not temperature.any()
         self.is_greedy = self.may_be_greedy and is_plain
         self.output = self.outputs[self.output is self.outputs[0]]
-        self.output.begin()
-        return self.drafter.padded(len(reqs))
+        return next((n for n in sorted(self.sizes) if n >= len(reqs)), len(reqs))
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
         self.ops.prepare(rows, num_reqs)
+        self.taken.begin()
 
-    def sizes_to_record(self) -> list[int]:
-        """Rows of the batches whose drafts can be recorded: those whose verification vLLM has
-        recorded, the largest first."""
-        runner, drafter = self.runner, self.drafter
-        if not (self.use_graphs and isinstance(drafter, DraftModel) and drafter.updates_in_place):
-            return []
-        if runner.cudagraph_manager is None:
+    def graph_sizes(self) -> list[int]:
+        """Rows with padding of the batches whose verification vLLM has recorded, the largest
+        first."""
+        runner = self.runner
+        if not self.use_graphs or runner.cudagraph_manager is None:
             return []
         graphs = [decode_graph(runner, n, 0, self.width) for n in range(1, runner.max_num_reqs + 1)]
         full = [graph for graph in graphs if graph.cg_mode == CUDAGraphMode.FULL]
         return sorted({graph.num_reqs for graph in full}, reverse=True)
 
-    def record(self, recorder: Recorder, sizes: list[int]) -> None:
-        """Record the drafts of batches of so many rows."""
-        assert isinstance(self.drafter, DraftModel)
-        for num_rows in sizes:
-            self.drafter.record(recorder, num_rows)
-
-    def forget_records(self) -> None:
-        """The host launches each draft."""
-        assert isinstance(self.drafter, DraftModel)
-        self.drafter.graphs.clear()
-        self.drafter.read_by_graphs.clear()
-
     def begin(self, num_rows: int) -> None:
         runner, num_reqs = self.runner, len(self.reqs)
-        num_tokens = num_reqs * self.width
         self.graph = None
         if self.use_graphs and runner.cudagraph_manager is not None:
             graph = decode_graph(runner, num_reqs, 0, self.width)
             self.graph = None if graph.cg_mode == CUDAGraphMode.NONE else graph
-        self.batch = self._batch(num_reqs)
+        self.enter()
+        assert self.batch is not None
         padded = self.batch.num_reqs_after_padding
         self.block_tables = tuple(t[:padded] for t in runner.block_tables.input_block_tables)
+        self.drafter.plan(num_rows)
+
+    def enter(self) -> None:
+        """What a window's rounds read, recorded or not, beside the rows."""
+        runner, num_reqs = self.runner, len(self.reqs)
+        num_tokens = num_reqs * self.width
+        self.batch = self.describe(self.req_ids, self.reqs)
         self.drafts[:num_reqs] = runner.req_states.draft_tokens[self.batch.idx_mapping]
-        self.drafter.begin(num_reqs)
-        starts = runner.input_buffers.query_start_loc
-        starts[: num_reqs + 1] = self.starts[: num_reqs + 1]
-        starts[num_reqs + 1 :] = num_tokens
-        self.batch.is_padding[:num_tokens].fill_(False)
-        self.batch.is_padding[num_tokens:].fill_(True)
+        self.drafter.stage(num_reqs)
+        buffers = runner.input_buffers
+        buffers.query_start_loc[: num_reqs + 1] = self.starts[: num_reqs + 1]
+        buffers.query_start_loc[num_reqs + 1 :] = num_tokens
+        buffers.is_padding[:num_tokens].fill_(False)
+        buffers.is_padding[num_tokens:].fill_(True)
 
     @property
     def mode(self) -> Any:
@@ -244,7 +235,7 @@ class Rounds:
             sampled = self.verify(logits, batch, runner.speculator.draft_logits, None)
             tokens, num_tokens = sampled.sampled_token_ids, sampled.num_sampled
         self.ops.accept(tokens, num_tokens, rows, num_reqs)
-        self.output.add(tokens, num_tokens)
+        self.taken.add(tokens, num_tokens)
         verified = Verified(
             batch,
             self.attn_metadata,
@@ -256,17 +247,26 @@ class Rounds:
         self.drafts[:num_reqs] = self.drafter.propose(verified)
 
     def end(self) -> None:
-        """With synchronous scheduling vLLM asks whose drafts there are."""
-        assert self.batch is not None
-        drafts = self.drafts[: self.batch.num_reqs]
-        self.runner.req_states.draft_tokens[self.batch.idx_mapping] = drafts
-        self.runner.draft_tokens_handler.set_draft_tokens(self.batch, drafts)
+        self.graph = None
+
+    def finish(self, slot: WindowSlot) -> None:
+        """A window's work is enqueued: its tokens to the host, its drafts to the next step.
+
+        With synchronous scheduling vLLM asks whose drafts there are.
+        """
+        self.output.keep(self.taken, slot.steps_run, self.runner.copy_stream)
+        if slot.steps_run:
+            assert self.batch is not None
+            drafts = self.drafts[: self.batch.num_reqs]
+            self.runner.req_states.draft_tokens[self.batch.idx_mapping] = drafts
+            self.runner.draft_tokens_handler.set_draft_tokens(self.batch, drafts)
         self.batch = None
 
-    def _batch(self, num_reqs: int) -> InputBatch:
+    def describe(self, req_ids: list[str], reqs: np.ndarray) -> InputBatch:
         """As vLLM describes a batch whose rows have all their drafts, padded to its graph."""
+        num_reqs = len(reqs)
         runner, buffers = self.runner, self.runner.input_buffers
-        states, reqs = runner.req_states, self.reqs
+        states = runner.req_states
         num_tokens = num_reqs * self.width
         num_rows, num_padded = num_reqs, num_tokens
         if self.graph is not None:
@@ -278,7 +278,7 @@ class Rounds:
         upper_bound = np.zeros(num_rows, np.int32)
         upper_bound[:num_reqs] = num_computed
         return InputBatch(
-            req_ids=self.req_ids,
+            req_ids=req_ids,
             num_reqs=num_reqs,
             num_reqs_after_padding=num_rows,
             idx_mapping=idx_mapping,

@@ -30,12 +30,13 @@ from fusedstep.vllm_plugin.runner.output import WindowOutput, one_step_each
 from fusedstep.vllm_plugin.runner.parts import batch_reason, metadata_reason, runner_reason
 from fusedstep.vllm_plugin.runner.processing import Processing
 from fusedstep.vllm_plugin.runner.ranks import JOINS, Agreement, Ranks
+from fusedstep.vllm_plugin.runner.recorded_rounds import RoundStore
 from fusedstep.vllm_plugin.runner.recording import (
     GraphStore,
     LoopParts,
+    StepStore,
     choose,
     no_windows_reason,
-    record_drafter,
 )
 from fusedstep.vllm_plugin.runner.rounds import Rounds
 from fusedstep.vllm_plugin.runner.stats import WorkerStats
@@ -100,6 +101,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         if self.dp_size > 1 and self.engine_reason is None:
             self.ranks = self.stats.ranks = Ranks(self.dp_size, self.dp_rank)
         self.rotations: Counter[str] = Counter()  # layers by what became of ``--rope fused``
+        self.graph_store: GraphStore
         self.no_windows: str | None = None  # why this engine's decode batches take stock steps
 
     @property
@@ -182,7 +184,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             use_graphs = loop != LoopForm.EAGER
             rows, inputs = self.windows.rows, self.tables.state.inputs
             self.rounds = Rounds(self, self.ops, rows, inputs, use_graphs=use_graphs)
-            self.stats.loop_reason = self.rounds.form_reason
+            self.graph_store = RoundStore(self, self.rounds, self.arrivals, loop)
+            self._note_form()
             return
         self._choose_form(loop)
 
@@ -190,17 +193,12 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     def capture_model(self, profile_only: bool = False) -> int:
         """vLLM's graphs, then those of the windows; bytes of device memory for both."""
         size: int = super().capture_model(profile_only=profile_only)
-        if self.engine_reason is None and self.rounds is None:
+        if self.engine_reason is None:
             taken = self.graph_store.record(profile_only=profile_only)
             self.graph_memory["estimated" if profile_only else "taken"] = taken
             size += taken
             self.tables.static.overwritten()  # by the proof's requests
             self._note_form()
-        if self.rounds is not None:
-            taken = record_drafter(self, self.rounds, self.arrivals, profile_only=profile_only)
-            self.graph_memory["estimated" if profile_only else "taken"] = taken
-            size += taken
-            self.stats.loop_reason = self.rounds.form_reason
         # Nobody waits for the stream of vLLM's last piecewise capture, whose dummy batch may write
         # over the first request's inputs.
         torch.accelerator.synchronize()
@@ -230,7 +228,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             self.pace,
             self.copy_stream,
         )
-        self.graph_store = GraphStore(self, parts, form)
+        self.graph_store = StepStore(self, parts, form)
         self._note_form()
 
     def _note_form(self) -> None:
@@ -282,9 +280,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         slot, is_ours = staged.slot, staged.ops is self.ops
         if self.rounds is not None:
             cut_short = self._cut_short(slot.arrivals_seen)
-            run_window(self.rounds, self.rounds, slot, cut_short, self.pace)
+            graphs = self.graph_store.graphs
+            run_window(self.rounds, self.rounds, slot, cut_short, self.pace, graphs)
             self.stats.counts.windows += 1
-            self.rounds.output.keep(self.copy_stream)
+            self.rounds.finish(slot)
             tokens = partial(self.rounds.output.read, len(staged.live))
             scheduled, counts = staged.scheduler_output, self.stats.counts
             return WindowOutput(scheduled, tokens, staged.live, counts, None)
@@ -464,10 +463,11 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         assert self.rounds is not None
         req_ids = list(scheduler_output.num_scheduled_tokens)
         ids = [req_ids[index] for index in live.tolist()]
-        num_rows = self.rounds.stage(ids, rows, self.tables.needs(rows))
+        needs = self.tables.needs(rows)
+        num_rows = self.rounds.stage(ids, rows, needs)
         slot = self.windows.next_slot()
         stamp = stamps.stamp_of(scheduler_output)
-        slot.stage(rows, num_tokens // self.rounds.width, -1, BatchNeeds.none(), num_rows, *stamp)
+        slot.stage(rows, num_tokens // self.rounds.width, -1, needs, num_rows, *stamp)
         self.staged = StagedWindow(scheduler_output, slot, live, self.ops, None)
 
     def _needs(self, rows: np.ndarray, *, logprobs: bool = False) -> BatchNeeds:
