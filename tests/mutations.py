@@ -51,6 +51,7 @@ SLOTS = "a slot's output or staging used for the window after it"
 READS = "a result that is read before its copy is waited for"
 COPIES = "a result that is copied before the steps have run"
 DRAFTS = "a recorded draft model that reads another round's tokens, or none"
+WHOLE = "a recorded round that reads another's drafts, seed or number, or has no end"
 STATE = "fusedstep/window/state.py"
 OUTPUT = "fusedstep/window/host_copies.py"
 RECORDER = "fusedstep/window/recorder.py"
@@ -58,6 +59,7 @@ DECODE_MODEL = "fusedstep/vllm_plugin/runner/decode_model.py"
 RECORDING = "fusedstep/vllm_plugin/runner/recording.py"
 DRAFTER_PY = "fusedstep/vllm_plugin/runner/drafter.py"
 ROUNDS_PY = "fusedstep/vllm_plugin/runner/rounds.py"
+RECORDED_PY = "fusedstep/vllm_plugin/runner/recorded_rounds.py"
 RUNNER_PY = "fusedstep/vllm_plugin/runner/runner.py"
 
 MUTATIONS = (
@@ -175,6 +177,15 @@ MUTATIONS = (
         for old, new in (
             ("self.back[:num_reqs] = verified.num_tokens", "pass"),
             ("graph.replay()", "pass"),
+        )
+    ),
+    *(
+        Mutation(WHOLE, path, old, new, ROUNDS, "test_whole_rounds", may_hang=True)
+        for path, old, new in (
+            (RECORDED_PY, "rounds.drafts[:num_rows] = rounds", "rounds"),
+            (RECORDED_PY, "self.of_tokens[:num_rows].copy_(batch.idx_mapping[:, None])", "pass"),
+            (RECORDED_PY, "rounds.taken.number >= rows.steps_allowed[:1]", "rows.num_active < 0"),
+            (ROUNDS_PY, "self.taken.begin()", "pass"),
         )
     ),
     Mutation(
