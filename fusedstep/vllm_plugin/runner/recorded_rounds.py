@@ -209,6 +209,9 @@ class RoundStore(GraphStore):
                 self.form = Form(LoopForm.EAGER, f"{self.form.name}: {obstacle}")
 
     def record(self, *, profile_only: bool, prove: bool = True) -> int:
+        if self.form.name.is_recorded and not profile_only and not self._sizes():
+            reason = f"{self.form.name}: vLLM records no verification of such a size"
+            self.form = Form(LoopForm.EAGER, reason)
         drafter, taken = self.rounds.drafter, 0
         if isinstance(drafter, DraftModel) and drafter.is_recordable:
             taken = record_drafts(
@@ -244,7 +247,7 @@ class RoundStore(GraphStore):
         if self.graphs is None:
             return
         sizes = self._sizes()
-        for num_rows in {sizes[-1], sizes[0]} if sizes else ():
+        for num_rows in {sizes[-1], sizes[0]}:
             RoundProof(self.runner, self.rounds, self.graphs, sizes).check(num_rows)
 
 
