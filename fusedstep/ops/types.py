@@ -7,7 +7,7 @@ Each class says who writes it; nobody else does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
@@ -298,6 +298,11 @@ class BatchNeeds:
     def restriction(self) -> bool:
         """Some tokens are left out of the draw."""
         return self.min_p or self.truncation
+
+    def covers(self, other: BatchNeeds) -> bool:
+        """Does it do all that ``other`` asks for?"""
+        both = zip(astuple(self), astuple(other), strict=True)
+        return all(does or not asked for does, asked in both)
 
     @classmethod
     def none(cls) -> BatchNeeds:

@@ -14,8 +14,8 @@ from fusedstep.ops.types import BatchNeeds, WindowRows
 from fusedstep.window.loop import DecodeModel, StepOps, Steps, decode_step
 from fusedstep.window.state import WindowSlot, WindowState
 
-# What a recorded step can do: nothing but temperature and seeds, everything but logprobs of the
-# sampled tokens, or everything.
+# What a recorded step can do, the least first: nothing but temperature and seeds, everything but
+# logprobs of the sampled tokens, or everything.
 VARIANTS = (BatchNeeds.none(), BatchNeeds(), BatchNeeds(logprobs=True))
 # That, under the grammars of structured output: recorded where requests can have some.
 GRAMMAR = BatchNeeds(logprobs=True, grammar=True)
@@ -64,9 +64,7 @@ def variant(needs: BatchNeeds) -> BatchNeeds:
 
     More than the needs costs a little time, less gives wrong tokens.
     """
-    if needs.grammar:
-        return GRAMMAR
-    return VARIANTS[2 if needs.logprobs else needs.adjustment or needs.restriction]
+    return next(v for v in (*VARIANTS, GRAMMAR) if v.covers(needs))
 
 
 class WindowGraphs:
@@ -114,7 +112,10 @@ class WindowGraphs:
 
     def begin(self, slot: WindowSlot) -> Steps | None:
         """A window starts: the steps that are enqueued for its batch, or None."""
-        key = slot.num_rows, slot.num_loras, variant(slot.needs)
+        needs = next((v for v in self.variants if v.covers(slot.needs)), None)
+        if needs is None:
+            return None
+        key = slot.num_rows, slot.num_loras, needs
         single, many = self._single.get(key), self._many.get(key)
         steps: Steps | None = None
         if self.form is LoopForm.WHILE and many is not None:

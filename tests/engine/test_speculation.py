@@ -58,14 +58,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 TARGETS = {"mtp": "mimo"}  # others: "target"
 
-# Nothing but temperature and seeds, and ends: rounds that are recorded whole. Three at a time.
+# What recorded rounds do, and nothing else. Three at a time: at first no one truncates.
 PLAIN = [
     asked(0, max_tokens=41),
     asked(1, temperature=0.7, seed=1),
     asked(2, stop_token_ids=[11, 12, 13], max_tokens=50),
-    asked(3, at=3, temperature=1.0, seed=2),
-    asked(4, at=5, max_tokens=30),
-    asked(2, at=9, temperature=0.5, seed=5, stop_token_ids=[20, 21], max_tokens=23),
+    asked(3, at=12, temperature=1.0, seed=2, top_k=5, top_p=0.9),
+    asked(4, at=14, max_tokens=30),
+    asked(2, at=18, temperature=0.5, seed=5, stop_token_ids=[20, 21], max_tokens=23),
+    asked(1, at=18, temperature=0.9, seed=6, min_p=0.1),
 ]
 
 # Of vLLM: for one row of four tokens, and for three, one of which may be padding.

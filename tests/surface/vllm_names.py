@@ -76,6 +76,7 @@ _CONFIG = {
         "SamplingParams": """
             (**params)
             (seed=_, **params)
+            (temperature=_, seed=_, **params)
             verify(model_config, speculative_config, structured_outputs_config, tokenizer)
             num_logprobs, eos_token_id, logprob_token_ids, logprobs, max_tokens, output_kind, stop
             stop_token_ids, structured_outputs, thinking_token_budget, repetition_detection
@@ -374,6 +375,7 @@ ENVIRONMENT = (
     "VLLM_CACHE_ROOT",
     "VLLM_COMPUTE_NANS_IN_LOGITS",
     "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU",
     "VLLM_CPU_OMP_THREADS_BIND",
     "VLLM_ENABLE_V1_MULTIPROCESSING",
     "VLLM_LOGGING_LEVEL",

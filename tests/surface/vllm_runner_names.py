@@ -38,6 +38,8 @@ RUNNER = {
              cudagraph_runtime_mode=_, batch_descriptor=_, slot_mapping=_, is_padding=_)
             (attn_metadata, vllm_config, num_tokens=_, cudagraph_runtime_mode=_,
              batch_descriptor=_, slot_mapping=_, is_padding=_)
+            (attn_metadata, vllm_config, num_tokens=_, batch_descriptor=_, slot_mapping=_,
+             is_padding=_)
             (attn_metadata, vllm_config, num_tokens=_, batch_descriptor=_, slot_mapping=_)
         """,
         "get_forward_context": "()",
@@ -133,7 +135,8 @@ RUNNER = {
             sampler: gpu.sample.sampler.Sampler
             _dummy_run(num_tokens, uniform_decode=_)
             dp_rank, dp_size
-            +stats, use_form, stock_steps_reason, graph_memory, reason, ranks
+            +stats, use_form, stock_steps_reason, graph_memory, reason, ranks, tables, windows
+            +copy_stream, pace
         """,
     },
     f"{GPU}.kv_connector": {
@@ -228,7 +231,7 @@ RUNNER = {
              cu_num_logits=_, cu_num_logits_np=_, has_structured_output_reqs=_, prompt_lens=_)
             cu_num_logits, idx_mapping, idx_mapping_np, logits_indices, num_reqs, positions
             query_start_loc, seq_lens, num_tokens, seq_lens_cpu_upper_bound, input_ids, is_padding
-            num_tokens_after_padding, num_reqs_after_padding
+            num_tokens_after_padding, num_reqs_after_padding, expanded_local_pos
         """,
         "InputBuffers": """
             (max_num_reqs, max_num_tokens, device)

@@ -6,12 +6,29 @@ SPECULATION = {
     "vllm.v1.worker.gpu.spec_decode.eagle.speculator": {"EagleSpeculator": ""},
     "vllm.v1.worker.gpu.spec_decode.mtp.speculator": {"MTPSpeculator": ""},
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator": {"NgramGPUSpeculator": ""},
-    "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": {"_resample_kernel": ""},
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": {
+        "_resample_kernel": "",
+        "rejection_sample": """
+            (target_logits, draft_logits, draft_sampled, cu_num_logits, pos, idx_mapping,
+             expanded_idx_mapping, expanded_local_pos, temperature, seed, num_speculative_steps,
+             synthetic_conditional_rates, use_fp64=_, use_block_verification=_)
+        """,
+    },
+    "vllm.v1.worker.gpu.sample.gumbel": {
+        "apply_temperature": "(logits, expanded_idx_mapping, temperature)"
+    },
+    "vllm.v1.worker.gpu.sample.min_p": {
+        "apply_min_p": "(logits, expanded_idx_mapping, min_p)",
+    },
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler": {
+        "gather_draft_sampled": """
+            (input_ids, positions, logits_indices, expanded_idx_mapping, expanded_local_pos,
+             prefill_len)
+        """,
         "RejectionSampler": """
             __call__(logits, input_batch, draft_logits, invalid_drafts)
-            synthetic_conditional_rates
-        """
+            synthetic_conditional_rates, use_block_verification, sampler
+        """,
     },
     "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator": {
         "StandaloneARSpeculator": """

@@ -13,16 +13,18 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
+from vllm.v1.worker.gpu.sample.min_p import apply_min_p
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import gather_draft_sampled
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
 from fusedstep.loop_forms import LoopForm
-from fusedstep.ops.types import BatchNeeds, WindowRows
+from fusedstep.ops.types import BatchNeeds, SamplingState, WindowRows
 from fusedstep.policy import MAX_STEPS
 from fusedstep.vllm_plugin.runner.decode_model import attention_groups, in_place
 from fusedstep.vllm_plugin.runner.drafter import DraftModel, Verified
 from fusedstep.vllm_plugin.runner.recording import Form, GraphStore, choose, record_drafts
 from fusedstep.vllm_plugin.runner.rounds import Rounds
+from fusedstep.vllm_plugin.runner.truncation import allocate_buffers, truncate_as_stock
 from fusedstep.window.arrivals import ArrivalCounter
 from fusedstep.window.graphs import WindowGraphs
 from fusedstep.window.loop import Graphs, run_window
@@ -34,24 +36,21 @@ if TYPE_CHECKING:
 
 # Of a round's processed logits, which its graph keeps: a larger batch is launched by the host.
 MAX_LOGITS_BYTES = 256 << 20
-VARIANTS = (BatchNeeds.none(),)  # temperature and seeds alone
+# Nothing but temperature and seeds; min-p, top-k and top-p, too.
+VARIANTS = (BatchNeeds.none(), BatchNeeds(adjustment=False))
 
 
 class RecordedRounds:
     """``RecordableModel`` and ``StepOps`` of ``fusedstep.window``: a round as device work alone.
 
     vLLM's own rejection sampler asks the host what each batch needs; the functions that it is made
-    of are called here, as for temperatures and seeds. All it reads has a fixed address.
+    of are called here. All that they read has a fixed address.
     """
 
     def __init__(self, rounds: Rounds) -> None:
         self.rounds, self.runner = rounds, rounds.runner
         tables, size = self.runner.tables, self.runner.max_num_reqs
-        self.temperature, self.seeds = (
-            tables.state.sampling.temperature,
-            tables.state.sampling.seeds,
-        )
-        self.prefill_len = tables.prefill_len
+        self.sampling, self.prefill_len = tables.state.sampling, tables.prefill_len
         self.groups = attention_groups(self.runner)
         device = self.runner.device
         # Padding rows read the first request's state: vLLM's kernels know no other padding.
@@ -73,6 +72,15 @@ class RecordedRounds:
         if self.runner.sampler.compute_nans:
             return "VLLM_COMPUTE_NANS_IN_LOGITS is the host's"
         return None
+
+    def allocate(self) -> None:
+        """vLLM's buffers for top-k and top-p, which grow to one program per multiprocessor."""
+        device, vocab_size = self.runner.device, self.runner.vocab_size
+        most = torch.cuda.get_device_properties(device).multi_processor_count
+        size = min(self.rounds.width * self.runner.max_num_reqs, most)
+        logits = torch.zeros(size, vocab_size, device=device)
+        limit_k = torch.full((size,), vocab_size, dtype=torch.int32, device=device)
+        allocate_buffers(logits, limit_k, torch.ones(size, device=device))
 
     @contextmanager
     def capturing(self, num_reqs: int, num_loras: int) -> Iterator[None]:
@@ -145,7 +153,7 @@ class RecordedRounds:
         """Verify the drafts, take the tokens, draft again. ``logits``: [num_rows * width, V]."""
         rounds, batch = self.rounds, self.batch
         assert batch is not None
-        tokens, num_tokens = self._verify(logits, rows, batch)
+        tokens, num_tokens = self._verify(logits, rows, batch, needs)
         rounds.ops.accept(tokens, num_tokens, rows, num_rows)
         rounds.taken.add(tokens, num_tokens)
         # A loop on the device ends here: all rows have the same number of rounds.
@@ -156,11 +164,11 @@ class RecordedRounds:
         rounds.drafts[:num_rows] = rounds.drafter.launch(verified)
 
     def _verify(
-        self, logits: torch.Tensor, rows: WindowRows, batch: InputBatch
+        self, logits: torch.Tensor, rows: WindowRows, batch: InputBatch, needs: BatchNeeds
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``RejectionSampler`` of rows past their prefills: [num_rows, width] int64, those that
         hold and one more, and their number [num_rows] int32."""
-        rounds, verify, num_rows = self.rounds, self.rounds.verify, batch.num_reqs
+        verify, sampling, num_rows = self.rounds.verify, self.sampling, batch.num_reqs
         torch.clamp(rows.idx_mapping[:num_rows], min=0, out=batch.idx_mapping)
         self.of_tokens[:num_rows].copy_(batch.idx_mapping[:, None])
         of_tokens = self.of_tokens[:num_rows].view(-1)
@@ -173,7 +181,11 @@ class RecordedRounds:
             self.prefill_len,
         )
         logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
-        apply_temperature(logits, of_tokens, self.temperature)
+        apply_temperature(logits, of_tokens, sampling.temperature)
+        if needs.min_p:
+            apply_min_p(logits, of_tokens, sampling.min_p)
+        if needs.truncation:
+            truncate_as_stock(logits, sampling.top_k[of_tokens], sampling.top_p[of_tokens])
         sampled: tuple[torch.Tensor, torch.Tensor] = rejection_sample(
             logits,
             self.runner.speculator.draft_logits,
@@ -183,9 +195,9 @@ class RecordedRounds:
             batch.idx_mapping,
             of_tokens,
             batch.expanded_local_pos,
-            self.temperature,
-            self.seeds,
-            rounds.num_drafts,
+            sampling.temperature,
+            sampling.seeds,
+            self.rounds.num_drafts,
             verify.synthetic_conditional_rates,
             use_fp64=verify.sampler.use_fp64_gumbel,
             use_block_verification=verify.use_block_verification,
@@ -212,6 +224,8 @@ class RoundStore(GraphStore):
         if self.form.name.is_recorded and not profile_only and not self._sizes():
             reason = f"{self.form.name}: vLLM records no verification of such a size"
             self.form = Form(LoopForm.EAGER, reason)
+        if self.recorded is not None and self.form.name.is_recorded:
+            self.recorded.allocate()
         drafter, taken = self.rounds.drafter, 0
         if isinstance(drafter, DraftModel) and drafter.is_recordable:
             taken = record_drafts(
@@ -269,14 +283,23 @@ class RoundProof(Proof):
             tokens_per_step=rounds.width,
         )
 
+    def _make_up(self, num_reqs: int, needs: BatchNeeds) -> None:
+        """vLLM's sampler has the made-up requests, too."""
+        super()._make_up(num_reqs, needs)
+        asked = {
+            name: spec.on
+            for name, spec in SamplingState.parameters().items()
+            if name in ("min_p", "top_k", "top_p") and spec.need and getattr(needs, spec.need)
+        }
+        for row in range(num_reqs):
+            params = SamplingParams(temperature=row % 2, seed=1000 + row, **asked)
+            self.runner.sampler.add_request(row, params)
+        self.runner.sampler.apply_staged_writes()
+
     def _stage(self, seq_lens: np.ndarray, num_steps: int) -> tuple[int, int]:
-        """Rows that have no drafts yet, and no logits of them; vLLM's sampler has the made-up
-        requests, too."""
+        """Rows that have no drafts yet, and no logits of them."""
         rows = np.arange(len(seq_lens))
-        runner, states, speculator = self.runner, self.runner.req_states, self.runner.speculator
-        for row in range(len(rows)):
-            runner.sampler.add_request(row, SamplingParams(temperature=row % 2, seed=1000 + row))
-        runner.sampler.apply_staged_writes()
+        states, speculator = self.runner.req_states, self.runner.speculator
         states.num_computed_tokens_np[rows] = CONTEXT
         states.draft_tokens[: len(rows)] = 0
         if speculator.draft_logits is not None:

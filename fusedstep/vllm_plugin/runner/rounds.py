@@ -47,7 +47,7 @@ class Rounds:
     the lengths. A row that has stopped goes on in the batch: it writes no key, takes no token, and
     its drafts are nobody's.
 
-    A round that is recorded is one graph, if its requests ask for temperature and seeds alone. Else
+    A round is one graph where that is recorded, and its requests ask for no more than it does. Else
     the forward is what vLLM's own step has for such a batch: its full graph, its piecewise one, or
     plain calls; so are the drafter's.
     """
@@ -150,7 +150,7 @@ class Rounds:
         self.drafter.plan(num_rows)
 
     def enter(self) -> None:
-        """What a window's rounds read, recorded or not, beside the rows."""
+        """All that the rounds of a window read beside its rows, recorded or not."""
         runner, num_reqs = self.runner, len(self.reqs)
         num_tokens = num_reqs * self.width
         self.batch = self.describe(self.req_ids, self.reqs)
