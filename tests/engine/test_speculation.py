@@ -66,7 +66,6 @@ PLAIN = [
     asked(3, at=12, temperature=1.0, seed=2, top_k=5, top_p=0.9),
     asked(4, at=14, max_tokens=30),
     asked(2, at=18, temperature=0.5, seed=5, stop_token_ids=[20, 21], max_tokens=23),
-    asked(1, at=18, temperature=0.9, seed=6, min_p=0.1),
 ]
 
 # Of vLLM: for one row of four tokens, and for three, one of which may be padding.

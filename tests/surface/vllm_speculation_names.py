@@ -17,9 +17,6 @@ SPECULATION = {
     "vllm.v1.worker.gpu.sample.gumbel": {
         "apply_temperature": "(logits, expanded_idx_mapping, temperature)"
     },
-    "vllm.v1.worker.gpu.sample.min_p": {
-        "apply_min_p": "(logits, expanded_idx_mapping, min_p)",
-    },
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler": {
         "gather_draft_sampled": """
             (input_ids, positions, logits_indices, expanded_idx_mapping, expanded_local_pos,

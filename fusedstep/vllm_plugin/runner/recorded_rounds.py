@@ -13,7 +13,6 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
-from vllm.v1.worker.gpu.sample.min_p import apply_min_p
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import gather_draft_sampled
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 
 # Of a round's processed logits, which its graph keeps: a larger batch is launched by the host.
 MAX_LOGITS_BYTES = 256 << 20
-# Nothing but temperature and seeds; min-p, top-k and top-p, too.
-VARIANTS = (BatchNeeds.none(), BatchNeeds(adjustment=False))
+# Nothing but temperature and seeds; top-k and top-p, too. vLLM takes no min-p beside drafts.
+VARIANTS = (BatchNeeds.none(), BatchNeeds(adjustment=False, min_p=False))
 
 
 class RecordedRounds:
@@ -182,8 +181,6 @@ class RecordedRounds:
         )
         logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
         apply_temperature(logits, of_tokens, sampling.temperature)
-        if needs.min_p:
-            apply_min_p(logits, of_tokens, sampling.min_p)
         if needs.truncation:
             truncate_as_stock(logits, sampling.top_k[of_tokens], sampling.top_p[of_tokens])
         sampled: tuple[torch.Tensor, torch.Tensor] = rejection_sample(
@@ -289,7 +286,7 @@ class RoundProof(Proof):
         asked = {
             name: spec.on
             for name, spec in SamplingState.parameters().items()
-            if name in ("min_p", "top_k", "top_p") and spec.need and getattr(needs, spec.need)
+            if spec.need == "truncation" and spec.on is not None and needs.truncation
         }
         for row in range(num_reqs):
             params = SamplingParams(temperature=row % 2, seed=1000 + row, **asked)
