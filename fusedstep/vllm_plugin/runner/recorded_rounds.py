@@ -99,8 +99,8 @@ class RecordedRounds:
             max_query_len=rounds.width,
         )
         rounds.drafter.plan_to_record(num_reqs)
-        self.batch = rounds.describe([""] * num_reqs, np.zeros(num_reqs, np.int64))
-        self.batch.idx_mapping = self.idx_mapping[:num_reqs]
+        nobody = np.zeros(num_reqs, np.int64)
+        self.batch = rounds.describe([""] * num_reqs, nobody, self.idx_mapping[:num_reqs])
         with set_forward_context(
             self.attn_metadata,
             runner.vllm_config,
@@ -234,7 +234,7 @@ class RoundStore(GraphStore):
             )
         taken += super().record(profile_only=profile_only, prove=prove)
         recorded = () if self.graphs is None else self._sizes()
-        self.rounds.sizes = {*drafter.sizes, *recorded}
+        self.rounds.pad_to({*drafter.sizes, *recorded})
         return taken
 
     def _made_up(self) -> AbstractContextManager[None]:
@@ -301,7 +301,7 @@ class RoundProof(Proof):
         states.draft_tokens[: len(rows)] = 0
         if speculator.draft_logits is not None:
             speculator.draft_logits[: len(rows)] = 0
-        self.rounds.sizes = set(self.sizes)
+        self.rounds.pad_to(set(self.sizes))
         return self.rounds.stage([""] * len(rows), rows, BatchNeeds.none()), 0
 
     def _window(self, slot: WindowSlot, graphs: Graphs | None) -> list[list[int]]:

@@ -90,7 +90,7 @@ class Rounds:
         ops.accept(self.taken.tokens[0, :1], self.taken.num_tokens[0, :1], rows, 1)
         self.tokens = RowTokens(self.width, self.drafts, self.num_drafts)  # that a round verifies
         ops.place(rows, 1, self.inputs, self.tokens)
-        self.sizes: set[int] = set()  # rows of the batches that are recorded, or their drafts
+        self.sizes: set[int] = set()
         self.use_graphs = use_graphs
         self.graph: Any = None  # of vLLM, for this window's batch
         # Without vLLM's kernels for drafts, which cost the host more than the device.
@@ -127,6 +127,10 @@ class Rounds:
         self.ops.prepare(rows, num_reqs)
         self.taken.begin()
 
+    def pad_to(self, sizes: set[int]) -> None:
+        """Rows of the batches that are recorded, or their drafts."""
+        self.sizes = sizes
+
     def graph_sizes(self) -> list[int]:
         """Rows with padding of the batches whose verification vLLM has recorded, the largest
         first."""
@@ -153,7 +157,7 @@ class Rounds:
         """All that the rounds of a window read beside its rows, recorded or not."""
         runner, num_reqs = self.runner, len(self.reqs)
         num_tokens = num_reqs * self.width
-        self.batch = self.describe(self.req_ids, self.reqs)
+        self.batch = self.describe(self.req_ids, self.reqs, self.rows.idx_mapping[:num_reqs])
         self.drafts[:num_reqs] = runner.req_states.draft_tokens[self.batch.idx_mapping]
         self.drafter.stage(num_reqs)
         buffers = runner.input_buffers
@@ -262,7 +266,9 @@ class Rounds:
             self.runner.draft_tokens_handler.set_draft_tokens(self.batch, drafts)
         self.batch = None
 
-    def describe(self, req_ids: list[str], reqs: np.ndarray) -> InputBatch:
+    def describe(
+        self, req_ids: list[str], reqs: np.ndarray, idx_mapping: torch.Tensor
+    ) -> InputBatch:
         """As vLLM describes a batch whose rows have all their drafts, padded to its graph."""
         num_reqs = len(reqs)
         runner, buffers = self.runner, self.runner.input_buffers
@@ -271,7 +277,6 @@ class Rounds:
         num_rows, num_padded = num_reqs, num_tokens
         if self.graph is not None:
             num_rows, num_padded = self.graph.num_reqs or num_reqs, self.graph.num_tokens
-        idx_mapping = self.rows.idx_mapping[:num_reqs]
         num_computed = states.num_computed_tokens_np[reqs]
         prefill_lens = states.prefill_len.np[reqs]
         starts_np = np.minimum(self.starts_np[: num_rows + 1], num_tokens)
