@@ -48,8 +48,7 @@ class RecordedRounds:
 
     def __init__(self, rounds: Rounds) -> None:
         self.rounds, self.runner = rounds, rounds.runner
-        tables, size = self.runner.tables, self.runner.max_num_reqs
-        self.sampling, self.prefill_len = tables.state.sampling, tables.prefill_len
+        self.tables, size = self.runner.tables, self.runner.max_num_reqs
         self.groups = attention_groups(self.runner)
         device = self.runner.device
         # Padding rows read the first request's state: vLLM's kernels know no other padding.
@@ -167,7 +166,8 @@ class RecordedRounds:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``RejectionSampler`` of rows past their prefills: [num_rows, width] int64, those that
         hold and one more, and their number [num_rows] int32."""
-        verify, sampling, num_rows = self.rounds.verify, self.sampling, batch.num_reqs
+        verify, sampling = self.rounds.verify, self.tables.state.sampling
+        num_rows = batch.num_reqs
         torch.clamp(rows.idx_mapping[:num_rows], min=0, out=batch.idx_mapping)
         self.of_tokens[:num_rows].copy_(batch.idx_mapping[:, None])
         of_tokens = self.of_tokens[:num_rows].view(-1)
@@ -177,12 +177,12 @@ class RecordedRounds:
             batch.logits_indices,
             of_tokens,
             batch.expanded_local_pos,
-            self.prefill_len,
+            self.tables.prefill_len,
         )
         logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
         apply_temperature(logits, of_tokens, sampling.temperature)
         if needs.truncation:
-            truncate_as_stock(logits, sampling.top_k[of_tokens], sampling.top_p[of_tokens])
+            truncate_as_stock(logits, *self.tables.limits(of_tokens))
         sampled: tuple[torch.Tensor, torch.Tensor] = rejection_sample(
             logits,
             self.runner.speculator.draft_logits,

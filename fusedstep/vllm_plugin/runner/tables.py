@@ -228,6 +228,11 @@ class DeviceTables:
             tensor.copy_to_uva()
         self.static.refresh()
 
+    def limits(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The top-k and top-p of these requests, [num_rows] each."""
+        sampling = self.state.sampling
+        return sampling.top_k[rows], sampling.top_p[rows]
+
     def needs(self, rows: np.ndarray) -> BatchNeeds:
         """Work that these requests ask of a step."""
         bias, penalties, bad_words = self.sampler.logits_processors[:3]
