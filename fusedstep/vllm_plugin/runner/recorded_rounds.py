@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 # Of a round's processed logits, which its graph keeps: a larger batch is launched by the host.
 MAX_LOGITS_BYTES = 256 << 20
-# Nothing but temperature and seeds; top-k and top-p, too. vLLM takes no min-p beside drafts.
-VARIANTS = (BatchNeeds.none(), BatchNeeds(adjustment=False, min_p=False))
+# Nothing but temperature and seeds; top-k and top-p, too.
+VARIANTS = (BatchNeeds.none(), replace(BatchNeeds.none(), truncation=True))
 
 
 class RecordedRounds:
