@@ -213,7 +213,7 @@ def _tones(*frequencies: int) -> tuple[list[Any], dict[int, int]]:
 def test_answers_are_to_the_sound(
     oracle: EngineChild, fused: EngineChild, models: Callable[[str], str]
 ) -> None:
-    """Equal prompts: each tone has its own answer, stock's, and the same one when it comes again."""
+    """Equal prompts: each tone has its own answer, stock's; the same when it comes again."""
     name = "qwen2_audio"
     ask = multimodal_child.ask, models(name), options(name), *_tones(220, 440, 1760, 440)
     have, want = fused.call(*ask), oracle.call(*ask)
