@@ -134,9 +134,10 @@ def decide(config: DecodeSteps, turn: Turn) -> Decision:
 def _stops(turn: Turn, num_steps: int) -> int:
     """Rows that may stop before the window ends for the sake of those that go on; 0: all.
 
-    A row that has stopped costs each step ``row_ms``, an end ``TURN_MS``. If stops come evenly, of
-    all rows within ``STOPS_WITHIN`` steps, s of them cost s^2 / 2 * STOPS_WITHIN / rows * row_ms in
-    the meantime: TURN_MS is cheapest shared by the s where both are equal.
+    A row that has stopped costs each step ``row_ms``, and an end costs ``TURN_MS``. Let stops come
+    evenly, those of all rows within ``STOPS_WITHIN`` steps. Then s rows have cost
+    s^2 / 2 * STOPS_WITHIN / num_rows * row_ms when the last of them stops. A stop costs least where
+    that equals ``TURN_MS``.
     """
     num_rows = len(turn.remaining)
     if not turn.row_ms or num_steps == 1:

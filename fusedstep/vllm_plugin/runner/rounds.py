@@ -41,14 +41,14 @@ class RoundOps(PlaceOps, Protocol):
 
 
 class Rounds:
-    """``RecordableModel`` and ``StepOps`` of ``fusedstep.window``, in one: a step is a round.
+    """``DecodeModel`` and ``StepOps`` of ``fusedstep.window.loop``, in one: a step is a round.
 
     What a round needs of the host is the same for all rounds of a window, but for an upper bound of
     the lengths. A row that has stopped goes on in the batch: it writes no key, takes no token, and
     its drafts are nobody's.
 
-    A round is one graph where that is recorded, and its requests ask for no more than it does. Else
-    the forward is what vLLM's own step has for such a batch: its full graph, its piecewise one, or
+    This is the round that the host launches; ``recorded_rounds.py`` has the one that is a graph.
+    The forward is what vLLM's own step has for such a batch: its full graph, its piecewise one, or
     plain calls; so are the drafter's.
     """
 
