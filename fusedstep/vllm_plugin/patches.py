@@ -94,8 +94,8 @@ PATCHES = (
         Kind.HUNG,
         "SchedulerOutput.arrivals_seen, num_stops, trace; ModelRunnerOutput.rounds",
         "a window ends when more requests have arrived than its scheduler had seen, or after so "
-        "many stops: requests wait for a row, or a smaller batch is faster; turns that are traced have numbers; vLLM counts "
-        "drafts by round, of which a window has several",
+        "many stops: requests wait for a row, or a smaller batch is faster; turns that are traced "
+        "have numbers; vLLM counts drafts by round, of which a window has several",
     ),
     Patch(
         "scheduler/rounds.py",
