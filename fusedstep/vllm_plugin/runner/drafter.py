@@ -220,6 +220,7 @@ class DraftModel:
     def forget_records(self) -> None:
         """The host launches each draft."""
         self.graphs.clear()
+        self.read_by_graphs.clear()
 
     def plan_to_record(self, num_rows: int) -> None:
         self.speculator.idx_mapping.fill_(-1)
