@@ -47,7 +47,7 @@ def _switch_on() -> None:
     """Hang all that windows need into this process's vLLM."""
     from fusedstep.vllm_plugin import startup
     from fusedstep.vllm_plugin.compile_cache import leave_options_out
-    from fusedstep.vllm_plugin.frontend import dead_engine, engine_args, limits
+    from fusedstep.vllm_plugin.frontend import dead_engine, engine_args, engine_name, limits
     from fusedstep.vllm_plugin.frontend.unfold import unfold_windows
     from fusedstep.vllm_plugin.scheduler.door import announce_arrivals
 
@@ -58,6 +58,7 @@ def _switch_on() -> None:
     limits.refuse_ids_in_use()
     announce_arrivals()
     unfold_windows()
+    engine_name.ask_the_engine()
     leave_options_out()
 
 

@@ -1,4 +1,4 @@
-"""One engine on two hosts that share no memory: stock's tokens, no file elsewhere.
+"""One engine over two hosts that share no memory, or one on each: stock's tokens, files at home.
 
     .venv/bin/pytest -m exhaustive tests/engine/test_two_hosts.py     # minutes
 
@@ -7,6 +7,7 @@ Each host is a network namespace with a ``/dev/shm`` of its own (``two_hosts.py`
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -23,7 +24,14 @@ TESTS = Path(__file__).resolve().parent.parent
 FIRST = two_hosts.ADDRESSES[0]
 COMMON = (*SMALL, "--max-model-len", "512", *KV_CACHE, "--served-model-name", "tiny")
 NODES = ("--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", FIRST)
-OPTIONS = (*NODES, "--node-rank", "0"), (*NODES, "--node-rank", "1", "--headless")
+RANKS = (
+    *("--data-parallel-size", "2", "--data-parallel-size-local", "1"),
+    *("--data-parallel-address", FIRST, "--data-parallel-rpc-port", "13345"),
+)
+OPTIONS = {
+    "nodes": ((*NODES, "--node-rank", "0"), (*NODES, "--node-rank", "1", "--headless")),
+    "ranks": (RANKS, (*RANKS, "--headless", "--data-parallel-start-rank", "1")),
+}
 SECONDS = 800.0
 Found = dict[str, Any]
 
@@ -31,15 +39,17 @@ pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")
-def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Found]:
+def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Found]:
     if why := two_hosts.missing():
         pytest.skip(f"this machine's kernel or tools cannot make two hosts of it: {why}")
 
-    def run(stock: bool) -> Found:
+    @functools.cache
+    def run(kind: str, stock: bool) -> Found:
         """What host 0 found, and under ``there`` what host 1 found."""
-        folder = tmp_path_factory.mktemp("stock" if stock else "ours")
-        options = [[*COMMON, *words] for words in OPTIONS]
+        folder = tmp_path_factory.mktemp(kind)
+        options = [[*COMMON, *words] for words in OPTIONS[kind]]
         what = {"model": tiny, "folder": str(folder), "stock": stock, "options": options}
+        what["ranks"] = 2 if kind == "ranks" else 1
         child = [sys.executable, str(TESTS / "hosts_child.py")]
         hosts = [json.dumps([*child, str(n), json.dumps(what)]) for n in range(2)]
         command = [*two_hosts.JOIN, sys.executable, str(TESTS / "two_hosts.py"), *hosts]
@@ -54,9 +64,15 @@ def run(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool],
     return run
 
 
-def test_a_model_over_two_hosts(run: Callable[[bool], Found]) -> None:
+def same_tokens(stock: Found, ours: Found) -> None:
+    assert [len(tokens) for tokens in ours["tokens"]] == list(hosts_child.LENGTHS)
+    assert ours["tokens"] == stock["tokens"]
+    assert stock["files"] == stock["there"]["files"] == []
+
+
+def test_a_model_over_two_hosts(run: Callable[[str, bool], Found]) -> None:
     """Host 1's worker cannot see an arrival: it has no file, and all windows run as planned."""
-    ours = run(False)
+    ours = run("nodes", False)
     assert ours["there"]["files"] == []
     kinds = {name.rpartition("-")[2] for name in ours["files"]}
     assert kinds == {"counts", "trace"}  # nor has host 0 one for arrivals
@@ -64,7 +80,23 @@ def test_a_model_over_two_hosts(run: Callable[[bool], Found]) -> None:
     counts = ours["counts"]
     assert counts["windows"] > 0 and counts["steps"] > 8 * counts["windows"]
     assert (counts["tokens"], counts["unused_steps"]) == (sum(hosts_child.LENGTHS), 0)
-    assert [len(tokens) for tokens in ours["tokens"]] == list(hosts_child.LENGTHS)
-    stock = run(True)
-    assert ours["tokens"] == stock["tokens"]
-    assert stock["files"] == stock["there"]["files"] == []
+    same_tokens(run("nodes", True), ours)
+
+
+def test_an_engine_on_each_host(run: Callable[[str, bool], Found]) -> None:
+    """Each has its files at home. The server, of two processes, knows the one beside it."""
+    ours = run("ranks", False)
+    here, there = ours["files"], ours["there"]["files"]
+    for rank, names in enumerate((here, there)):
+        assert {name.split("-")[2] for name in names} == {str(rank)}
+        assert {"counts", "trace"} <= {name.rpartition("-")[2] for name in names}
+    lengths = hosts_child.LENGTHS
+    for counts, tokens in (
+        (ours["counts"], lengths[0] + lengths[2]),  # told by whichever of its two API servers
+        *((page, lengths[1]) for page in ours["there"]["counts"]),  # which no server tells
+    ):
+        assert counts["tokens"] == tokens
+        assert counts["windows"] > 0 and counts["steps"] > 2 * counts["windows"]
+    assert len(ours["there"]["counts"]) == 1
+    assert ours["code"] == ours["there"]["code"] == 0
+    same_tokens(run("ranks", True), ours)

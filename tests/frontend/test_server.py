@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
 import urllib.request
 from typing import Any
 
 import pytest
 from frontend.scripted_servers import AT, WORDS, chat, complete
 from frontend.stream import one_by_one, tokenizer
-from serving import Server
+from serving import Server, wait_for
 
 from fusedstep.explain import explain
 
@@ -65,6 +66,22 @@ def test_stream_has_an_event_per_token(servers: dict[str, Server]) -> None:
             assert texts(ours, index) == texts(theirs, index)
     after = explain(servers["deepseek_v31"].url)
     assert after.windows > before.windows
+
+
+def test_each_of_several_api_servers_explains_the_engine(servers: dict[str, Server]) -> None:
+    """Whichever of the two a connection reaches."""
+    url = f"{servers['step3'].url}/fusedstep/explain"
+
+    def windows() -> int:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                return int(json.loads(answer.read())["windows"])
+        except urllib.error.HTTPError as error:
+            assert error.code == 404, error  # it has not been told yet
+            return 0
+
+    complete(servers["step3"], max_tokens=30)
+    wait_for("the counts are told", lambda: all(windows() for _ in range(12)), 10)
 
 
 def texts(choices: list[Any], index: int) -> tuple[str, list[Any], str]:

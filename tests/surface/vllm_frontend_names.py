@@ -14,6 +14,7 @@ UNFOLDING = {
             new_logprobs: LogprobsLists
             new_sampling_mask: SamplingMaskLists
         """,
+        "EngineCoreReadyResponse": "data_parallel_rank, instance_id",
         "EngineCoreOutputs": """
             (engine_index=_, outputs=_, scheduler_stats=_, timestamp=_, weight_version=_)
             scheduler_stats: SchedulerStats
@@ -53,7 +54,11 @@ UNFOLDING = {
     "vllm.v1.engine.core_client": {
         "InprocClient": "def get_output()\n+steps",
         "SyncMPClient": "def get_output()\noutputs_queue\n+steps",
-        "MPClient": "def __init__(*args, **kwargs)\nresources, utility_results",
+        "MPClient": """
+            def __init__(*args, **kwargs)
+            def _apply_ready_response(payload)
+            resources, utility_results, vllm_config
+        """,
         "BackgroundResources": "engine_dead\n+client",
         "AsyncMPClient": "def get_output_async()\n+steps",
     },

@@ -64,6 +64,27 @@ FRONTEND = (
         "who waits for a dead engine gets an error, and does not wait for ever",
     ),
     Patch(
+        "frontend/engine_name.py",
+        "MPClient._apply_ready_response",
+        Kind.REPLACED,
+        "MPClient._apply_ready_response",
+        "each of several API servers would look for its engine's counts under a name of its own",
+    ),
+    Patch(
+        "frontend/engine_name.py",
+        "_apply_ready_response.asks_the_engine",
+        Kind.HUNG,
+        "MPClient._apply_ready_response",
+        "the patch is made once in a process",
+    ),
+    Patch(
+        "frontend/engine_name.py",
+        "self.vllm_config.instance_id",
+        Kind.SET,
+        "VllmConfig.instance_id, of a client",
+        "the engine's, by which its shared memory is called",
+    ),
+    Patch(
         "frontend/unfold.py",
         "client_cls.get_output*",
         Kind.REPLACED,
