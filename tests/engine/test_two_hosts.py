@@ -71,7 +71,7 @@ def same_tokens(stock: Found, ours: Found) -> None:
 
 
 def test_a_model_over_two_hosts(run: Callable[[str, bool], Found]) -> None:
-    """Host 1's worker cannot see an arrival: it has no file, and all windows run as planned."""
+    """Host 1's worker cannot see an arrival: it has no file, and no arrival ends a window."""
     ours = run("nodes", False)
     assert ours["there"]["files"] == []
     kinds = {name.rpartition("-")[2] for name in ours["files"]}
@@ -79,7 +79,9 @@ def test_a_model_over_two_hosts(run: Callable[[str, bool], Found]) -> None:
     assert ours["code"] == ours["there"]["code"] == 0  # of Ctrl-C on each
     counts = ours["counts"]
     assert counts["windows"] > 0 and counts["steps"] > 8 * counts["windows"]
-    assert (counts["tokens"], counts["unused_steps"]) == (sum(hosts_child.LENGTHS), 0)
+    assert counts["tokens"] == sum(hosts_child.LENGTHS)
+    # A row that has stopped may end a window, by measured times: all workers see it.
+    assert counts["early_exits"] < len(hosts_child.LENGTHS)
     same_tokens(run("nodes", True), ours)
 
 
