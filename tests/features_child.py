@@ -116,6 +116,7 @@ def ask(
     waiting = dict(enumerate(asks))
     answers: dict[int, Any] = {}
     ended: list[int] = []
+    preemptions: dict[str, int] = {}
     step = 0
     while waiting or engine.has_unfinished_requests():
         if step == reset_at:
@@ -134,11 +135,13 @@ def ask(
             answers[number] = [completion(c) for c in output.outputs]
             if output.finished:
                 ended.append(number)
+        preemptions |= {r.request_id: r.num_preemptions for r in scheduler().requests.values()}
         step += 1
         assert step < 2000, (sorted(waiting), ended)
     return {
         "answers": [answers[n] for n in range(len(asks))],
         "ended": ended,
+        "preemptions": sum(preemptions.values()),
         "stored": stored_blocks(events),
         "counts": since(before),
     }

@@ -1,7 +1,7 @@
-"""A KV connector whose loads take their time: vLLM's example, but asynchronous.
+"""KV connectors that take their time: vLLM's example, but asynchronous.
 
-vLLM imports it by this module's name. It brings the keys and values of prompts that vLLM's
-ExampleConnector has written as a producer.
+vLLM imports them by this module's name. One brings the keys and values of prompts that another
+engine has written, the other also writes those of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import (
     ExampleConnector,
@@ -25,6 +26,7 @@ class Loads(KVConnectorMetadata):  # type: ignore[misc]
     """Of one turn: request_id -> what is loaded for it."""
 
     starting: dict[str, ReqMeta] = field(default_factory=dict)
+    ended: dict[str, ReqMeta] = field(default_factory=dict)  # what is sent of them
 
 
 class SilentConnector(ExampleConnector):  # type: ignore[misc]
@@ -98,3 +100,63 @@ class LateConnector(SilentConnector):
     """A decode step needs nothing of it but to be told that the step has ended."""
 
     decodes_in_windows = True
+
+
+class SendingConnector(LateConnector):
+    """When a request has ended it keeps its blocks, and writes its prompt's some steps later.
+
+    With tensor parallelism each rank has its own files: it has its own heads.
+    """
+
+    decodes_in_windows = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.to_send: dict[str, ReqMeta] = {}  # from the coming turn on
+        self.sending: dict[str, tuple[ReqMeta, int]] = {}  # and the steps that are left
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
+        prompt = list(request.prompt_token_ids)
+        meta = ReqMeta.make_meta(prompt, block_ids, self._block_size, True, [])
+        size = len(meta.token_ids)
+        is_here = 0 < size <= request.num_computed_tokens
+        if not is_here or self._found_match_for_request(request):
+            return False, None
+        self.to_send[request.request_id] = meta
+        return True, None
+
+    def build_connector_meta(self, scheduler_output: Any) -> Loads:
+        loads = super().build_connector_meta(scheduler_output)
+        loads.ended, self.to_send = self.to_send, {}
+        return loads
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        super().start_load_kv(forward_context, **kwargs)
+        for request_id, meta in self._get_connector_metadata().ended.items():
+            self.sending[request_id] = meta, STEPS
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str], set[str]]:
+        _, received = super().get_finished(finished_req_ids)
+        sent = set()
+        for request_id, (meta, left) in list(self.sending.items()):
+            self.sending[request_id] = meta, left - 1
+            if left == 1:
+                self._send(meta)
+                del self.sending[request_id]
+                sent.add(request_id)
+        return sent, received
+
+    def _send(self, meta: ReqMeta) -> None:
+        size = self._block_size
+        blocks, offsets = meta.slot_mapping // size, meta.slot_mapping % size
+        for name, layer in self.layers.items():
+            if getattr(layer, "kv_cache", None) is not None:
+                file = self._generate_filename_debug(name, meta.token_ids, meta.mm_hashes)
+                kv = layer.kv_cache[blocks, :, offsets]
+                safetensors.torch.save_file({"kv_cache": kv.contiguous()}, file)
+
+    def _generate_filename_debug(self, layer_name: str, *args: Any) -> str:
+        rank = get_tensor_model_parallel_rank()
+        name = f"{layer_name}.{rank}" if rank else layer_name
+        file: str = super()._generate_filename_debug(name, *args)
+        return file

@@ -39,8 +39,8 @@ PARAMETERS = {
     *("repetition_detection", "routed_experts_prompt_start", "trace_decode_token_ids"),
 }
 MAX_STOP_TOKEN_IDS = 128
-# KV connectors that a decode step has nothing to do for, by class. One of somebody's own says so of
-# itself: ``decodes_in_windows = True`` in its class.
+# KV connectors that a decode step has nothing to do for, by class and whatever their role. One of
+# somebody's own says so of itself: ``decodes_in_windows = True`` in its class.
 KV_CONNECTORS = {"vllm.distributed.kv_transfer.kv_connector.v1.example_connector.ExampleConnector"}
 AUX_OUTPUTS = {"enable_return_routed_experts", "max_bytes"}  # the options of what we hand on
 SPECULATION_METHODS = ("draft_model", "eagle", "eagle3", "mtp", "ngram", "ngram_gpu")
@@ -139,15 +139,16 @@ def _connector_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
     transfer = vllm_config.kv_transfer_config
     if transfer is None:
         return ()
-    name, role = transfer.kv_connector, transfer.kv_role
+    named = f"{Reason.KV_CONNECTOR} {transfer.kv_connector}"
+    known, promises = _known_connector(transfer)
     on_cpu = vllm_config.device_config.device_type == "cpu"
     in_parallel = vllm_config.parallel_config.tensor_parallel_size > 1
     return (
-        (role != "kv_consumer", f"{Reason.KV_CONNECTOR} {name} as {role}"),
-        (not _only_receives(transfer), f"{Reason.KV_CONNECTOR} {name}"),
+        (not known and not promises, named),
         (vllm_config.speculative_config is not None, f"{Reason.WITH_DRAFTS} a KV connector"),
         (vllm_config.model_config.is_hybrid, f"{Reason.KV_CONNECTOR} with recurrent states"),
-        (in_parallel, f"{Reason.KV_CONNECTOR} with tensor parallelism"),
+        # vLLM's example has one file for all ranks, whose heads differ.
+        (in_parallel and not promises, f"{named} with tensor parallelism"),
         (not on_cpu, f"{Reason.KV_CONNECTOR} on a device that is not a CPU"),
     )
 
@@ -169,13 +170,14 @@ def _experts_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...]:
     )
 
 
-def _only_receives(transfer: KVTransferConfig) -> bool:
-    """Is it known of this connector's class, or said by itself? A subclass may do more."""
+def _known_connector(transfer: KVTransferConfig) -> tuple[bool, bool]:
+    """Is this connector's class one of ours to know, and does it promise to leave decode steps
+    alone? A subclass may do more than the class that promised."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     connector: Any = KVConnectorFactory.get_connector_class(transfer)
     known = f"{connector.__module__}.{connector.__qualname__}" in KV_CONNECTORS
-    return known or vars(connector).get("decodes_in_windows") is True
+    return known, vars(connector).get("decodes_in_windows") is True
 
 
 def cache_reason(kv_cache_config: KVCacheConfig) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import late_kv
 import pytest
@@ -12,9 +12,11 @@ from scheduler.world import STOCK, make_request, make_scheduler
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 from fusedstep.reasons import Reason
 from fusedstep.vllm_plugin import reasons, stamps
+from fusedstep.vllm_plugin.scheduler.admission import Admission
 from fusedstep.vllm_plugin.scheduler.scheduler import FusedStepScheduler
 
 HERE, THERE = 0, 1  # where the prompts of the two requests are computed
@@ -35,14 +37,10 @@ def reason_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     return reason_of
 
 
-def test_connectors_that_windows_go_with(reason_of: Any) -> None:
-    assert reason_of("ExampleConnector") is None
-    assert reason_of("LateConnector", kv_connector_module_path="late_kv") is None
-
-
-@pytest.mark.parametrize("role", ("kv_producer", "kv_both"))
-def test_an_engine_that_saves(reason_of: Any, role: str) -> None:
-    assert reason_of("ExampleConnector", role) == f"KV connector ExampleConnector as {role}"
+@pytest.mark.parametrize("role", ("kv_consumer", "kv_producer", "kv_both"))
+def test_connectors_that_windows_go_with(reason_of: Any, role: str) -> None:
+    assert reason_of("ExampleConnector", role) is None
+    assert reason_of("LateConnector", role, kv_connector_module_path="late_kv") is None
 
 
 def test_a_connector_of_which_nothing_is_known(
@@ -64,7 +62,9 @@ def test_what_no_connector_was_tried_with(reason_of: Any, monkeypatch: pytest.Mo
         assert reason_of("ExampleConnector") == "KV connector with recurrent states"
     with monkeypatch.context() as patch:
         patch.setattr(reason_of.config.parallel_config, "tensor_parallel_size", 2)
-        assert reason_of("ExampleConnector") == "KV connector with tensor parallelism"
+        named = "KV connector ExampleConnector with tensor parallelism"
+        assert reason_of("ExampleConnector") == named
+        assert reason_of("LateConnector", kv_connector_module_path="late_kv") is None
     with monkeypatch.context() as patch:
         patch.setattr(reason_of.config, "device_config", MagicMock(device_type="cuda"))
         assert reason_of("ExampleConnector") == "KV connector on a device that is not a CPU"
@@ -95,17 +95,18 @@ def nothing_fits(scheduler: Any) -> None:
     scheduler.admission.blocked, scheduler.admission.min_blocks = True, TRACE.num_blocks
 
 
-def turn(scheduler: Any, received: set[str] | None = None) -> Any:
-    """A turn in which every request gets a token; ``received``: ids whose loads are done."""
+def turn(scheduler: Any, received: set[str] | None = None, sent: set[str] | None = None) -> Any:
+    """A turn in which every request gets a token; ``received``: ids whose loads are done;
+    ``sent``: of requests that have ended, and whose blocks are sent."""
     output = scheduler.schedule()
-    if received:
+    if received or sent:
         nothing_fits(scheduler)  # another one that waits
     ids = list(output.num_scheduled_tokens)
     result = ModelRunnerOutput(
         req_ids=ids,
         req_id_to_index={i: n for n, i in enumerate(ids)},
         sampled_token_ids=[[7] for _ in ids],
-        kv_connector_output=KVConnectorOutput(finished_recving=received),
+        kv_connector_output=KVConnectorOutput(finished_recving=received, finished_sending=sent),
     )
     scheduler.update_from_output(output, result)
     return output
@@ -152,3 +153,38 @@ def test_a_request_of_which_the_connector_does_not_know_yet(scheduler: Any) -> N
     assert scheduler.admission.joins_anytime and not scheduler.admission.awaits_kv
     scheduler.connector = None
     assert not scheduler.admission.joins_anytime
+
+
+def test_turns_while_a_connector_keeps_blocks(scheduler: Any) -> None:
+    """The end of a step tells that they are sent: windows end within the latency if a request may
+    wait for them, and the turn after that lets it in."""
+    scheduler.connector.request_finished.return_value = True, None
+    gone = make_request(TRACE, THERE)
+    scheduler.connector.get_num_new_matched_tokens.side_effect = lambda *_: (0, False)
+    scheduler.add_request(gone)
+    turn(scheduler)
+    scheduler.finish_requests(gone.request_id, RequestStatus.FINISHED_ABORTED)
+    turn(scheduler)
+    assert scheduler.admission.connector_keeps_blocks and not scheduler.admission.joins_anytime
+    waiting = make_request(TRACE, THERE)
+    waiting.request_id = "waiting"
+    scheduler.add_request(waiting)
+    assert scheduler.admission.joins_anytime
+    with patch.object(Admission, "num_places", 0):
+        assert not scheduler.admission.joins_anytime
+    nothing_fits(scheduler)
+    with patch.object(scheduler.kv_cache_manager, "allocate_slots", some_have_room(scheduler)):
+        turn(scheduler, sent={gone.request_id})
+    assert not scheduler.admission.connector_keeps_blocks
+    assert scheduler.admission.may_admit and not scheduler.admission.joins_anytime
+    assert [new.req_id for new in turn(scheduler).scheduled_new_reqs] == [waiting.request_id]
+
+
+def some_have_room(scheduler: Any) -> Any:
+    """``allocate_slots`` that has nothing for newcomers."""
+    allocate, running = scheduler.kv_cache_manager.allocate_slots, [*scheduler.running]
+
+    def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
+        return allocate(request, *args, **kwargs) if request in running else None
+
+    return allocate_slots

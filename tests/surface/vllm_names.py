@@ -41,7 +41,7 @@ _CONFIG = {
         "CacheConfig": """
             kv_cache_memory_bytes, kv_sharing_fast_prefill, mamba_cache_mode, use_replayssm
         """,
-        "KVTransferConfig": "kv_connector, kv_role",
+        "KVTransferConfig": "kv_connector",
         "MambaConfig": "enable_stochastic_rounding",
         "ModelConfig": """
             runner_type, is_encoder_decoder, supports_multimodal_inputs
@@ -336,7 +336,7 @@ _ENGINE = {
             kv_connector_output: KVConnectorOutput
             +rounds, limit_reason
         """,
-        "KVConnectorOutput": "finished_recving",
+        "KVConnectorOutput": "finished_recving, finished_sending",
         "LogprobsLists": """
             (logprob_token_ids, logprobs, sampled_token_ranks, cu_num_generated_tokens)
         """,

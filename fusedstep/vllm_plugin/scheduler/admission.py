@@ -83,12 +83,23 @@ class Admission:
     @property
     def joins_anytime(self) -> bool:
         """Does a request wait for its grammar, which is compiled in the background, or for a KV
-        connector, which is asked in every turn what it has?"""
+        connector, which is asked in every turn what it has, or still sends blocks of others?"""
         status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
         if any(request.status == status for request in self.waiting_for_event):
             return True
+        if not self.scheduler.connector:
+            return False
         deferred = self.scheduler.deferred_waiting
-        return bool(self.scheduler.connector) and any(r.status in STARTABLE for r in deferred)
+        some_fit_then = self.num_places > 0 and self.num_startable > 0
+        if some_fit_then and self.connector_keeps_blocks:
+            return True
+        return any(r.status in STARTABLE for r in deferred)
+
+    @property
+    def connector_keeps_blocks(self) -> bool:
+        """Has a request ended whose blocks a KV connector has not sent yet?"""
+        unfinished = len(self.scheduler.running) + self.num_waiting
+        return len(self.scheduler.requests) > unfinished
 
     @contextmanager
     def adapters_keep_their_places(self, ending: list[Request]) -> Iterator[None]:

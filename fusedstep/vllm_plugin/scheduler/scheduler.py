@@ -209,7 +209,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._follow_grammars(scheduler_output)
             received = model_runner_output.kv_connector_output
-            if received is not None and received.finished_recving:
+            if received is not None and (received.finished_recving or received.finished_sending):
                 self.admission.retry()
             self.refusals.deliver(outputs)
             ended_at_stops = batch is not None and batch.ended_at_stops(model_runner_output)
