@@ -216,8 +216,8 @@ def gemma3(folder: Path) -> None:
         tie_word_embeddings=False,
     )
     _save(folder, transformers.Gemma3ForConditionalGeneration(config))
-    _rename_weights(folder, "vision_tower.", "vision_tower.vision_model.")
-    tokenizer = _tokenizer_with(
+    rename_weights(folder, "vision_tower.", "vision_tower.vision_model.")
+    tokenizer = tokenizer_with(
         folder, dict(zip(words.values(), (START, END, IMAGE), strict=True)), words
     )
     transformers.Gemma3Processor(
@@ -265,7 +265,7 @@ def gemma4(folder: Path) -> None:
         tie_word_embeddings=False,
     )
     _save(folder, transformers.Gemma4ForConditionalGeneration(config))
-    tokenizer = _tokenizer_with(folder, GEMMA_IDS | {"<|video|>": VIDEO}, GEMMA)
+    tokenizer = tokenizer_with(folder, GEMMA_IDS | {"<|video|>": VIDEO}, GEMMA)
     transformers.Gemma4Processor(
         feature_extractor=transformers.Gemma4AudioFeatureExtractor(),
         image_processor=transformers.Gemma4ImageProcessor(max_soft_tokens=70),
@@ -291,7 +291,7 @@ def gemma3n(folder: Path) -> None:
         audio_config={
             "hidden_size": 32,
             "vocab_offset": AUDIO,
-            "vocab_size": 4,
+            "vocab_size": TEXT["vocab_size"] - AUDIO,  # its padding is the vocabulary's last token
             "conf_num_attention_heads": 2,
             "conf_num_hidden_layers": 1,
             "sscp_conv_channel_size": [8, 8],
@@ -307,7 +307,7 @@ def gemma3n(folder: Path) -> None:
     model = transformers.Gemma3nForConditionalGeneration(config)
     _save(folder, model)
     newlines = {"\n" * number: 2006 + number for number in (1, 2, 3, 4)}
-    tokenizer = _tokenizer_with(folder, GEMMA_IDS | newlines, GEMMA)
+    tokenizer = tokenizer_with(folder, GEMMA_IDS | newlines, GEMMA)
     transformers.Gemma3nProcessor(
         feature_extractor=transformers.Gemma3nAudioFeatureExtractor(),
         image_processor=transformers.SiglipImageProcessor(size={"height": 96, "width": 96}),
@@ -336,7 +336,7 @@ def qwen2_audio(folder: Path) -> None:
         tie_word_embeddings=False,
     )
     _save(folder, transformers.Qwen2AudioForConditionalGeneration(config))
-    _rename_weights(folder, "language_model.model.model.", "language_model.model.")
+    rename_weights(folder, "language_model.model.model.", "language_model.model.")
     words = {"<|audio_bos|>": START, "<|AUDIO|>": AUDIO, "<|audio_eos|>": END}
     transformers.Qwen2AudioProcessor(
         feature_extractor=transformers.WhisperFeatureExtractor(),
@@ -376,16 +376,19 @@ def whisper(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def _rename_weights(folder: Path, start: str, wanted: str) -> None:
+def rename_weights(folder: Path, start: str, wanted: str) -> None:
     """The names that vLLM's loader knows, where transformers writes others."""
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
-    weights = {name.replace(start, wanted): tensor for name, tensor in load_file(path).items()}
+    weights = {
+        wanted + name.removeprefix(start) if name.startswith(start) else name: tensor
+        for name, tensor in load_file(path).items()
+    }
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def _tokenizer_with(folder: Path, specials: dict[str, int], names: dict[str, str]) -> Any:
+def tokenizer_with(folder: Path, specials: dict[str, int], names: dict[str, str]) -> Any:
     """A tokenizer that knows its special tokens by name, as ``tokenizer.boi_token``."""
     from transformers import AutoTokenizer
 

@@ -17,6 +17,7 @@ import multimodal_child
 import pytest
 import standin_child
 import tiny_models
+import tiny_sounds
 import tiny_vlms
 import workload_child
 from engine_child import EngineChild
@@ -50,10 +51,28 @@ NUM_BLOCKS = {
     "gemma3n": 34,
     "qwen2_audio": 18,
     "whisper": 40,
+    "qwen25_omni": 18,
+    "qwen3_omni": 22,
+    "ultravox": 22,
+    "granite_speech": 18,
+    "voxtral": 22,
+    "gemma3n_sound": 40,
 }
 SOUND: dict[str, Any] = {"limit_mm_per_prompt": {"audio": 1}}
+ONLY_SOUND = {"limit_mm_per_prompt": {"audio": 1, "image": 0, "video": 0}}
+MISTRAL = dict.fromkeys(("tokenizer_mode", "config_format", "load_format"), "mistral")
 # Options of the models that take sound. Whisper's prompts are not cut.
-TAKE_SOUND = {"qwen2_audio": SOUND, "whisper": SOUND | {"max_num_batched_tokens": 512}}
+TAKE_SOUND = {
+    "qwen2_audio": SOUND,
+    "whisper": SOUND | {"max_num_batched_tokens": 512},
+    "qwen25_omni": ONLY_SOUND,
+    "qwen3_omni": ONLY_SOUND,
+    "ultravox": SOUND | {"trust_remote_code": True},
+    "granite_speech": SOUND,
+    "voxtral": SOUND | MISTRAL,
+    "gemma3n_sound": {"limit_mm_per_prompt": {"audio": 1, "image": 0}},
+}
+TOKENS = tiny_vlms.IMAGE_TOKENS | tiny_sounds.TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +137,7 @@ def _workload(name: str, **fields: Any) -> Workload:
     return Workload(
         media="audio" if name in TAKE_SOUND else "image",
         image_share=1.0 if name == "whisper" else 0.7,
-        image_tokens=tiny_vlms.IMAGE_TOKENS[name],
+        image_tokens=TOKENS[name],
         arrives_by=8,
         **fields,
     )
@@ -164,6 +183,18 @@ RUNS = [
     ("qwen2_audio", 7, 9, 0.0, None),
     ("qwen2_audio", "auto", 10, 0.8, None),
     ("qwen2_audio", "auto", None, 0.0, "embeds"),
+    ("qwen25_omni", 7, 9, 0.0, None),
+    ("qwen25_omni", "auto", 10, 0.8, None),
+    ("qwen25_omni", "auto", None, 0.0, "embeds"),
+    *(
+        pytest.param(name, *run, marks=pytest.mark.exhaustive)
+        for name in ("qwen3_omni", "ultravox", "granite_speech", "voxtral", "gemma3n_sound")
+        for run in (
+            (7, 9, 0.0, None),
+            ("auto", 10, 0.8, None),
+            ("auto", None, 0.0, "embeds"),
+        )
+    ),
 ]
 
 
@@ -191,7 +222,11 @@ def test_images_and_text(
         return
     assert _tokens(have) == _tokens(want)
     assert sum(phase["preemptions"] for phase in have["phases"]) > 0
-    if name not in ("gemma3", "whisper"):  # blocks are gone, prefixes are not cached
+    if name not in (
+        "gemma3",
+        "gemma3n_sound",
+        "whisper",
+    ):  # blocks are gone, prefixes are not cached
         assert sum(have["phases"][1]["cached"]) > 0
 
 
