@@ -64,6 +64,7 @@ TOKENS: dict[str, tuple[int, ...]] = {
     "granite_speech": (AUDIO,),
     "voxtral": (BEGIN_SOUND, *[SOUND] * TOKENS_OF_SOUND),
     "gemma3n_sound": (AUDIO,),
+    "glm_asr": (AUDIO,),
 }
 
 
@@ -373,3 +374,30 @@ def _tekken(size: int) -> dict[str, Any]:
 def gemma3n_sound(folder: Path) -> None:
     """The same model as for images."""
     gemma3n(folder)
+
+
+@maker
+def glm_asr(folder: Path) -> None:
+    """An encoder of sound with rotary embeddings, four of whose steps are a token, and a Llama."""
+    import transformers
+
+    config = transformers.GlmAsrConfig(
+        text_config={**TEXT, "num_hidden_layers": 2},
+        audio_config={
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_mel_bins": 80,
+        },
+        audio_token_id=AUDIO,
+        tie_word_embeddings=False,
+    )
+    model = transformers.GlmAsrForConditionalGeneration(config)
+    initialise(model)
+    model.save_pretrained(folder)
+    rename_weights(folder, "language_model.model.model.", "language_model.model.")
+    transformers.GlmAsrProcessor(
+        feature_extractor=transformers.WhisperFeatureExtractor(),
+        tokenizer=save_tokenizer(folder, {"<|pad|>": AUDIO}),
+    ).save_pretrained(folder)

@@ -57,6 +57,7 @@ NUM_BLOCKS = {
     "granite_speech": 18,
     "voxtral": 22,
     "gemma3n_sound": 40,
+    "glm_asr": 18,
 }
 SOUND: dict[str, Any] = {"limit_mm_per_prompt": {"audio": 1}}
 ONLY_SOUND = {"limit_mm_per_prompt": {"audio": 1, "image": 0, "video": 0}}
@@ -71,6 +72,7 @@ TAKE_SOUND = {
     "granite_speech": SOUND,
     "voxtral": SOUND | MISTRAL,
     "gemma3n_sound": {"limit_mm_per_prompt": {"audio": 1, "image": 0}},
+    "glm_asr": SOUND,
 }
 TOKENS = tiny_vlms.IMAGE_TOKENS | tiny_sounds.TOKENS
 
@@ -188,7 +190,14 @@ RUNS = [
     ("qwen25_omni", "auto", None, 0.0, "embeds"),
     *(
         pytest.param(name, *run, marks=pytest.mark.exhaustive)
-        for name in ("qwen3_omni", "ultravox", "granite_speech", "voxtral", "gemma3n_sound")
+        for name in (
+            "qwen3_omni",
+            "ultravox",
+            "voxtral",
+            "glm_asr",
+            "granite_speech",
+            "gemma3n_sound",
+        )
         for run in (
             (7, 9, 0.0, None),
             ("auto", 10, 0.8, None),
