@@ -38,6 +38,7 @@ class Workload:
     image_share: float = 0.0  # of the requests: that have media
     image_tokens: tuple[int, ...] = ()  # where it stands in a prompt
     loras: tuple[str | None, ...] = (None,)  # folders of adapters, taken in turn
+    logprobs: int | None = None  # of each token, so many: in ``completions``
     experts_from: tuple[int, ...] = (0,)  # tokens of a prompt whose experts nobody wants, in turn
 
 
@@ -51,7 +52,8 @@ class Request:
 
 
 def run(model: str, options: dict[str, Any], workload: Workload) -> dict[str, Any]:
-    """Per phase: tokens and their experts, cached tokens, preemptions; the counts of windows.
+    """Per phase: tokens and their experts, completions as ``bench.verify`` compares them, cached
+    tokens, preemptions; the counts of windows.
 
     ``options`` are of the LLM, as for ``features_child.use``.
     """
@@ -145,9 +147,14 @@ def _answer(workload: Workload, phase: int, requests: list[Request]) -> dict[str
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in ordered],
         "experts": [output.outputs[0].routed_experts for output in ordered],  # or None
+        "completions": [_completions(output) for output in ordered],
         "cached": [output.num_cached_tokens for output in ordered],
         "preemptions": sum(preemptions.values()),
     }
+
+
+def _completions(output: Any) -> dict[str, Any]:
+    return {"prompt": "", "completions": [engine_child.completion(output.outputs[0])]}
 
 
 def _due(workload: Workload, waiting: dict[int, Request], step: int, engine: Any) -> list[int]:
@@ -206,6 +213,8 @@ def fields_of(workload: Workload, number: int, request: Request) -> dict[str, An
     fields: dict[str, Any] = {"max_tokens": request.max_tokens, "ignore_eos": True}
     if workload.temperature:
         fields |= {"temperature": workload.temperature, "seed": 7 + number}
+    if workload.logprobs is not None:
+        fields["logprobs"] = workload.logprobs
     if workload.experts_from != (0,):
         starts = workload.experts_from
         fields["routed_experts_prompt_start"] = starts[number % len(starts)]

@@ -23,6 +23,8 @@ from features_child import FeatureChild
 from standin_child import StandInChild
 from workload_child import Workload
 
+from fusedstep.bench import verify
+
 OPTIONS: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 6,
@@ -32,8 +34,12 @@ OPTIONS: dict[str, Any] = {
     "seed": 0,
 }
 FORGETS: dict[str, Any] = OPTIONS | {"enable_prefix_caching": False}
-# vLLM takes another one where the CPU has AMX.
-LATENT: dict[str, Any] = OPTIONS | {"attention_backend": "CPU_MLA"}
+# vLLM takes another backend where the CPU has AMX. So few blocks that requests are preempted.
+LATENT: dict[str, Any] = OPTIONS | {
+    "attention_backend": "CPU_MLA",
+    "max_model_len": 256,
+    "num_gpu_blocks_override": 18,  # of 16 tokens, whatever is asked for
+}
 # Every block's state is kept, not only the last of a prompt: tokens of windows are found again.
 CACHES: dict[str, Any] = OPTIONS | {"enable_prefix_caching": True}
 RETURNS_EXPERTS: dict[str, Any] = CACHES | {"enable_return_routed_experts": True}
@@ -187,11 +193,20 @@ def test_embeddings_for_each_layer(compare: Any) -> None:
     compare("gemma3n", OPTIONS, CUT, SAMPLED)
 
 
+# Together they end with more than the 272 tokens that have room.
+PREEMPTED: dict[str, Any] = {
+    "num_requests": 5,
+    "prompt_len": (20, 40),
+    "max_tokens": (50, 80),
+    "arrives_by": 9,
+}
+
+
 def test_latent_attention(compare: Any, fused: EngineChild, models: Callable[[str], str]) -> None:
-    """No hybrid either: DeepSeek-V2. vLLM caches no prefixes of it on a CPU."""
-    few = replace(CUT, num_requests=4, max_tokens=(2, 40))
-    sampled = replace(SAMPLED, num_requests=4, max_tokens=(2, 40), decode_steps=2)
-    [cut, _] = compare("deepseek", LATENT, few, sampled)
+    """No hybrid either: DeepSeek-V2, preempted. vLLM caches no prefixes of it on a CPU."""
+    few = replace(CUT, **PREEMPTED)
+    [cut, sampled] = compare("deepseek", LATENT, few, replace(SAMPLED, **PREEMPTED, decode_steps=2))
+    assert cut["phases"][0]["preemptions"] > 0 and sampled["phases"][0]["preemptions"] > 0
     control = fused.call(hybrid_child.run_planned_once, models("deepseek"), LATENT, few)
     assert differing(control, cut["stock"])
 
@@ -200,6 +215,30 @@ def test_latent_attention(compare: Any, fused: EngineChild, models: Callable[[st
     assert set(plain["counts"]["stock_steps"]) == {
         "latent attention rotated by vLLM's kernel for CPUs"
     }
+
+
+def test_latent_attention_in_bfloat16(
+    oracle: EngineChild, fused: EngineChild, models: Callable[[str], str]
+) -> None:
+    """A preempted request is computed again in another batch than stock's, and rounded otherwise:
+    tokens may differ where stock's two best are as close as ``verify`` calls a near-tie."""
+    args = models("deepseek"), LATENT | {"dtype": "bfloat16"}
+    few = replace(CUT, **PREEMPTED, logprobs=2)
+    want = oracle.call(workload_child.run, *args, few)
+    have = fused.call(workload_child.run, *args, few)
+    assert have["phases"][0]["preemptions"] > 0
+    assert have["counts"]["steps"] > have["counts"]["windows"] > 0
+    assert set(have["counts"]["stock_steps"]) == {"prefill"}
+    verdicts = [item.verdict for item in verified(have, want)]
+    assert verdicts.count("identical") > 1 and "DIFFERENT" not in verdicts, verified(have, want)
+    control = fused.call(hybrid_child.run_planned_once, *args, few)
+    assert "DIFFERENT" in [item.verdict for item in verified(control, want)]
+
+
+def verified(have: dict[str, Any], want: dict[str, Any]) -> list[verify.Item]:
+    """Each request, in bfloat16: where it differs, and the logprobs of stock's two best there."""
+    pairs = zip(*(result["phases"][0]["completions"] for result in (want, have)), strict=True)
+    return [verify.compare(stock, ours, 0, verify.NEAR_TIE["bfloat16"]) for stock, ours in pairs]
 
 
 def test_nemotron(compare: Any) -> None:
