@@ -36,6 +36,14 @@ def in_place(group: AttentionGroup) -> bool:
     return bool(group.supports_draft_decode_metadata_update)
 
 
+def map_block_tables(runner: GPUModelRunner, groups: list[AttentionGroup]) -> None:
+    """Graphs read a window's block tables where each of these groups' kernels expects them."""
+    for group in groups:
+        group.map_to_kernel_block_table(
+            runner.block_tables.input_block_tables[group.kv_cache_group_id]
+        )
+
+
 def decode_graph(runner: GPUModelRunner, num_reqs: int, num_loras: int, width: int = 1) -> Any:
     """vLLM's graph for a step of such a batch, of ``width`` tokens each; its mode is NONE where
     there is none."""
@@ -247,10 +255,7 @@ class VllmDecodeModel:
     def begin_captured(self, num_reqs: int) -> None:
         self._describe_rows(num_reqs, num_reqs)
         self.adapters.apply()
-        for group in self.groups:
-            group.map_to_kernel_block_table(
-                self.runner.block_tables.input_block_tables[group.kv_cache_group_id][:num_reqs]
-            )
+        map_block_tables(self.runner, self.groups)
 
     def _describe_rows(self, num_rows: int, num_tokens: int) -> None:
         """One token per row, and which tokens are padding."""

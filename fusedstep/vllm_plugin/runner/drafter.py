@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 from vllm.v1.worker.gpu.spec_decode.utils import get_drafter_hidden_states
 
 from fusedstep.ops.types import RowTokens, TokenInputs, WindowRows
-from fusedstep.vllm_plugin.runner.decode_model import in_place
+from fusedstep.vllm_plugin.runner.decode_model import in_place, map_block_tables
 from fusedstep.window.graphs import Graph, Recorder
 
 if TYPE_CHECKING:
@@ -73,13 +73,6 @@ class Drafter(Protocol):
         """The same without a graph: it is recorded itself, with the round."""
 
 
-def make_drafter(runner: GPUModelRunner, ops: PlaceOps, rows: WindowRows) -> Drafter:
-    """The leanest drafter that there is for this engine."""
-    if type(runner.speculator) is StandaloneARSpeculator and runner.speculator.dcp_size == 1:
-        return DraftModel(runner, ops, rows)
-    return StockDrafter(runner)
-
-
 class StockDrafter:
     """vLLM's own, in its own graphs. It plans each of its forwards; n-gram has none."""
 
@@ -87,7 +80,10 @@ class StockDrafter:
 
     def __init__(self, runner: GPUModelRunner) -> None:
         self.runner = runner
-        self.is_recordable = type(runner.speculator) is NgramGPUSpeculator
+
+    @property
+    def is_recordable(self) -> bool:
+        return type(self.runner.speculator) is NgramGPUSpeculator
 
     def stage(self, num_reqs: int) -> None:
         pass
@@ -111,7 +107,7 @@ class StockDrafter:
             verified.batch,
             verified.attn_metadata,
             verified.slots_by_layer,
-            get_drafter_hidden_states(runner.model, verified.hidden_states),
+            self.hidden_states(verified),
             verified.aux_hidden_states,
             num_tokens,
             1 + num_drafts - num_tokens,
@@ -122,6 +118,11 @@ class StockDrafter:
             num_speculative_tokens=num_drafts,
         )
         return drafts
+
+    def hidden_states(self, verified: Verified) -> torch.Tensor:
+        """The target's, as vLLM hands them to its drafter."""
+        states: torch.Tensor = get_drafter_hidden_states(self.runner.model, verified.hidden_states)
+        return states
 
 
 class _Forward(NamedTuple):
@@ -186,6 +187,7 @@ class DraftModel:
         speculator._copy_request_inputs(
             num_reqs, self.rows.idx_mapping[:num_reqs], sampling.temperature.gpu, sampling.seeds.gpu
         )
+        map_block_tables(self.runner, self.groups)
 
     def plan(self, num_rows: int) -> None:
         self.num_rows = num_rows

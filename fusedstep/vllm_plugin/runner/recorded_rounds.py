@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sam
 from fusedstep.loop_forms import LoopForm
 from fusedstep.ops.types import BatchNeeds, SamplingState, WindowRows
 from fusedstep.policy import MAX_STEPS
-from fusedstep.vllm_plugin.runner.decode_model import attention_groups, in_place
+from fusedstep.vllm_plugin.runner.decode_model import attention_groups, in_place, map_block_tables
 from fusedstep.vllm_plugin.runner.drafter import DraftModel, Verified
 from fusedstep.vllm_plugin.runner.recording import Form, GraphStore, choose, record_drafts
 from fusedstep.vllm_plugin.runner.rounds import Rounds
@@ -59,6 +59,7 @@ class RecordedRounds:
         self.attn_metadata: dict[str, Any] = {}
         self.slots_by_layer: dict[str, torch.Tensor] = {}
         self.hidden_states: Any = None
+        self.aux_hidden_states: Any = None
 
     @property
     def obstacle(self) -> str | None:
@@ -100,7 +101,9 @@ class RecordedRounds:
         )
         rounds.drafter.plan_to_record(num_reqs)
         nobody = np.zeros(num_reqs, np.int64)
-        self.batch = rounds.describe([""] * num_reqs, nobody, self.idx_mapping[:num_reqs])
+        batch = rounds.describe([""] * num_reqs, nobody, self.idx_mapping[:num_reqs])
+        # A padding row has tokens of its own, too, for the drafter.
+        self.batch = replace(batch, query_start_loc=rounds.starts[: num_reqs + 1])
         with set_forward_context(
             self.attn_metadata,
             runner.vllm_config,
@@ -113,9 +116,7 @@ class RecordedRounds:
 
     def begin_captured(self, num_reqs: int) -> None:
         self.rounds.enter()
-        for group in self.groups:
-            tables = self.runner.block_tables.input_block_tables
-            group.map_to_kernel_block_table(tables[group.kv_cache_group_id][:num_reqs])
+        map_block_tables(self.runner, self.groups)
 
     def begin(self, num_reqs: int) -> None:
         """Of a window that is not recorded: ``Rounds`` runs it."""
@@ -137,12 +138,13 @@ class RecordedRounds:
     def forward(self) -> torch.Tensor:
         batch = self.batch
         assert batch is not None
-        self.hidden_states = self.rounds.model(
+        output = self.rounds.model(
             input_ids=batch.input_ids,
             positions=batch.positions,
             inputs_embeds=None,
             intermediate_tensors=None,
         )
+        self.hidden_states, self.aux_hidden_states = self.rounds.split(output)
         logits: torch.Tensor = self.rounds.model.compute_logits(self.hidden_states)
         return logits
 
@@ -158,7 +160,12 @@ class RecordedRounds:
         # A loop on the device ends here: all rows have the same number of rounds.
         rows.num_active.masked_fill_(rounds.taken.number >= rows.steps_allowed[:1], 0)
         verified = Verified(
-            batch, self.attn_metadata, self.slots_by_layer, self.hidden_states, None, num_tokens
+            batch,
+            self.attn_metadata,
+            self.slots_by_layer,
+            self.hidden_states,
+            self.aux_hidden_states,
+            num_tokens,
         )
         rounds.drafts[:num_rows] = rounds.drafter.launch(verified)
 

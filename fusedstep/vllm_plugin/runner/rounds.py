@@ -15,11 +15,21 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from fusedstep.ops.greedy import verify_greedy
 from fusedstep.ops.types import BatchNeeds, RowTokens, StepInputs, TokenInputs, WindowRows
 from fusedstep.vllm_plugin.runner.decode_model import decode_graph
-from fusedstep.vllm_plugin.runner.drafter import PlaceOps, Verified, make_drafter
+from fusedstep.vllm_plugin.runner.drafter import (
+    Drafter,
+    DraftModel,
+    PlaceOps,
+    StockDrafter,
+    Verified,
+)
+from fusedstep.vllm_plugin.runner.head_drafter import HeadDrafter
 from fusedstep.window.rounds import HostRounds, RoundTokens
 from fusedstep.window.state import WindowSlot
 
@@ -38,6 +48,16 @@ class RoundOps(PlaceOps, Protocol):
         self, tokens: torch.Tensor, num_tokens: torch.Tensor, rows: WindowRows, num_reqs: int
     ) -> None:
         """Take a round's tokens; the stop rule."""
+
+
+def make_drafter(runner: GPUModelRunner, ops: PlaceOps, rows: WindowRows) -> Drafter:
+    """The leanest drafter that there is for this engine."""
+    kind = type(runner.speculator)
+    if kind is StandaloneARSpeculator and runner.speculator.dcp_size == 1:
+        return DraftModel(runner, ops, rows)
+    if kind in (EagleSpeculator, MTPSpeculator):
+        return HeadDrafter(runner, rows)
+    return StockDrafter(runner)
 
 
 class Rounds:
@@ -194,12 +214,13 @@ class Rounds:
             output = runner.cudagraph_manager.run_fullgraph(self.graph)
         else:
             output = self._call(batch)
-        self.aux_hidden_states = None
-        if runner.use_aux_hidden_state_outputs:
-            output, self.aux_hidden_states = output
-        self.hidden_states = output
-        logits: torch.Tensor = self.model.compute_logits(output[: batch.num_tokens])
+        self.hidden_states, self.aux_hidden_states = self.split(output)
+        logits: torch.Tensor = self.model.compute_logits(self.hidden_states[: batch.num_tokens])
         return logits
+
+    def split(self, output: Any) -> tuple[Any, Any]:
+        """The model's hidden states, and those of layers that the drafter reads, or None."""
+        return output if self.runner.use_aux_hidden_state_outputs else (output, None)
 
     def _call(self, batch: InputBatch) -> Any:
         """The model's output, by a piecewise graph or without one."""
