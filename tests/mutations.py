@@ -52,6 +52,7 @@ READS = "a result that is read before its copy is waited for"
 COPIES = "a result that is copied before the steps have run"
 DRAFTS = "a recorded draft model that reads another round's tokens, or none"
 WHOLE = "a recorded round that reads another's drafts, seed or number, or has no end"
+HEAD = "a recorded head that reads no hidden states, or another row's token"
 STATE = "fusedstep/window/state.py"
 OUTPUT = "fusedstep/window/host_copies.py"
 RECORDER = "fusedstep/window/recorder.py"
@@ -59,6 +60,7 @@ DECODE_MODEL = "fusedstep/vllm_plugin/runner/decode_model.py"
 RECORDING = "fusedstep/vllm_plugin/runner/recording.py"
 DRAFTER_PY = "fusedstep/vllm_plugin/runner/drafter.py"
 ROUNDS_PY = "fusedstep/vllm_plugin/runner/rounds.py"
+HEAD_PY = "fusedstep/vllm_plugin/runner/head_drafter.py"
 RECORDED_PY = "fusedstep/vllm_plugin/runner/recorded_rounds.py"
 RUNNER_PY = "fusedstep/vllm_plugin/runner/runner.py"
 
@@ -186,6 +188,18 @@ MUTATIONS = (
             (RECORDED_PY, "self.of_tokens[:num_rows].copy_(batch.idx_mapping[:, None])", "pass"),
             (RECORDED_PY, "rounds.taken.number >= rows.steps_allowed[:1]", "rows.num_active < 0"),
             (ROUNDS_PY, "self.taken.begin()", "pass"),
+        )
+    ),
+    *(
+        Mutation(HEAD, path, old, new, ROUNDS, "test_heads", may_hang=True)
+        for path, old, new in (
+            (HEAD_PY, "speculator.hidden_states[: len(hidden_states)].copy_(hidden", "(hidden"),
+            (
+                HEAD_PY,
+                "num_rejected = 1 + self.num_drafts - num_tokens",
+                "num_rejected = 0 * num_tokens",
+            ),
+            (RECORDED_PY, "replace(batch, query_start_loc=rounds.starts[: num_reqs + 1])", "batch"),
         )
     ),
     Mutation(

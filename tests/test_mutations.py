@@ -25,7 +25,7 @@ from mutations import MUTATIONS, Mutation
 ROOT = Path(__file__).resolve().parent.parent
 TREE = {"bench": "bench", "cli": "cli", "kernels": "triton_kernels"}  # import name -> folder
 PASSED, FAILED, HANGS = 0, 1, -1  # pytest's exit codes
-SECONDS = 300
+SECONDS = 600
 ROW = re.compile(r"^\| (?P<fault>.+?) \| .+ \| `(?P<test>[^`]+\.py)`: (?P<names>`.+`) \|$")
 
 

@@ -56,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "eagle3": {"model": "eagle3"},
     "mtp": {},
 }
+ONE = {"one": {"method": "eagle", "model": "eagle", "num_speculative_tokens": 1}}
 TARGETS = {"mtp": "mimo"}  # others: "target"
 
 # What recorded rounds do, and nothing else. Three at a time: at first no one truncates.
@@ -120,7 +121,8 @@ def target_of(models: dict[str, str], method: str) -> str:
 
 
 def with_drafts(models: dict[str, str], method: str) -> dict[str, Any]:
-    config = {"method": method, "num_speculative_tokens": 3} | METHODS[method.removesuffix("_gpu")]
+    asked = (METHODS | ONE)[method.removesuffix("_gpu")]
+    config = {"method": method, "num_speculative_tokens": 3} | asked
     if "model" in config:
         config["model"] = models[config["model"]]
     return OPTIONS | {
@@ -223,16 +225,30 @@ def test_on_the_stand_in_in_every_mode(
 
 @pytest.mark.parametrize(
     ("method", "loop", "seed"),
-    [
-        ("draft_model", "auto", None),
-        ("drawn", "replay", 1),
-        ("ngram", "auto", 2),
-        ("eagle", "replay", None),
-        ("eagle3", "auto", 1),
-        ("mtp", "auto", 3),
-    ],
+    [("draft_model", "auto", None), ("drawn", "replay", 1), ("ngram", "auto", 2)],
 )
 def test_whole_rounds_as_graphs(
+    stock: EngineChild, stand_in: StandInChild, models: Any, method: str, loop: str, seed: int
+) -> None:
+    check_whole_rounds(stock, stand_in, models, method, loop, seed)
+
+
+@pytest.mark.parametrize(
+    ("method", "loop", "seed"),
+    [
+        ("eagle3", "auto", 1),
+        pytest.param("eagle", "replay", None, marks=pytest.mark.exhaustive),
+        pytest.param("mtp", "auto", 3, marks=pytest.mark.exhaustive),
+        pytest.param("one", "auto", 2, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_heads_in_whole_rounds(
+    stock: EngineChild, stand_in: StandInChild, models: Any, method: str, loop: str, seed: int
+) -> None:
+    check_whole_rounds(stock, stand_in, models, method, loop, seed)
+
+
+def check_whole_rounds(
     stock: EngineChild, stand_in: StandInChild, models: Any, method: str, loop: str, seed: int
 ) -> None:
     """Target, verification and drafter: a graph for each round, or for each window."""
@@ -251,9 +267,12 @@ def test_whole_rounds_as_graphs(
         assert graphs["full"] == graphs["drafts"] == 0, "nothing else is launched"
 
 
-def test_recorded_rounds_are_proved(stand_in: StandInChild, models: dict[str, str]) -> None:
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_recorded_rounds_are_proved(
+    stand_in: StandInChild, models: dict[str, str], method: str
+) -> None:
     """Made-up requests, before rounds serve: what is not the tokens of launched ones is found."""
-    stand_in.become(GRAPHS, models["target"], **with_drafts(models, "draft_model"))
+    stand_in.become(GRAPHS, models["target"], **with_drafts(models, method))
     assert stand_in.call(speculation_child.prove, None) is None
     assert "not those of the eager loop" in stand_in.call(speculation_child.prove, "nothing")
 

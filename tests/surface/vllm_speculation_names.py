@@ -4,7 +4,7 @@ from __future__ import annotations
 
 SPECULATION = {
     "vllm.v1.worker.gpu.spec_decode.eagle.speculator": {"EagleSpeculator": ""},
-    "vllm.v1.worker.gpu.spec_decode.mtp.speculator": {"MTPSpeculator": ""},
+    "vllm.v1.worker.gpu.spec_decode.mtp.speculator": {"MTPSpeculator": "share_mtp_topk_indices"},
     "vllm.v1.worker.gpu.spec_decode.ngram.speculator": {"NgramGPUSpeculator": ""},
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils": {
         "_resample_kernel": "",
@@ -35,6 +35,28 @@ SPECULATION = {
             attn_groups, draft_tokens, idx_mapping, draft_max_seq_len, draft_is_prefilling
             draft_logits, current_draft_step, temperature, seeds, model
         """
+    },
+    "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator": {
+        "prepare_prefill_inputs": """
+            (last_token_indices, current_draft_step, input_buffers, input_batch, num_sampled,
+             num_rejected, last_sampled, next_prefill_tokens, max_num_reqs)
+        """,
+        "prepare_decode_inputs": """
+            (draft_tokens, target_seq_lens, num_rejected, input_buffers, sample_src_positions,
+             max_model_len, max_num_reqs)
+        """,
+        "TargetDependentARSpeculator": """
+            _copy_request_inputs(num_reqs, idx_mapping, temperature, seeds)
+            _prefill(num_reqs, num_tokens, attn_metadata, slot_mappings, num_tokens_across_dp)
+            _generate_fused_drafts(num_reqs, num_tokens_padded, attn_metadata, slot_mappings,
+                                   num_tokens_across_dp, cudagraph_runtime_mode,
+                                   num_speculative_steps)
+            attn_groups, block_tables, kv_cache_config, model_state, input_buffers, model
+            last_token_indices, current_draft_step, hidden_states, draft_tokens
+            sample_src_positions, max_model_len, max_num_reqs
+            supports_decode_metadata_update, supports_mm_inputs, dcp_size, eplb_state
+            pcp_manager, acceptance_estimator, draft_watermarker
+        """,
     },
     "vllm.v1.worker.gpu.spec_decode.utils": {
         "get_drafter_hidden_states": "(model, hidden_states)",

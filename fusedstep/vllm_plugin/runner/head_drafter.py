@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
+from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
+    TargetDependentARSpeculator,
     prepare_decode_inputs,
     prepare_prefill_inputs,
 )
@@ -29,7 +31,8 @@ class HeadDrafter(StockDrafter):
 
     def __init__(self, runner: GPUModelRunner, rows: WindowRows) -> None:
         super().__init__(runner)
-        self.rows, self.speculator = rows, runner.speculator
+        self.rows = rows
+        self.speculator: TargetDependentARSpeculator = runner.speculator
         self.num_drafts: int = runner.num_speculative_steps
         self.groups = [g for groups in self.speculator.attn_groups for g in groups]
         self.attn_metadata: dict[str, Any] = {}  # of the drafts behind the first
@@ -39,10 +42,11 @@ class HeadDrafter(StockDrafter):
     def is_recordable(self) -> bool:
         speculator = self.speculator
         plans_on_device = self.num_drafts == 1 or speculator.supports_decode_metadata_update
+        mtp: MTPSpeculator | None = speculator if isinstance(speculator, MTPSpeculator) else None
         # All that asks the host, or takes more than a round's tokens.
         others = (
             speculator.supports_mm_inputs,
-            getattr(speculator, "share_mtp_topk_indices", False),
+            mtp is not None and mtp.share_mtp_topk_indices,
             speculator.dcp_size > 1,
             speculator.eplb_state is not None,
             speculator.pcp_manager is not None,
