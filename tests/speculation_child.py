@@ -156,8 +156,11 @@ def answer(
     with workload_child._cut_windows(cut_seed if before else None):
         while waiting or engine.has_unfinished_requests():
             for number in [n for n, (_, _, at) in waiting.items() if at <= step]:
-                token_ids, fields, _ = waiting.pop(number)
-                params = features_child.sampling_params({"detokenize": False} | fields)
+                token_ids, asked, _ = waiting.pop(number)
+                fields = {"detokenize": False} | asked
+                bad_words = fields.pop("bad_words_token_ids", None)  # a tokenizer would give them
+                params = features_child.sampling_params(fields)
+                params._bad_words_token_ids = bad_words
                 engine.add_request(str(number), {"prompt_token_ids": token_ids}, params)
             for output in engine.step():
                 answers[int(output.request_id)] = output

@@ -15,6 +15,7 @@ from engine_child import EngineChild
 DEFAULTS: dict[str, Any] = {
     "cudagraph_mode": "FULL_AND_PIECEWISE",
     "capture_sizes": (1, 3, 32),  # of three rows: one is padding for two
+    "max_logits_bytes": 256 << 20,  # of rounds that are recorded; 0: none is
     "ops": "native",  # which step operations are launched; "triton" is interpreted
 }
 
@@ -67,6 +68,7 @@ def build(model: str, settings: dict[str, Any], options: dict[str, Any]) -> None
     from standin.engine_platform import SETTINGS
 
     from fusedstep import LLM
+    from fusedstep.vllm_plugin.runner import recorded_rounds
 
     if engine_child.ENGINE is not None:
         from vllm.distributed import parallel_state
@@ -78,6 +80,7 @@ def build(model: str, settings: dict[str, Any], options: dict[str, Any]) -> None
         gc.collect()
     SETTINGS.clear()
     SETTINGS.update(DEFAULTS | settings)
+    recorded_rounds.MAX_LOGITS_BYTES = SETTINGS["max_logits_bytes"]
     engine_child.ENGINE = LLM(model, **{"dtype": "float32"} | options).llm_engine
 
 

@@ -59,7 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
 ONE = {"one": {"method": "eagle", "model": "eagle", "num_speculative_tokens": 1}}
 TARGETS = {"mtp": "mimo"}  # others: "target"
 
-# What recorded rounds do, and nothing else. Three at a time: at first no one truncates.
+# Windows alone, as far from max_model_len. Three at a time: at first no one asks for more than
+# temperature and seeds, then for truncation, then for all that drafts allow.
 PLAIN = [
     asked(0, max_tokens=41),
     asked(1, temperature=0.7, seed=1),
@@ -67,6 +68,11 @@ PLAIN = [
     asked(3, at=12, temperature=1.0, seed=2, top_k=5, top_p=0.9),
     asked(4, at=14, max_tokens=30),
     asked(2, at=18, temperature=0.5, seed=5, stop_token_ids=[20, 21], max_tokens=23),
+    asked(0, at=24, repetition_penalty=1.3, presence_penalty=0.2, max_tokens=23),
+    asked(1, at=26, temperature=0.9, seed=4, frequency_penalty=0.5, logit_bias={9: 2.0, 3: -5.0}),
+    asked(3, at=28, stop_token_ids=list(range(0, 32, 2)), min_tokens=9, top_k=7, temperature=0.8),
+    asked(4, at=30, allowed_token_ids=list(range(3, 31, 2)), max_tokens=25),
+    asked(0, at=32, bad_words_token_ids=[[9], [4, 5], [7, 7, 7]], max_tokens=27),
 ]
 
 # Of vLLM: for one row of four tokens, and for three, one of which may be padding.
@@ -176,7 +182,7 @@ def check_on_the_stand_in(
 ) -> None:
     """``windows``: a seed if the device works at random times, None as late as it may; then as in
     ``check``."""
-    settings = GRAPHS | {"cudagraph_mode": mode}
+    settings = GRAPHS | {"cudagraph_mode": mode, "max_logits_bytes": 0}
     stand_in.become(settings, target_of(models, method), **with_drafts(models, method))
     waits: set[str] = set()
     for seed, *window in windows:
@@ -187,9 +193,8 @@ def check_on_the_stand_in(
         is_full = mode.startswith("FULL")
         graphs = have["graphs"]
         has_draft_model = METHODS.get(method, {}).get("model") == "draft"
-        # Whole rounds; with penalties in the batch vLLM's graph, and our own of what vLLM itself
-        # launches call by call.
-        assert bool(graphs["windows"]) == bool(graphs["full"]) == is_full
+        # vLLM's graph, and our own of what vLLM itself launches call by call.
+        assert graphs["windows"] == 0 and bool(graphs["full"]) == is_full
         assert bool(graphs["drafts"]) == (is_full and has_draft_model)
     assert waits == {"an event"}, "of the pace; nothing else is waited for"
 

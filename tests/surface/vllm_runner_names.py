@@ -291,6 +291,11 @@ SAMPLING = {
         "MAX_NUM_ALLOWED_TOKEN_IDS": "",
         "MAX_NUM_LOGIT_BIAS_TOKENS": "",
         "MAX_NUM_STOP_TOKEN_IDS": "",
+        "apply_logit_bias": """
+            (logits, expanded_idx_mapping, pos, num_allowed_token_ids, allowed_token_ids,
+             num_logit_bias, logit_bias_token_ids, logit_bias, min_lens, num_stop_token_ids,
+             restore_when_all_masked, stop_token_ids)
+        """,
         "LogitBiasState": """
             use_logit_bias
             min_lens, num_allowed_token_ids, num_logit_bias, num_stop_token_ids: UvaBackedTensor
@@ -298,12 +303,21 @@ SAMPLING = {
         """,
     },
     f"{GPU}.sample.penalties": {
+        "apply_penalties": """
+            (logits, expanded_idx_mapping, token_ids, expanded_local_pos, repetition_penalty,
+             frequency_penalty, presence_penalty, prompt_bin_mask, output_bin_counts)
+        """,
         "PenaltiesState": """
             output_bin_counts, prompt_bin_mask, use_penalty
             frequency_penalty, presence_penalty, repetition_penalty: UvaBackedTensor
         """,
     },
     f"{GPU}.sample.bad_words": {
+        "apply_bad_words": """
+            (logits, expanded_idx_mapping, bad_word_token_ids, bad_word_offsets, num_bad_words,
+             all_token_ids, prompt_len, total_len, input_ids, expanded_local_pos,
+             max_num_bad_words)
+        """,
         "BadWordsState": """
             num_bad_words: UvaBackedTensor
             bad_word_offsets, bad_word_token_ids: StagedWriteTensor
