@@ -69,8 +69,16 @@ PLAIN = [
     asked(4, at=14, max_tokens=30),
     asked(2, at=18, temperature=0.5, seed=5, stop_token_ids=[20, 21], max_tokens=23),
     asked(0, at=24, repetition_penalty=1.3, presence_penalty=0.2, max_tokens=23),
-    asked(1, at=26, temperature=0.9, seed=4, frequency_penalty=0.5, logit_bias={9: 2.0, 3: -5.0}),
-    asked(3, at=28, stop_token_ids=list(range(0, 32, 2)), min_tokens=9, top_k=7, temperature=0.8),
+    asked(1, at=26, temperature=0.9, seed=4, frequency_penalty=0.5),
+    asked(
+        3,
+        at=28,
+        stop_token_ids=list(range(0, 32, 2)),
+        min_tokens=9,
+        top_k=7,
+        seed=6,
+        temperature=0.8,
+    ),
     asked(4, at=30, allowed_token_ids=list(range(3, 31, 2)), max_tokens=25),
     asked(0, at=32, bad_words_token_ids=[[9], [4, 5], [7, 7, 7]], max_tokens=27),
 ]
