@@ -51,7 +51,7 @@ SLOTS = "a slot's output or staging used for the window after it"
 READS = "a result that is read before its copy is waited for"
 COPIES = "a result that is copied before the steps have run"
 DRAFTS = "a recorded draft model that reads another round's tokens, or none"
-WHOLE = "a recorded round that reads another's drafts, seed or number, or has no end"
+WHOLE = "a recorded round that reads another's drafts, seed, penalties or number, or has no end"
 HEAD = "a recorded head that reads no hidden states, or another row's token"
 STATE = "fusedstep/window/state.py"
 OUTPUT = "fusedstep/window/host_copies.py"
@@ -187,6 +187,7 @@ MUTATIONS = (
             (RECORDED_PY, "rounds.drafts[:num_rows] = rounds", "rounds"),
             (RECORDED_PY, "self.of_tokens[:num_rows].copy_(batch.idx_mapping[:, None])", "pass"),
             (RECORDED_PY, "rounds.taken.number >= rows.steps_allowed[:1]", "rows.num_active < 0"),
+            (RECORDED_PY, "if needs.adjustment:", "if needs.grammar:"),
             (ROUNDS_PY, "self.taken.begin()", "pass"),
         )
     ),

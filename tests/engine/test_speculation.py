@@ -249,8 +249,8 @@ def test_whole_rounds_as_graphs(
 @pytest.mark.parametrize(
     ("method", "loop", "seed"),
     [
+        ("eagle", "replay", None),
         ("eagle3", "auto", 1),
-        pytest.param("eagle", "replay", None, marks=pytest.mark.exhaustive),
         pytest.param("mtp", "auto", 3, marks=pytest.mark.exhaustive),
         pytest.param("one", "auto", 2, marks=pytest.mark.exhaustive),
     ],
