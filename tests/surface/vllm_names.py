@@ -19,7 +19,8 @@ from __future__ import annotations
 from surface.vllm_attention_names import ATTENTION
 from surface.vllm_frontend_names import UNFOLDING
 from surface.vllm_grammar_names import STRUCTURED
-from surface.vllm_runner_names import GPU, KERNELS, RUNNER, SAMPLING, STATE_KERNELS
+from surface.vllm_runner_names import GPU, KERNELS, RUNNER, STATE_KERNELS
+from surface.vllm_sampling_names import SAMPLING
 from surface.vllm_speculation_names import SPECULATION
 
 _CONFIG = {
