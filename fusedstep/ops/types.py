@@ -308,3 +308,8 @@ class BatchNeeds:
     def none(cls) -> BatchNeeds:
         """Temperature and seeds alone."""
         return cls(adjustment=False, min_p=False, truncation=False)
+
+    @classmethod
+    def beside_drafts(cls) -> BatchNeeds:
+        """All that vLLM takes in a request whose tokens are drafted."""
+        return cls(min_p=False)

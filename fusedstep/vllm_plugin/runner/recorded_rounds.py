@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 # Of a round's processed logits, which its graph keeps: a larger batch is launched by the host.
 MAX_LOGITS_BYTES = 256 << 20
-# Nothing but temperature and seeds; top-k and top-p, too; all that drafts allow, which is no min-p.
+# Nothing but temperature and seeds; top-k and top-p, too; all that vLLM takes.
 VARIANTS = (
     BatchNeeds.none(),
     replace(BatchNeeds.none(), truncation=True),
-    replace(BatchNeeds(), min_p=False),
+    BatchNeeds.beside_drafts(),
 )
 
 
