@@ -13,10 +13,7 @@ from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.sample.bad_words import apply_bad_words
 from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
-from vllm.v1.worker.gpu.sample.logit_bias import apply_logit_bias
-from vllm.v1.worker.gpu.sample.penalties import apply_penalties
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import gather_draft_sampled
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
@@ -62,7 +59,6 @@ class RecordedRounds:
         # Padding rows read the first request's state: vLLM's kernels know no other padding.
         self.idx_mapping = torch.zeros(size, dtype=torch.int64, device=device)
         self.of_tokens = torch.zeros(size, rounds.width, dtype=torch.int64, device=device)
-        self.never_restored = torch.zeros(size, dtype=torch.int32, device=device)
         self.batch: InputBatch | None = None
         self.attn_metadata: dict[str, Any] = {}
         self.slots_by_layer: dict[str, torch.Tensor] = {}
@@ -197,7 +193,7 @@ class RecordedRounds:
         )
         logits = torch.empty_like(logits, dtype=torch.float32).copy_(logits)
         if needs.adjustment:
-            self._adjust(logits, of_tokens, drafts, positions, batch.expanded_local_pos)
+            self.tables.adjust(logits, of_tokens, drafts, positions, batch.expanded_local_pos)
         apply_temperature(logits, of_tokens, sampling.temperature)
         if needs.truncation:
             truncate_as_stock(logits, *self.tables.limits(of_tokens))
@@ -218,55 +214,6 @@ class RecordedRounds:
             use_block_verification=verify.use_block_verification,
         )
         return sampled
-
-    def _adjust(
-        self,
-        logits: torch.Tensor,  # [num_rows * width, V], as all that follow
-        of_tokens: torch.Tensor,
-        drafts: torch.Tensor,
-        positions: torch.Tensor,
-        local_pos: torch.Tensor,
-    ) -> None:
-        """vLLM's own logits processors, in its order."""
-        requests, sampling = self.tables.requests, self.tables.state.sampling
-        apply_logit_bias(
-            logits,
-            of_tokens,
-            positions,
-            sampling.num_allowed_token_ids,
-            sampling.allowed_token_ids,
-            sampling.num_logit_bias,
-            sampling.logit_bias_token_ids,
-            sampling.logit_bias,
-            sampling.min_lens,
-            sampling.num_min_stop_token_ids,
-            self.never_restored,  # only under structured output
-            sampling.min_stop_token_ids,
-        )
-        apply_penalties(
-            logits,
-            of_tokens,
-            drafts,
-            local_pos,
-            sampling.repetition_penalty,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
-            requests.prompt_bin_mask,
-            requests.output_bin_counts,
-        )
-        apply_bad_words(
-            logits,
-            of_tokens,
-            sampling.bad_word_token_ids,
-            sampling.bad_word_offsets,
-            sampling.num_bad_words,
-            requests.all_token_ids,
-            requests.prompt_len,
-            requests.total_len,
-            drafts,
-            local_pos,
-            sampling.bad_word_offsets.shape[1] - 1,
-        )
 
 
 class RoundStore(GraphStore):

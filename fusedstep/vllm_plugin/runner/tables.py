@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from vllm.v1.kv_cache_interface import SlidingWindowSpec, UniformTypeKVCacheSpecs
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.sample.bad_words import apply_bad_words
+from vllm.v1.worker.gpu.sample.logit_bias import apply_logit_bias
+from vllm.v1.worker.gpu.sample.penalties import apply_penalties
 
 from fusedstep.ops.types import (
     BatchNeeds,
@@ -184,6 +187,7 @@ class DeviceTables:
             num_blocks=static.of(tables.num_blocks),
             grammar=grammar,
         )
+        self.never_restored = torch.zeros_like(sampling.num_min_stop_token_ids)
         self.prefill_len = static.of(state.prefill_len)
         rope = getattr(runner.model_state, "rope_state", None)  # encoder-decoder models lack it
         self.prefill_delta = None if rope is None else static.of(rope.prefill_delta)
@@ -232,6 +236,55 @@ class DeviceTables:
         """The top-k and top-p of these requests, [num_rows] each."""
         sampling = self.state.sampling
         return sampling.top_k[rows], sampling.top_p[rows]
+
+    def adjust(
+        self,
+        logits: torch.Tensor,  # [num_logits, V] float32
+        of_tokens: torch.Tensor,  # req_state_idx; [num_logits], as all that follow
+        drafts: torch.Tensor,  # the input tokens
+        positions: torch.Tensor,
+        local_pos: torch.Tensor,  # within the row
+    ) -> None:
+        """Bias, penalties and bad words of a round, in place, by vLLM's own functions in its order."""
+        requests, sampling = self.requests, self.state.sampling
+        apply_logit_bias(
+            logits,
+            of_tokens,
+            positions,
+            sampling.num_allowed_token_ids,
+            sampling.allowed_token_ids,
+            sampling.num_logit_bias,
+            sampling.logit_bias_token_ids,
+            sampling.logit_bias,
+            sampling.min_lens,
+            sampling.num_min_stop_token_ids,
+            self.never_restored,  # only under structured output
+            sampling.min_stop_token_ids,
+        )
+        apply_penalties(
+            logits,
+            of_tokens,
+            drafts,
+            local_pos,
+            sampling.repetition_penalty,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+            requests.prompt_bin_mask,
+            requests.output_bin_counts,
+        )
+        apply_bad_words(
+            logits,
+            of_tokens,
+            sampling.bad_word_token_ids,
+            sampling.bad_word_offsets,
+            sampling.num_bad_words,
+            requests.all_token_ids,
+            requests.prompt_len,
+            requests.total_len,
+            drafts,
+            local_pos,
+            sampling.bad_word_offsets.shape[1] - 1,
+        )
 
     def needs(self, rows: np.ndarray) -> BatchNeeds:
         """Work that these requests ask of a step."""
