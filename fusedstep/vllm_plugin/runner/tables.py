@@ -245,7 +245,7 @@ class DeviceTables:
         positions: torch.Tensor,
         local_pos: torch.Tensor,  # within the row
     ) -> None:
-        """Bias, penalties and bad words of a round, in place, by vLLM's own functions in its order."""
+        """In place: bias, penalties and bad words of a round, by vLLM's own functions."""
         requests, sampling = self.requests, self.state.sampling
         apply_logit_bias(
             logits,
