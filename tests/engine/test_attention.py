@@ -16,7 +16,8 @@ from fusedstep.vllm_plugin.launch import wiring
 from fusedstep.vllm_plugin.register import attention_backend
 
 # The interpreter takes milliseconds for what a GPU does in microseconds: a small model.
-SMALL = {"num_hidden_layers": 2, "vocab_size": 1024}
+SMALL = {"num_hidden_layers": 2, "vocab_size": 1024, "hidden_size": 192}
+SMALL |= {"num_attention_heads": 3, "num_key_value_heads": 1}  # three queries a key, as it has
 ARGS = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"),
     *("--kv-cache-memory-bytes", "67108864", "--block-size", "32", "--load-format", "dummy"),

@@ -217,6 +217,7 @@ def test_latent_attention(compare: Any, fused: EngineChild, models: Callable[[st
     }
 
 
+@pytest.mark.exhaustive
 def test_latent_attention_in_bfloat16(
     oracle: EngineChild, fused: EngineChild, models: Callable[[str], str]
 ) -> None:
