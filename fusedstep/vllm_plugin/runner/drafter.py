@@ -107,7 +107,7 @@ class StockDrafter:
             verified.batch,
             verified.attn_metadata,
             verified.slots_by_layer,
-            self.hidden_states(verified),
+            self.target_states(verified),
             verified.aux_hidden_states,
             num_tokens,
             1 + num_drafts - num_tokens,
@@ -119,7 +119,7 @@ class StockDrafter:
         )
         return drafts
 
-    def hidden_states(self, verified: Verified) -> torch.Tensor:
+    def target_states(self, verified: Verified) -> torch.Tensor:
         """The target's, as vLLM hands them to its drafter."""
         states: torch.Tensor = get_drafter_hidden_states(self.runner.model, verified.hidden_states)
         return states

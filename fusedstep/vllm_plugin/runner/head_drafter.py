@@ -96,7 +96,7 @@ class HeadDrafter(StockDrafter):
             states.next_prefill_tokens,
             speculator.max_num_reqs,
         )
-        hidden_states = self._hidden_states(verified)
+        hidden_states = self._head_inputs(verified)
         speculator.hidden_states[: len(hidden_states)].copy_(hidden_states)
         speculator._prefill(
             num_rows, batch.num_tokens, verified.attn_metadata, verified.slots_by_layer, None
@@ -124,10 +124,10 @@ class HeadDrafter(StockDrafter):
         )
         return drafts
 
-    def _hidden_states(self, verified: Verified) -> torch.Tensor:
-        """Of the target, as the head takes them: [num_tokens, hidden_size]."""
+    def _head_inputs(self, verified: Verified) -> torch.Tensor:
+        """The target's hidden states as the head takes them: [num_tokens, hidden_size]."""
         if verified.aux_hidden_states:
             layers = torch.cat(verified.aux_hidden_states, dim=-1)
             combined: torch.Tensor = self.speculator.model.combine_hidden_states(layers)
             return combined
-        return self.hidden_states(verified)
+        return self.target_states(verified)
