@@ -36,13 +36,15 @@ class OracleCpuPlatform(CpuPlatform):  # type: ignore[misc]
         from fusedstep.vllm_plugin.cpu import stock_kernels
 
         dispatcher.vars = _namespace
-        vllm.triton_utils.HAS_TRITON = False  # vLLM's CPU kernels are for "no Triton"
-        try:
-            super().register_triton_kernel_overrides()
-        finally:
-            vllm.triton_utils.HAS_TRITON = True
         topk_topp_sampler.HAS_TRITON = False  # torch sorts faster than an interpreted kernel
-        stock_kernels.register()
+        with warnings.catch_warnings():  # the dispatcher comes upon a name that torch will drop
+            warnings.simplefilter("ignore", FutureWarning)
+            vllm.triton_utils.HAS_TRITON = False  # vLLM's CPU kernels are for "no Triton"
+            try:
+                super().register_triton_kernel_overrides()
+            finally:
+                vllm.triton_utils.HAS_TRITON = True
+            stock_kernels.register()
 
     @classmethod
     def get_vit_attn_backend(cls, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +101,5 @@ class FusedStepCpuPlatform(OracleCpuPlatform):
 def _namespace(value: object) -> Mapping[str, Any]:
     """``vars`` for vLLM's dispatcher, which looks into every object of every module: llvmlite
     has one that answers ``__dict__`` with a function."""
-    with warnings.catch_warnings():  # torch warns of a name it will drop
-        warnings.simplefilter("ignore", FutureWarning)
-        namespace = getattr(value, "__dict__", None)
+    namespace = getattr(value, "__dict__", None)
     return namespace if isinstance(namespace, Mapping) else {}
