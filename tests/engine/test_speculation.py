@@ -277,7 +277,8 @@ def check_whole_rounds(
         # One launch a window; or one a round, and up to two after its last.
         most = counts["windows"] if loop == "auto" else counts["steps"] + 2 * counts["windows"]
         assert 0 < graphs["windows"] <= most
-        assert graphs["full"] == graphs["drafts"] == 0, "nothing else is launched"
+        # Nothing else, but for a step of vLLM's own between two windows.
+        assert graphs["drafts"] == 0 and graphs["full"] <= sum(counts["stock_steps"].values())
 
 
 @pytest.mark.parametrize("method", ["draft_model", "eagle3"])

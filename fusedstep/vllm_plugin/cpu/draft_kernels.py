@@ -46,7 +46,9 @@ def logits_stats(*args: Any, BLOCK_SIZE: int, HAS_DRAFT_LOGITS: bool, **_constan
     """
     argmax, _, *stats = args[:10]
     target_logits, _, draft_logits, _, _, idx_mapping, local_pos, temperatures = args[10:18]
-    vocab_size, num_steps = args[18:20]
+    vocab_size, num_steps = args[18:20]  # vLLM 0.33 gives the number of logits instead of steps
+    if HAS_DRAFT_LOGITS:
+        num_steps = draft_logits.shape[1]
     maxima, sums, draft_maxima, draft_sums = _arrays(*stats[::2])
     is_greedy = temperatures[idx_mapping] == 0
     native.block_maxima(
