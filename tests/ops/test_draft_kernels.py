@@ -325,6 +325,18 @@ def test_stand_in(name: str, interpreted: dict[str, Any]) -> None:
     assert not differences(name, stock)
 
 
+@pytest.mark.parametrize("mode", ["logits", "logits bf16"])
+def test_stats_where_the_number_of_logits_is_told(mode: str) -> None:
+    """vLLM 0.33's kernel is told it in the place of the number of drafts."""
+    results = []
+    for is_new in (False, True):
+        kernel, _, args, constants = build(f"stats {mode}")
+        args[-1] = len(args[0]) if is_new else D
+        STAND_INS[kernel](*args, **constants)
+        results.append(tensors_of(args))
+    assert all(map(torch.equal, *results))
+
+
 def test_drafts_hold_now_and_then(interpreted: dict[str, Any]) -> None:
     """The cases are of use: drafts are accepted and rejected, of greedy requests and others."""
     accepted, drafts = torch.zeros(2), torch.zeros(2)
