@@ -29,8 +29,8 @@ from fusedstep.explain import TRACE, families, read
 
 GRAFANA = Path(__file__).resolve().parents[2] / "docs" / "grafana"
 MODEL = "SmolLM2-135M-Instruct"
-LONG = (480, 120, 120)  # tokens of the requests that come first: the first outlasts the others
-TOKENS = sum(LONG) + 3 * 40
+LONG, LATE = 320, 5  # tokens of the first request, which outlasts all others; their number
+TOKENS = LONG + LATE * 40
 FUNCTIONS = {"sum", "max", "rate", "histogram_quantile", "by"}
 
 
@@ -42,8 +42,8 @@ def complete(client: openai.OpenAI, n: int, **fields: Any) -> None:
 
 @pytest.fixture(scope="module")
 def traced(server: Server, client: openai.OpenAI) -> dict[str, Any]:
-    """A trace of six requests, three of which come while the first one's windows run, and the
-    counts of the same time."""
+    """A trace of a long request and of those that come, one by one, while its windows run, and
+    the counts of the same time."""
     complete(client, 1)  # else there are no counts
     before = read(server.url)
     begun, over = threading.Event(), threading.Event()
@@ -59,9 +59,11 @@ def traced(server: Server, client: openai.OpenAI) -> dict[str, Any]:
         patch.setattr(library, "time", clock)
         trace = pool.submit(library.trace, server.url, 120)
         assert begun.wait(20)
-        asked = [pool.submit(complete, client, n, max_tokens=m) for n, m in enumerate(LONG)]
-        wait_for("it decodes", lambda: server.gauge("vllm:num_requests_running") >= 1, 60)
-        asked += [pool.submit(complete, client, n) for n in range(3, 6)]
+        asked = [pool.submit(complete, client, 0, max_tokens=LONG)]
+        wait_for("its windows run", lambda: read(server.url).windows > before.windows, 60)
+        for n in range(1, 1 + LATE):
+            asked.append(pool.submit(complete, client, n))
+            time.sleep(0.1)  # else all may come in one stock step
         for one in asked:
             one.result()
         over.set()
@@ -88,7 +90,7 @@ def test_slices_sum_up_to_what_explain_counts(traced: dict[str, Any]) -> None:
 
 def test_arrivals_and_who_waited(traced: dict[str, Any]) -> None:
     trace = traced["trace"]
-    assert (trace.arrivals, trace.first_tokens) == (6, 6)
+    assert (trace.arrivals, trace.first_tokens) == (1 + LATE, 1 + LATE)
     events = [e for e in trace.events if e["ph"] == "i"]
     arrived = {e["args"]["request"]: e["ts"] for e in events if e["name"] == "arrival"}
     first = {e["args"]["request"]: e["ts"] for e in events if e["name"] == "first token"}
