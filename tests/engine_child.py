@@ -5,6 +5,7 @@ child everything is in one process (VLLM_ENABLE_V1_MULTIPROCESSING=0): the sched
 reached, and requests can come and go between two given steps.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +32,7 @@ class EngineChild:
 def start(switch: str, model: str, options: dict[str, Any]) -> None:
     """Child: build the engine. ``switch`` is FUSEDSTEP's value, ``options`` go to LLM."""
     global ENGINE
+    gc.disable()
     os.environ |= {
         "FUSEDSTEP": switch,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -45,6 +47,8 @@ def start(switch: str, model: str, options: dict[str, Any]) -> None:
         from fusedstep import LLM
     else:
         from vllm import LLM
+    gc.freeze()  # else vLLM's start looks at all that was imported, seven times
+    gc.enable()
     ENGINE = LLM(model, enforce_eager=True, dtype="float32", **options).llm_engine
 
 

@@ -86,11 +86,12 @@ def use(model: str, options: dict[str, Any]) -> Any:
     if engine_child.ENGINE is not None:
         engine_child.ENGINE.engine_core.shutdown()
         engine_child.ENGINE = None
-    gc.collect()
     if os.environ["FUSEDSTEP"] == "on":
         from fusedstep import LLM
     else:
         from vllm import LLM
+    gc.collect()
+    gc.freeze()  # else vLLM's start looks at all that was imported, seven times
     if "kv_events_config" in options:
         from vllm.config import KVEventsConfig
 

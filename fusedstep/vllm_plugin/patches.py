@@ -206,10 +206,10 @@ PATCHES = (
     # vLLM on a CPU.
     Patch(
         "cpu/platform.py",
-        "dispatcher.vars",
+        "dispatcher.sys",
         Kind.REPLACED,
-        "triton_utils.dispatcher.vars",
-        "it looks into every object; one of llvmlite's answers __dict__ with a function",
+        "triton_utils.dispatcher.sys",
+        "it looks into every object of every module; one of llvmlite's ends it",
     ),
     Patch(
         "cpu/platform.py",

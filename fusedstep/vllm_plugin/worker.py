@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,13 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
     traced: TracedStep | None = None  # the step under way, of a turn that is traced
 
     def init_device(self) -> None:
-        """vLLM 0.32's CPUWorker names its runner class inside this method: lend it ours."""
+        """vLLM 0.32's CPUWorker names its runner class inside this method: lend it ours.
+
+        What was imported is garbage's no more, as vLLM sees to once it is up: till then it collects
+        seven times, 0.4 s each.
+        """
+        gc.collect()
+        gc.freeze()
         if not (current_platform.is_cpu() and self.use_v2_model_runner):
             super().init_device()
             return

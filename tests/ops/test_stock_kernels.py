@@ -447,10 +447,13 @@ def test_temperature() -> None:
 
 
 def test_every_stock_kernel_exists() -> None:
-    """The platform registers a stand-in for each kernel; a second call changes nothing."""
+    """The platform registers a stand-in for each kernel, and no module holds on to a kernel that
+    has one; a second call changes nothing."""
     code = """
+import sys
 from fusedstep.vllm_plugin.cpu import stock_kernels, triton_stand_in as triton_cpu
 triton_cpu.install()
+import vllm.v1.worker.gpu.model_runner
 from fusedstep.vllm_plugin.cpu.platform import OracleCpuPlatform
 OracleCpuPlatform.register_triton_kernel_overrides()
 from vllm.triton_utils import dispatcher
@@ -458,6 +461,10 @@ before = dict(dispatcher._registry)
 stock_kernels.register()
 assert dispatcher._registry == before
 assert set(stock_kernels._stand_ins()) <= set(before)
+stock = {id(kernel) for kernel, _ in before.values()}
+for name, module in list(sys.modules.items()):
+    held = [key for key, value in list(vars(module).items()) if id(value) in stock]
+    assert not held, (name, held)
 """
     env = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=300)

@@ -183,7 +183,7 @@ _PLATFORM = {
         """,
     },
     "vllm.triton_utils": {"HAS_TRITON": ""},
-    "vllm.triton_utils.dispatcher": {"register_kernels": "(overrides)", "vars": ""},
+    "vllm.triton_utils.dispatcher": {"register_kernels": "(overrides)", "sys": ""},
     "vllm.config.model": {"PROCESSED_LOGPROBS_MODES": ""},
     "vllm.config.lora": {"MaxLoRARanks": ""},
     "vllm.lora.request": {"LoRARequest": "(lora_name, lora_int_id, lora_path)"},

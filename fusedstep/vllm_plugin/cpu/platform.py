@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import warnings
-from collections.abc import Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms.cpu import CpuPlatform
@@ -35,16 +34,14 @@ class OracleCpuPlatform(CpuPlatform):  # type: ignore[misc]
 
         from fusedstep.vllm_plugin.cpu import stock_kernels
 
-        dispatcher.vars = _namespace
+        dispatcher.sys = _ModulesOfVllm()
         topk_topp_sampler.HAS_TRITON = False  # torch sorts faster than an interpreted kernel
-        with warnings.catch_warnings():  # the dispatcher comes upon a name that torch will drop
-            warnings.simplefilter("ignore", FutureWarning)
-            vllm.triton_utils.HAS_TRITON = False  # vLLM's CPU kernels are for "no Triton"
-            try:
-                super().register_triton_kernel_overrides()
-            finally:
-                vllm.triton_utils.HAS_TRITON = True
-            stock_kernels.register()
+        vllm.triton_utils.HAS_TRITON = False  # vLLM's CPU kernels are for "no Triton"
+        try:
+            super().register_triton_kernel_overrides()
+        finally:
+            vllm.triton_utils.HAS_TRITON = True
+        stock_kernels.register()
 
     @classmethod
     def get_vit_attn_backend(cls, *args: Any, **kwargs: Any) -> Any:
@@ -98,8 +95,10 @@ class FusedStepCpuPlatform(OracleCpuPlatform):
         return str(selected_backend.get_path())
 
 
-def _namespace(value: object) -> Mapping[str, Any]:
-    """``vars`` for vLLM's dispatcher, which looks into every object of every module: llvmlite
-    has one that answers ``__dict__`` with a function."""
-    namespace = getattr(value, "__dict__", None)
-    return namespace if isinstance(namespace, Mapping) else {}
+class _ModulesOfVllm:
+    """``sys`` for vLLM's dispatcher, which looks into every object of every module: 280,000 of
+    them, for kernels of vLLM's own. One of llvmlite's answers ``__dict__`` with a function."""
+
+    @property
+    def modules(self) -> dict[str, ModuleType]:
+        return {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "vllm"}
