@@ -154,6 +154,15 @@ def logprobs(steps: Any) -> list[dict[int, tuple[float, int]] | None] | None:
     ]
 
 
+def assert_logprobs(have: Any, want: Any, name: str) -> None:
+    """Of ``logprobs``: the same token ids and ranks; values may differ by rounding."""
+    for ours, stock in zip(have or [], want or [], strict=True):
+        ranks, want_ranks = ({t: r for t, (_, r) in (p or {}).items()} for p in (ours, stock))
+        assert ranks == want_ranks, name
+        for token in ranks:
+            assert abs(ours[token][0] - stock[token][0]) < 1e-4, name
+
+
 def runner() -> Any:
     return ENGINE.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 

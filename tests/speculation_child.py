@@ -170,6 +170,7 @@ def answer(
     return {
         "tokens": [list(o.outputs[0].token_ids) for o in ordered],
         "ends": [(o.outputs[0].finish_reason, o.outputs[0].stop_reason) for o in ordered],
+        "logprobs": [engine_child.logprobs(o.outputs[0].logprobs) for o in ordered],
         "drafts": [drafts_of(o.outputs[0].spec_decode_metrics) for o in ordered],
         "counts": features_child.since(before),
     }

@@ -124,8 +124,8 @@ def device_state() -> dict[str, Any]:
     runner = engine_child.runner()
     worker = engine_child.ENGINE.engine_core.engine_core.model_executor.driver_worker.worker
     # Logprobs: as many as a window has asked for.
-    logprobs = (vars(slot.output) for slot in runner.windows.slots)
-    seen = [part[name] for part in logprobs for name in ("token_ids", "logprobs", "ranks")]
+    logprobs = [slot.output.logprobs for slot in runner.windows.slots]
+    seen = [t for taken in logprobs for t in (taken.token_ids, taken.logprobs, taken.ranks)]
     seen += [*runner.kv_caches, runner.cudagraph_manager.hidden_states]
     live = sum(n for owner, n in GPU.live.items() if not isinstance(owner, tuple))
     return {

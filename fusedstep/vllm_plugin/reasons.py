@@ -202,7 +202,7 @@ def request_reason(params: SamplingParams | None, *, drafts: bool = False) -> st
         return Reason.POOLING_REQUEST
     if drafts:
         others = (
-            (params.num_logprobs is not None, "logprobs"),
+            (params.logprob_token_ids is not None, "logprobs of given tokens"),
             (params.structured_outputs is not None, Reason.STRUCTURED_OUTPUT),
             (params.thinking_token_budget is not None, "a thinking budget"),
         )

@@ -11,30 +11,54 @@ from fusedstep.ops.types import WindowRows
 from fusedstep.window.host_copies import HostCopies
 
 
-class WindowBuffers:
-    """A window's result, out of its rows' way: the next window may reuse them.
-
-    The logprobs' buffers grow to the largest asked for; column 0 is the sampled token.
+class LogprobBuffers:
+    """Logprobs of each row in each step of a window: those of the sampled token, in column 0, and
+    of n others. They grow to the largest asked for.
     """
+
+    def __init__(self, copies: HostCopies) -> None:
+        self.copies = copies
+        self._allocate((0, 0, 1))
+
+    def reserve(self, num_steps: int, num_rows: int, num_logprobs: int) -> None:
+        """Room for one window; allocates only when a window asks for more than any before."""
+        wanted = (num_steps, num_rows, 1 + num_logprobs)
+        shape = tuple(max(s) for s in zip(self.token_ids.shape, wanted, strict=True))
+        if shape != self.token_ids.shape:
+            self._allocate(shape)
+
+    def _allocate(self, shape: tuple[int, ...]) -> None:
+        buffer = self.copies.buffer
+        self.token_ids = buffer("token_ids", shape, torch.int64)  # [K, B, 1 + n]
+        self.logprobs = buffer("logprobs", shape, torch.float32)  # [K, B, 1 + n]
+        self.ranks = buffer("ranks", shape[:2], torch.int64)  # [K, B]
+
+    def take_down(
+        self,
+        step: int,
+        token_ids: torch.Tensor,  # [num_rows, 1 + n]
+        logprobs: torch.Tensor,  # [num_rows, 1 + n]
+        ranks: torch.Tensor,  # [num_rows]
+    ) -> None:
+        num_rows, width = logprobs.shape
+        self.token_ids[step, :num_rows, :width] = token_ids
+        self.logprobs[step, :num_rows, :width] = logprobs
+        self.ranks[step, :num_rows] = ranks
+
+    def of_steps(self, num_steps: int) -> dict[str, torch.Tensor]:
+        """What is to be brought to the host."""
+        parts = {"token_ids": self.token_ids, "logprobs": self.logprobs, "ranks": self.ranks}
+        return {name: part[:num_steps] for name, part in parts.items()}
+
+
+class WindowBuffers:
+    """A window's result, out of its rows' way: the next window may reuse them."""
 
     def __init__(self, max_steps: int, max_num_reqs: int, device: torch.device) -> None:
         self.copies = HostCopies(device)
         self.num_sampled = self.copies.buffer("num_sampled", (max_num_reqs,), torch.int32)  # [B]
         self.out_tokens = self.copies.buffer("out_tokens", (max_steps, max_num_reqs), torch.int64)
-        self._reserve_logprobs((0, 0, 1))
-
-    def reserve_logprobs(self, num_steps: int, num_reqs: int, num_logprobs: int) -> None:
-        """Room for one window; allocates only when a window asks for more than any before."""
-        wanted = (num_steps, num_reqs, 1 + num_logprobs)
-        shape = tuple(max(s) for s in zip(self.token_ids.shape, wanted, strict=True))
-        if shape != self.token_ids.shape:
-            self._reserve_logprobs(shape)
-
-    def _reserve_logprobs(self, shape: tuple[int, ...]) -> None:
-        buffer = self.copies.buffer
-        self.token_ids = buffer("token_ids", shape, torch.int64)  # [K, B, 1 + n]
-        self.logprobs = buffer("logprobs", shape, torch.float32)  # [K, B, 1 + n]
-        self.ranks = buffer("ranks", shape[:2], torch.int64)  # [K, B]
+        self.logprobs = LogprobBuffers(self.copies)
 
     def keep(
         self,
@@ -49,12 +73,14 @@ class WindowBuffers:
         self.num_sampled.copy_(rows.num_sampled)
         self.out_tokens[:steps].copy_(rows.out_tokens[:steps])
         if sampled_alone:
-            n = self.ranks.shape[1]
-            self.token_ids[:steps, :, 0] = rows.out_tokens[:steps, :n]
-            self.logprobs[:steps, :, 0] = rows.out_logprobs[:steps, :n]
-            self.ranks[:steps] = rows.out_ranks[:steps, :n]
-        names = ["out_tokens", *(("token_ids", "logprobs", "ranks") if logprobs else ())]
-        of_steps = {name: getattr(self, name)[:steps] for name in names}
+            taken = self.logprobs
+            n = taken.ranks.shape[1]
+            taken.token_ids[:steps, :, 0] = rows.out_tokens[:steps, :n]
+            taken.logprobs[:steps, :, 0] = rows.out_logprobs[:steps, :n]
+            taken.ranks[:steps] = rows.out_ranks[:steps, :n]
+        of_steps = {"out_tokens": self.out_tokens[:steps]}
+        if logprobs:
+            of_steps |= self.logprobs.of_steps(steps)
         self.copies.bring({"num_sampled": self.num_sampled} | of_steps, stream)
 
     def read(self, num_reqs: int, steps: int, num_logprobs: int) -> WindowTokens:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fusedstep.policy import MAX_STEPS
 from fusedstep.window.host_copies import HostCopies
-from fusedstep.window.output import WindowTokens
+from fusedstep.window.output import LogprobBuffers, WindowTokens
 
 
 class RoundTokens:
@@ -41,10 +42,18 @@ class HostRounds:
 
     def __init__(self, max_num_reqs: int, width: int, device: torch.device) -> None:
         rounds = MAX_STEPS // width
-        self.num_rounds = 0
+        self.width = width
+        self.num_rounds, self.num_logprobs = 0, -1
         self.copies = HostCopies(device)
         self.tokens = self.copies.buffer("tokens", (rounds, max_num_reqs, width), torch.int64)
         self.num_tokens = self.copies.buffer("num_tokens", (rounds, max_num_reqs), torch.int32)
+        self.logprobs = LogprobBuffers(self.copies)  # a row for each token of a round
+
+    def begin(self, num_rounds: int, num_reqs: int, num_logprobs: int) -> None:
+        """A window is staged. ``num_logprobs``: beside each token's own; -1: nobody asks."""
+        self.num_logprobs = num_logprobs
+        if num_logprobs >= 0:
+            self.logprobs.reserve(num_rounds, num_reqs * self.width, num_logprobs)
 
     def keep(self, taken: RoundTokens, rounds: int, stream: torch.cuda.Stream | None) -> None:
         """The window's work, up to so many rounds, is enqueued: bring its result to the host on
@@ -52,7 +61,10 @@ class HostRounds:
         self.num_rounds = n = rounds
         self.tokens[:n].copy_(taken.tokens[:n])
         self.num_tokens[:n].copy_(taken.num_tokens[:n])
-        self.copies.bring({"tokens": self.tokens[:n], "num_tokens": self.num_tokens[:n]}, stream)
+        parts = {"tokens": self.tokens[:n], "num_tokens": self.num_tokens[:n]}
+        if self.num_logprobs >= 0:
+            parts |= self.logprobs.of_steps(n)
+        self.copies.bring(parts, stream)
 
     def read(self, num_reqs: int) -> WindowTokens:
         """Wait for the copies."""
@@ -67,4 +79,20 @@ class HostRounds:
                     of_rows[row] += of_round[row][:number]
                     rounds[row].append(number)
         num_sampled = counts.sum(axis=0, dtype=counts.dtype)
-        return WindowTokens(of_rows, num_sampled, None, None, None, rounds)
+        logprobs = (None, None, None)
+        if self.num_logprobs >= 0:
+            logprobs = self._logprobs(host, counts)
+        return WindowTokens(of_rows, num_sampled, *logprobs, rounds)
+
+    def _logprobs(self, host: dict[str, np.ndarray], counts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of the tokens that were taken, by request: token ids, logprobs and ranks."""
+        num_rounds, num_reqs = counts.shape
+        taken = np.arange(self.width) < counts.T[:, :, None]  # [num_reqs, num_rounds, width]
+
+        def of_requests(name: str) -> np.ndarray:
+            rows = host[name][:num_rounds, : num_reqs * self.width]
+            by_round = rows.reshape(num_rounds, num_reqs, self.width, *rows.shape[2:])
+            return by_round.swapaxes(0, 1)[taken]
+
+        n = 1 + self.num_logprobs
+        return of_requests("token_ids")[:, :n], of_requests("logprobs")[:, :n], of_requests("ranks")

@@ -120,7 +120,7 @@ class WindowSlot:
             num_stops,
         )
         if num_logprobs >= 0:
-            self.output.reserve_logprobs(self.num_steps, self.num_rows, num_logprobs)
+            self.output.logprobs.reserve(self.num_steps, self.num_rows, num_logprobs)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections import Counter
 
 import engine_child
 import pytest
-from engine_child import EngineChild
+from engine_child import EngineChild, assert_logprobs
 
 OPTIONS = {
     "max_model_len": 512,
@@ -100,14 +100,6 @@ def assert_same(have, want):
             assert bool(b["logprobs"]) == ("logprobs" in fields), name
             assert_logprobs(a["logprobs"], b["logprobs"], name)
         assert_logprobs(have["prompt_logprobs"][n], want["prompt_logprobs"][n], name)
-
-
-def assert_logprobs(have, want, name):
-    for ours, stock in zip(have or [], want or [], strict=True):
-        ranks, want_ranks = ({t: r for t, (_, r) in (p or {}).items()} for p in (ours, stock))
-        assert ranks == want_ranks, name
-        for token in ranks:
-            assert ours[token][0] == pytest.approx(stock[token][0], abs=1e-4), name
 
 
 @pytest.mark.parametrize("decode_steps", [1, 2, 7, 16, 64, "auto"])

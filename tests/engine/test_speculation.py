@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import speculation_child
-from engine_child import EngineChild
+from engine_child import EngineChild, assert_logprobs
 from features_child import FeatureChild, ready
 from standin_child import StandInChild
 
@@ -23,6 +23,7 @@ OPTIONS: dict[str, Any] = {
     "block_size": 32,
     "kv_cache_memory_bytes": 1 << 22,
     "skip_tokenizer_init": True,
+    "max_logprobs": -1,
 }
 PROMPTS = [[3, 4, 5, 3, 4, 5, 3, 4], [7] * 20, [1, 9, 2, 8, 3], [30, 31, 4], [6, 5, 4, 3, 2] * 9]
 
@@ -42,6 +43,9 @@ REQUESTS = [
     asked(2, at=9, repetition_penalty=1.3, presence_penalty=0.2, max_tokens=23),
     asked(1, at=9, max_tokens=1),
     asked(3, at=12, temperature=0.9, seed=4, frequency_penalty=0.5, max_tokens=2),
+    asked(1, at=13, logprobs=2, max_tokens=26),
+    asked(4, at=14, temperature=0.8, seed=5, logprobs=0, stop_token_ids=[9, 10]),
+    asked(2, at=20, temperature=0.6, seed=6, top_p=0.9, logprobs=-1, max_tokens=19),
 ]
 GREEDY = [n for n, (_, fields, _) in enumerate(REQUESTS) if "temperature" not in fields]
 METHODS: dict[str, dict[str, Any]] = {
@@ -149,6 +153,8 @@ def assert_same(have: dict[str, Any], want: dict[str, Any], requests: list[Any] 
     for n, one in enumerate(requests):
         assert have["tokens"][n] == want["tokens"][n], one
         assert have["ends"][n] == want["ends"][n], one
+        assert bool(want["logprobs"][n]) == ("logprobs" in one[1])
+        assert_logprobs(have["logprobs"][n], want["logprobs"][n], str(one))
         # Near max_model_len there are fewer drafts, as the scheduler runs ahead of the tokens.
         if len(one[0]) + one[1]["max_tokens"] < OPTIONS["max_model_len"]:
             assert have["drafts"][n] == want["drafts"][n], one

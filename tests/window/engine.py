@@ -215,10 +215,10 @@ def remainders():
 
 def top_one(logits, slot):
     """Takes down the logprob of the sampled token and of the likeliest."""
-    step, sampled = slot.steps_run, slot.rows.sampled[: len(logits)].clamp(min=0)
+    sampled = slot.rows.sampled[: len(logits)].clamp(min=0)
     ids = torch.stack([sampled, logits.argmax(-1)], dim=1)
-    slot.output.token_ids[step, : len(ids)] = ids
-    slot.output.logprobs[step, : len(ids)] = logits.log_softmax(-1).gather(1, ids)
+    logprobs = logits.log_softmax(-1).gather(1, ids)
+    slot.output.logprobs.take_down(slot.steps_run, ids, logprobs, torch.zeros_like(sampled))
 
 
 def recorded(form, engine, recorder, sizes=(ROWS,), grammars=False):

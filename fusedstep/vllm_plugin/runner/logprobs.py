@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.sampler import Sampler
 
     from fusedstep.vllm_plugin.runner.processing import Processing
+    from fusedstep.window.output import LogprobBuffers
     from fusedstep.window.state import WindowSlot
 
 
@@ -71,11 +72,15 @@ class Logprobs:
 
     def __call__(self, logits: torch.Tensor, slot: WindowSlot) -> None:
         """Into the window's output, in the place of its step."""
-        n, step, width = slot.num_reqs, slot.steps_run, 1 + self.width
+        n = slot.num_reqs
         if self.processing is not None:
             logits = self.processing.logits
         sampled = slot.rows.sampled[:n].clamp(min=0)  # -1 in a row at rest, under grammars
         scores = self.scores(logits[:n], sampled, slot.rows.idx_mapping[:n])
-        slot.output.token_ids[step, :n, :width] = scores.logprob_token_ids
-        slot.output.logprobs[step, :n, :width] = scores.logprobs
-        slot.output.ranks[step, :n] = scores.selected_token_ranks
+        take_down(scores, slot.output.logprobs, slot.steps_run)
+
+
+def take_down(scores: LogprobsTensors, into: LogprobBuffers, step: int) -> None:
+    """vLLM's tensors of one step into a window's output."""
+    ranks = scores.selected_token_ranks
+    into.take_down(step, scores.logprob_token_ids, scores.logprobs, ranks)

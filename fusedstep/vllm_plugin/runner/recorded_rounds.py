@@ -316,7 +316,7 @@ class RoundProof(Proof):
         if speculator.draft_logits is not None:
             speculator.draft_logits[: len(rows)] = 0
         self.rounds.pad_to(set(self.sizes))
-        return self.rounds.stage([""] * len(rows), rows, BatchNeeds.none()), 0
+        return self.rounds.stage([""] * len(rows), rows, num_steps, BatchNeeds.none()), 0
 
     def _window(self, slot: WindowSlot, graphs: Graphs | None) -> list[list[int]]:
         run_window(self.rounds, self.rounds, slot, lambda: False, self.pace, graphs)

@@ -15,6 +15,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
@@ -30,11 +31,14 @@ from fusedstep.vllm_plugin.runner.drafter import (
     Verified,
 )
 from fusedstep.vllm_plugin.runner.head_drafter import HeadDrafter
+from fusedstep.vllm_plugin.runner.logprobs import take_down
+from fusedstep.window.loop import Record
 from fusedstep.window.rounds import HostRounds, RoundTokens
 from fusedstep.window.state import WindowSlot
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 
@@ -128,19 +132,24 @@ class Rounds:
         self.block_tables: tuple[torch.Tensor, ...] = ()
         self.hidden_states: Any = None
         self.aux_hidden_states: Any = None
+        self.scores: LogprobsTensors | None = None  # of the round's tokens, if they are asked for
 
     def are_whole(self, scheduler_output: SchedulerOutput) -> bool:
         """Does this batch give each request the same number of rounds, with all drafts in each?"""
         num_tokens = set(scheduler_output.num_scheduled_tokens.values())
         return len(num_tokens) == 1 and num_tokens.pop() % self.width == 0
 
-    def stage(self, req_ids: list[str], reqs: np.ndarray, needs: BatchNeeds) -> int:
+    def stage(
+        self, req_ids: list[str], reqs: np.ndarray, num_rounds: int, needs: BatchNeeds
+    ) -> int:
         """Host part of a window; ``needs`` are those of its requests. Returns rows with padding."""
         self.req_ids, self.reqs = req_ids, reqs
-        temperature = self.runner.sampler.sampling_states.temperature.np[reqs]
-        is_plain = needs == BatchNeeds.none() and not temperature.any()
-        self.is_greedy = self.may_be_greedy and is_plain
+        states = self.runner.sampler.sampling_states
+        is_plain = needs == BatchNeeds.none() and not states.temperature.np[reqs].any()
+        num_logprobs = states.max_num_logprobs(reqs) if len(reqs) else NO_LOGPROBS
+        self.is_greedy = self.may_be_greedy and is_plain and num_logprobs == NO_LOGPROBS
         self.output = self.outputs[self.output is self.outputs[0]]
+        self.output.begin(num_rounds, len(reqs), num_logprobs)
         return next((n for n in sorted(self.sizes) if n >= len(reqs)), len(reqs))
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
@@ -259,6 +268,7 @@ class Rounds:
         else:
             sampled = self.verify(logits, batch, runner.speculator.draft_logits, None)
             tokens, num_tokens = sampled.sampled_token_ids, sampled.num_sampled
+            self.scores = sampled.logprobs_tensors
         self.ops.accept(tokens, num_tokens, rows, num_reqs)
         self.taken.add(tokens, num_tokens)
         verified = Verified(
@@ -270,6 +280,15 @@ class Rounds:
             num_tokens,
         )
         self.drafts[:num_reqs] = self.drafter.propose(verified)
+
+    @property
+    def record(self) -> Record | None:
+        """What is to be called after each round, which is then launched by the host."""
+        return None if self.output.num_logprobs == NO_LOGPROBS else self._take_logprobs_down
+
+    def _take_logprobs_down(self, _: torch.Tensor, slot: WindowSlot) -> None:
+        assert self.scores is not None
+        take_down(self.scores, self.output.logprobs, slot.steps_run)
 
     def end(self) -> None:
         self.graph = None

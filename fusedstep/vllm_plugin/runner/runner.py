@@ -280,8 +280,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         slot, is_ours = staged.slot, staged.ops is self.ops
         if self.rounds is not None:
             cut_short = self._cut_short(slot.arrivals_seen)
-            graphs = self.graph_store.graphs
-            run_window(self.rounds, self.rounds, slot, cut_short, self.pace, graphs)
+            graphs, record = self.graph_store.graphs, self.rounds.record
+            run_window(self.rounds, self.rounds, slot, cut_short, self.pace, graphs, record)
             self.stats.counts.windows += 1
             self.rounds.finish(slot)
             tokens = partial(self.rounds.output.read, len(staged.live))
@@ -463,11 +463,10 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         assert self.rounds is not None
         req_ids = list(scheduler_output.num_scheduled_tokens)
         ids = [req_ids[index] for index in live.tolist()]
-        needs = self.tables.needs(rows)
-        num_rows = self.rounds.stage(ids, rows, needs)
+        needs, num_rounds = self.tables.needs(rows), num_tokens // self.rounds.width
+        num_rows = self.rounds.stage(ids, rows, int(num_rounds.max(initial=0)), needs)
         slot = self.windows.next_slot()
-        stamp = stamps.stamp_of(scheduler_output)
-        slot.stage(rows, num_tokens // self.rounds.width, -1, needs, num_rows, *stamp)
+        slot.stage(rows, num_rounds, -1, needs, num_rows, *stamps.stamp_of(scheduler_output))
         self.staged = StagedWindow(scheduler_output, slot, live, self.ops, None)
 
     def _needs(self, rows: np.ndarray, *, logprobs: bool = False) -> BatchNeeds:
