@@ -325,15 +325,19 @@ def sampling_params(fields: dict[str, Any]) -> Any:
     return SamplingParams(**fields)
 
 
-def ask_without_adapters(model: str, options: dict[str, Any], asks: list[Ask]) -> dict[str, Any]:
-    """``ask`` with windows whose rows have no adapters."""
+def without_adapters() -> Any:
+    """Windows whose rows have none."""
     from fusedstep.vllm_plugin.runner.adapters import Adapters
 
-    def stage(adapters: Adapters, rows: Any) -> None:
-        nothing = (0,) * len(rows)
-        adapters._set = partial(adapters.runner._set_active_loras, nothing, nothing, set())
+    def stage(adapters: Adapters, rows: Any, num_tokens: int = 1) -> None:
+        of_rows, of_tokens = (0,) * len(rows), (0,) * len(rows) * num_tokens
+        adapters._set = partial(adapters.runner._set_active_loras, of_rows, of_tokens, set())
 
-    with patch.object(Adapters, "stage", stage):
+    return patch.object(Adapters, "stage", stage)
+
+
+def ask_without_adapters(model: str, options: dict[str, Any], asks: list[Ask]) -> dict[str, Any]:
+    with without_adapters():
         return ask(model, options, asks)
 
 

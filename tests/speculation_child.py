@@ -159,9 +159,11 @@ def answer(
                 token_ids, asked, _ = waiting.pop(number)
                 fields = {"detokenize": False} | asked
                 bad_words = fields.pop("bad_words_token_ids", None)  # a tokenizer would give them
+                lora = features_child.lora_request(fields.pop("lora", None))
                 params = features_child.sampling_params(fields)
                 params._bad_words_token_ids = bad_words
-                engine.add_request(str(number), {"prompt_token_ids": token_ids}, params)
+                prompt = {"prompt_token_ids": token_ids}
+                engine.add_request(str(number), prompt, params, lora_request=lora)
             for output in engine.step():
                 answers[int(output.request_id)] = output
             step += 1
@@ -238,6 +240,20 @@ def run_with_wrong_drafts(*args: Any) -> dict[str, Any]:
         patch.object(StandaloneARSpeculator, "propose", wrong(StandaloneARSpeculator.propose)),
         patch.object(DraftModel, "propose", wrong(DraftModel.propose)),
     ):
+        return run(*args)
+
+
+def run_with_adapters(*args: Any, without: bool = False) -> dict[str, Any]:
+    """None changes lm_head, whose adapters end vLLM's steps with drafts on a CPU: it is told those
+    of requests, and has several logits of each. ``without``: windows forget them."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    with ExitStack() as stack:
+        stack.enter_context(
+            patch.object(PunicaWrapperCPU, "add_lora_logits", lambda *_, **__: None)
+        )
+        if without:
+            stack.enter_context(features_child.without_adapters())
         return run(*args)
 
 

@@ -130,7 +130,6 @@ def _speculation_reasons(vllm_config: VllmConfig) -> tuple[tuple[bool, str], ...
         (spec.parallel_drafting, f"{Reason.WITH_DRAFTS} parallel drafting"),
         (spec.enable_adaptive_verification, Reason.ADAPTIVE_VERIFICATION),
         (spec.uses_dynamic_speculative_decoding(), f"{Reason.WITH_DRAFTS} dynamic lengths"),
-        (vllm_config.lora_config is not None, f"{Reason.WITH_DRAFTS} LoRA"),
     )
 
 

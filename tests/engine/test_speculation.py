@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import speculation_child
+import tiny_models
 from engine_child import EngineChild, assert_logprobs
 from features_child import FeatureChild, ready
 from standin_child import StandInChild
@@ -285,6 +286,53 @@ def check_whole_rounds(
         assert 0 < graphs["windows"] <= most
         # Nothing else, but for a step of vLLM's own between two windows.
         assert graphs["drafts"] == 0 and graphs["full"] <= sum(counts["stock_steps"].values())
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Requests with adapters of the target and without, that come and go."""
+    root = tmp_path_factory.mktemp("lora")
+    folders = [tiny_models.make_adapter(n, root / f"adapter-{n}") for n in (1, 2)]
+    return [
+        asked(0, lora=folders[0]),
+        asked(0, lora=folders[1], logprobs=1),
+        asked(0, max_tokens=25),
+        asked(2, at=5, lora=folders[0], temperature=0.8, seed=1, max_tokens=40),
+        asked(1, at=9, lora=folders[1], temperature=0.7, seed=2, top_k=5),
+        asked(4, at=12, stop_token_ids=[11, 12]),
+    ]
+
+
+LORA: dict[str, Any] = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle3", "ngram"])
+def test_adapters_of_the_target(
+    stock: EngineChild, fused: EngineChild, models: Any, mixed: list[Any], method: str
+) -> None:
+    run, args = (
+        speculation_child.run_with_adapters,
+        (models["target"], with_drafts(models, method) | LORA),
+    )
+    want = stock.call(run, *args, mixed)
+    assert want["tokens"][0] != want["tokens"][1] != want["tokens"][2] != want["tokens"][0]
+    for window in ((64, None), (64, 5), ("auto", None)):
+        have = fused.call(run, *args, mixed, *window)
+        assert_same(have, want, mixed)
+        assert_in_windows(have["counts"])
+
+
+def test_rounds_without_their_adapters_show(
+    stock: EngineChild, fused: EngineChild, models: Any, mixed: list[Any]
+) -> None:
+    """The control."""
+    run, args = (
+        speculation_child.run_with_adapters,
+        (models["target"], with_drafts(models, "ngram") | LORA),
+    )
+    want = stock.call(run, *args, mixed[:3])
+    have = fused.call(run, *args, mixed[:3], 64, without=True)
+    assert have["tokens"][:2] != want["tokens"][:2]
 
 
 @pytest.mark.parametrize("method", ["draft_model", "eagle3"])

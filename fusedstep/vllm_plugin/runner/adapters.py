@@ -40,17 +40,19 @@ class Adapters:
     def stage(
         self,
         rows: np.ndarray,  # [num_reqs] int64, batch_idx -> req_state_idx
+        num_tokens: int = 1,  # of a row in each step
     ) -> None:
         """Those of the coming window's requests."""
         if not self.enabled:
             return
         req_ids = map(self.runner.req_states.index_to_req_id.__getitem__, rows.tolist())
-        one_each = np.ones(len(rows), dtype=np.int32)
+        of_each = np.full(len(rows), num_tokens, dtype=np.int32)
         of_rows, of_tokens, adapters = self.runner.lora_state.make_lora_inputs(
-            list(req_ids), rows, one_each
+            list(req_ids), rows, of_each
         )
+        of_logits = of_rows if num_tokens == 1 else of_tokens
         self.num_active = len(adapters)
-        self._set = lambda: self.runner._set_active_loras(of_rows, of_tokens, adapters)
+        self._set = lambda: self.runner._set_active_loras(of_logits, of_tokens, adapters)
 
     def apply(self) -> None:
         if self._set is not None:

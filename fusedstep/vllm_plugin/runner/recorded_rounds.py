@@ -73,6 +73,8 @@ class RecordedRounds:
             return f"{', '.join(sorted(planners))} plans every round on the host"
         if not self.rounds.drafter.is_recordable:
             return "the drafter plans every round on the host"
+        if self.rounds.adapters.enabled:
+            return "LoRA adapters are set by the host"
         if self.runner.sampler.compute_nans:
             return "VLLM_COMPUTE_NANS_IN_LOGITS is the host's"
         return None

@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from fusedstep.ops.greedy import verify_greedy
 from fusedstep.ops.types import BatchNeeds, RowTokens, StepInputs, TokenInputs, WindowRows
+from fusedstep.vllm_plugin.runner.adapters import Adapters
 from fusedstep.vllm_plugin.runner.decode_model import decode_graph
 from fusedstep.vllm_plugin.runner.drafter import (
     Drafter,
@@ -87,6 +88,7 @@ class Rounds:
     ) -> None:
         self.runner, self.ops, self.rows = runner, ops, rows
         self.model, self.verify = runner.model, runner.rejection_sampler
+        self.adapters = Adapters(runner)  # the target's; a drafter has none
         device, max_num_reqs = runner.device, runner.max_num_reqs
         self.num_drafts: int = runner.num_speculative_steps
         self.width = 1 + self.num_drafts
@@ -144,6 +146,7 @@ class Rounds:
     ) -> int:
         """Host part of a window; ``needs`` are those of its requests. Returns rows with padding."""
         self.req_ids, self.reqs = req_ids, reqs
+        self.adapters.stage(reqs, self.width)
         states = self.runner.sampler.sampling_states
         is_plain = needs == BatchNeeds.none() and not states.temperature.np[reqs].any()
         num_logprobs = states.max_num_logprobs(reqs) if len(reqs) else NO_LOGPROBS
@@ -174,9 +177,10 @@ class Rounds:
         runner, num_reqs = self.runner, len(self.reqs)
         self.graph = None
         if self.use_graphs and runner.cudagraph_manager is not None:
-            graph = decode_graph(runner, num_reqs, 0, self.width)
+            graph = decode_graph(runner, num_reqs, self.adapters.num_active, self.width)
             self.graph = None if graph.cg_mode == CUDAGraphMode.NONE else graph
         self.enter()
+        self.adapters.apply()
         assert self.batch is not None
         padded = self.batch.num_reqs_after_padding
         self.block_tables = tuple(t[:padded] for t in runner.block_tables.input_block_tables)
@@ -240,12 +244,19 @@ class Rounds:
             "inputs_embeds": None,
             "intermediate_tensors": None,
         }
+        num_loras = self.adapters.num_active
+        if self.graph is not None:
+            num_loras = self.graph.num_active_loras
         with set_forward_context(
             self.attn_metadata,
             runner.vllm_config,
             num_tokens=batch.num_tokens_after_padding,
             cudagraph_runtime_mode=self.mode,
-            batch_descriptor=BatchDescriptor(num_tokens=batch.num_tokens_after_padding),
+            batch_descriptor=BatchDescriptor(
+                num_tokens=batch.num_tokens_after_padding,
+                has_lora=self.adapters.enabled,
+                num_active_loras=num_loras,
+            ),
             slot_mapping=self.slots_by_layer,
             is_padding=batch.is_padding,
         ):
