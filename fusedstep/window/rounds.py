@@ -79,12 +79,13 @@ class HostRounds:
                     of_rows[row] += of_round[row][:number]
                     rounds[row].append(number)
         num_sampled = counts.sum(axis=0, dtype=counts.dtype)
-        logprobs = (None, None, None)
-        if self.num_logprobs >= 0:
-            logprobs = self._logprobs(host, counts)
-        return WindowTokens(of_rows, num_sampled, *logprobs, rounds)
+        if self.num_logprobs < 0:
+            return WindowTokens(of_rows, num_sampled, None, None, None, rounds)
+        return WindowTokens(of_rows, num_sampled, *self._logprobs(host, counts), rounds)
 
-    def _logprobs(self, host: dict[str, np.ndarray], counts: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _logprobs(
+        self, host: dict[str, np.ndarray], counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the tokens that were taken, by request: token ids, logprobs and ranks."""
         num_rounds, num_reqs = counts.shape
         taken = np.arange(self.width) < counts.T[:, :, None]  # [num_reqs, num_rounds, width]
