@@ -46,7 +46,7 @@ class LogprobBuffers:
         self.ranks[step, :num_rows] = ranks
 
     def of_steps(self, num_steps: int) -> dict[str, torch.Tensor]:
-        """What is to be brought to the host."""
+        """The parts that are brought to the host."""
         parts = {"token_ids": self.token_ids, "logprobs": self.logprobs, "ranks": self.ranks}
         return {name: part[:num_steps] for name, part in parts.items()}
 

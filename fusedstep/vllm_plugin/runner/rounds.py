@@ -294,7 +294,7 @@ class Rounds:
 
     @property
     def record(self) -> Record | None:
-        """What is to be called after each round, which is then launched by the host."""
+        """To be called after each round, which the host then launches; None if nobody asks."""
         return None if self.output.num_logprobs == NO_LOGPROBS else self._take_logprobs_down
 
     def _take_logprobs_down(self, _: torch.Tensor, slot: WindowSlot) -> None:
