@@ -15,7 +15,6 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.mtp.speculator import MTPSpeculator
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
@@ -32,7 +31,7 @@ from fusedstep.vllm_plugin.runner.drafter import (
     Verified,
 )
 from fusedstep.vllm_plugin.runner.head_drafter import HeadDrafter
-from fusedstep.vllm_plugin.runner.logprobs import take_down
+from fusedstep.vllm_plugin.runner.logprobs import Logprobs, take_down
 from fusedstep.window.loop import Record
 from fusedstep.window.rounds import HostRounds, RoundTokens
 from fusedstep.window.state import WindowSlot
@@ -147,12 +146,13 @@ class Rounds:
         """Host part of a window; ``needs`` are those of its requests. Returns rows with padding."""
         self.req_ids, self.reqs = req_ids, reqs
         self.adapters.stage(reqs, self.width)
-        states = self.runner.sampler.sampling_states
-        is_plain = needs == BatchNeeds.none() and not states.temperature.np[reqs].any()
-        num_logprobs = states.max_num_logprobs(reqs) if len(reqs) else NO_LOGPROBS
-        self.is_greedy = self.may_be_greedy and is_plain and num_logprobs == NO_LOGPROBS
+        sampler = self.runner.sampler
+        asked = Logprobs.wanted(sampler, reqs)
+        temperature = sampler.sampling_states.temperature.np[reqs]
+        is_plain = needs == BatchNeeds.none() and asked is None and not temperature.any()
+        self.is_greedy = self.may_be_greedy and is_plain
         self.output = self.outputs[self.output is self.outputs[0]]
-        self.output.begin(num_rounds, len(reqs), num_logprobs)
+        self.output.begin(num_rounds, len(reqs), -1 if asked is None else asked.num_logprobs)
         return next((n for n in sorted(self.sizes) if n >= len(reqs)), len(reqs))
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
@@ -295,7 +295,7 @@ class Rounds:
     @property
     def record(self) -> Record | None:
         """To be called after each round, which the host then launches; None if nobody asks."""
-        return None if self.output.num_logprobs == NO_LOGPROBS else self._take_logprobs_down
+        return None if self.output.num_logprobs < 0 else self._take_logprobs_down
 
     def _take_logprobs_down(self, _: torch.Tensor, slot: WindowSlot) -> None:
         assert self.scores is not None
