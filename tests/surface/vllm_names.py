@@ -79,7 +79,7 @@ _CONFIG = {
             (seed=_, **params)
             (temperature=_, seed=_, **params)
             verify(model_config, speculative_config, structured_outputs_config, tokenizer)
-            num_logprobs, eos_token_id, logprob_token_ids, logprobs, max_tokens, output_kind, stop
+            eos_token_id, logprob_token_ids, logprobs, max_tokens, output_kind, stop
             stop_token_ids, structured_outputs, thinking_token_budget, repetition_detection
             temperature, top_p, top_k, repetition_penalty, frequency_penalty, presence_penalty
             allowed_token_ids, all_stop_token_ids, bad_words_token_ids, logit_bias, min_tokens, n
