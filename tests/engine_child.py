@@ -143,7 +143,13 @@ def completion(output: Any) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
         "logprobs": logprobs(output.logprobs),
+        "drafts": drafts_of(getattr(output, "spec_decode_metrics", None)),
     }
+
+
+def drafts_of(metrics: Any) -> Any:
+    """vLLM's counts of a request, step by step: drafts, and how many held."""
+    return None if metrics is None else (metrics.per_step_drafted, metrics.per_step_accepted)
 
 
 def logprobs(steps: Any) -> list[dict[int, tuple[float, int]] | None] | None:

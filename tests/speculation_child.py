@@ -173,7 +173,7 @@ def answer(
         "tokens": [list(o.outputs[0].token_ids) for o in ordered],
         "ends": [(o.outputs[0].finish_reason, o.outputs[0].stop_reason) for o in ordered],
         "logprobs": [engine_child.logprobs(o.outputs[0].logprobs) for o in ordered],
-        "drafts": [drafts_of(o.outputs[0].spec_decode_metrics) for o in ordered],
+        "drafts": [engine_child.drafts_of(o.outputs[0].spec_decode_metrics) for o in ordered],
         "counts": features_child.since(before),
     }
 
@@ -221,10 +221,6 @@ def prove(fault: str | None) -> str | None:
         except WrongTokensError as error:
             return str(error)
         return None
-
-
-def drafts_of(metrics: Any) -> Any:
-    return None if metrics is None else (metrics.per_step_drafted, metrics.per_step_accepted)
 
 
 def run_with_wrong_drafts(*args: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -40,14 +41,32 @@ def answer_without_tables(requests: list[Asked]) -> dict[str, Any]:
         return answer(requests, 7)
 
 
+def run_with_one_mask(model: str, options: dict[str, Any], requests: list[Asked]) -> Any:
+    """Rounds whose drafts do not move their grammars on."""
+    from fusedstep.vllm_plugin.runner.grammars import DeviceMasks
+
+    constrain = DeviceMasks.constrain_drafts
+
+    def fixed(self: Any, *args: Any) -> Any:
+        with patch.object(DeviceMasks, "_follow_one", lambda *_: None):
+            return constrain(self, *args)
+
+    with patch.object(DeviceMasks, "constrain_drafts", fixed):
+        return run(model, options, requests, 64)
+
+
 def answer(requests: list[Asked], decode_steps: object) -> dict[str, Any]:
+    """Grammars have the time that a machine with other tests on it needs."""
+    from fusedstep.vllm_plugin.scheduler import grammars
+
     engine_child.reset_prefix_cache()
     before, turns, refused = features_child.counts(), Counter(one_step_turns()), num_refused()
     if before:
         engine_child.set_decode_steps(decode_steps)
     pairs = [(prompt, fields) for prompt, fields, _ in requests]
     arrive = {n: at for n, (_, _, at) in enumerate(requests)}
-    result = engine_child.run(pairs, arrive)
+    with patch.object(grammars, "Limits", partial(grammars.Limits, seconds=60)):
+        result = engine_child.run(pairs, arrive)
     return result | {
         "counts": features_child.since(before),
         "turns": dict(Counter(one_step_turns()) - turns),

@@ -202,7 +202,6 @@ def request_reason(params: SamplingParams | None, *, drafts: bool = False) -> st
     if drafts:
         others = (
             (params.logprob_token_ids is not None, "logprobs of given tokens"),
-            (params.structured_outputs is not None, Reason.STRUCTURED_OUTPUT),
             (params.thinking_token_budget is not None, "a thinking budget"),
         )
         if words := next((words for applies, words in others if applies), None):

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
 
+    from fusedstep.window.output import Round
+
 
 class WindowStamp(NamedTuple):
     """A window's terms, from the scheduler to the worker, on vLLM's SchedulerOutput."""
@@ -63,11 +65,20 @@ def limit_of(output: ModelRunnerOutput) -> str | None:
     return getattr(output, "limit_reason", None)
 
 
-def report_rounds(output: ModelRunnerOutput, rounds: list[list[int]]) -> None:
-    """``rounds``: for each request of the batch the number of tokens that each round gave it."""
+def report_rounds(output: ModelRunnerOutput, rounds: list[list[Round]]) -> None:
+    """``rounds``: of each request of the batch, those that gave it tokens."""
     output.rounds = rounds
 
 
-def rounds_of(output: ModelRunnerOutput) -> list[list[int]] | None:
+def rounds_of(output: ModelRunnerOutput) -> list[list[Round]] | None:
     """None where the batch was no window of speculative rounds."""
     return getattr(output, "rounds", None)
+
+
+def has_whole_rounds(scheduler_output: SchedulerOutput, width: int) -> bool:
+    """Has each request the same number of speculative rounds, with all drafts in each?
+
+    ``width``: the tokens of a round; 1 without speculation. Else the worker takes a stock step.
+    """
+    num_tokens = set(scheduler_output.num_scheduled_tokens.values())
+    return width == 1 or (len(num_tokens) == 1 and num_tokens.pop() % width == 0)

@@ -10,6 +10,8 @@ import torch
 from fusedstep.ops.types import WindowRows
 from fusedstep.window.host_copies import HostCopies
 
+Round = tuple[int, int]  # the tokens that a speculative round gave a row, and its drafts
+
 
 class LogprobBuffers:
     """Logprobs of each row in each step of a window: those of the sampled token, in column 0, and
@@ -112,7 +114,7 @@ class WindowTokens:
     logprob_token_ids: np.ndarray | None  # [sum(num_sampled), 1 + n] int64, request-major
     logprobs: np.ndarray | None  # [sum(num_sampled), 1 + n] float32
     ranks: np.ndarray | None  # [sum(num_sampled)] int64
-    rounds: list[list[int]] | None = None  # speculative ones: tokens of each that gave some
+    rounds: list[list[Round]] | None = None  # speculative ones, that gave tokens
 
     @property
     def num_steps(self) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from fusedstep.policy import MAX_STEPS
 from fusedstep.window.host_copies import HostCopies
-from fusedstep.window.output import LogprobBuffers, WindowTokens
+from fusedstep.window.output import LogprobBuffers, Round, WindowTokens
 
 
 class RoundTokens:
@@ -19,6 +19,7 @@ class RoundTokens:
         shape = rounds, max_num_reqs, width
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self.num_tokens = torch.zeros(shape[:2], dtype=torch.int32, device=device)
+        self.num_drafts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the coming round
 
     def begin(self) -> None:
@@ -26,9 +27,17 @@ class RoundTokens:
         self.num_tokens.zero_()
         self.number.zero_()
 
-    def add(self, tokens: torch.Tensor, num_tokens: torch.Tensor) -> None:
-        """A round's: [num_reqs, width] int64 and [num_reqs] int32."""
+    def add(
+        self,
+        tokens: torch.Tensor,  # [num_reqs, width] int64
+        num_tokens: torch.Tensor,  # [num_reqs] int32
+        num_drafts: torch.Tensor | None = None,  # [num_reqs] that grammars take; None: all
+    ) -> None:
+        """A round's."""
         num_reqs = len(tokens)
+        if num_drafts is not None:
+            drafts = num_drafts.to(torch.int32)[None]
+            self.num_drafts[:, :num_reqs].index_copy_(0, self.number, drafts)
         self.tokens[:, :num_reqs].index_copy_(0, self.number, tokens[None])
         self.num_tokens[:, :num_reqs].index_copy_(0, self.number, num_tokens[None])
         self.number += 1
@@ -44,14 +53,18 @@ class HostRounds:
         rounds = MAX_STEPS // width
         self.width = width
         self.num_rounds, self.num_logprobs = 0, -1
+        self.has_grammars = False
         self.copies = HostCopies(device)
         self.tokens = self.copies.buffer("tokens", (rounds, max_num_reqs, width), torch.int64)
         self.num_tokens = self.copies.buffer("num_tokens", (rounds, max_num_reqs), torch.int32)
+        self.num_drafts = self.copies.buffer("num_drafts", (rounds, max_num_reqs), torch.int32)
         self.logprobs = LogprobBuffers(self.copies)  # a row for each token of a round
 
-    def begin(self, num_rounds: int, num_reqs: int, num_logprobs: int) -> None:
+    def begin(
+        self, num_rounds: int, num_reqs: int, num_logprobs: int, *, has_grammars: bool
+    ) -> None:
         """A window is staged. ``num_logprobs``: beside each token's own; -1: nobody asks."""
-        self.num_logprobs = num_logprobs
+        self.num_logprobs, self.has_grammars = num_logprobs, has_grammars
         if num_logprobs >= 0:
             self.logprobs.reserve(num_rounds, num_reqs * self.width, num_logprobs)
 
@@ -62,6 +75,9 @@ class HostRounds:
         self.tokens[:n].copy_(taken.tokens[:n])
         self.num_tokens[:n].copy_(taken.num_tokens[:n])
         parts = {"tokens": self.tokens[:n], "num_tokens": self.num_tokens[:n]}
+        if self.has_grammars:
+            self.num_drafts[:n].copy_(taken.num_drafts[:n])
+            parts["num_drafts"] = self.num_drafts[:n]
         if self.num_logprobs >= 0:
             parts |= self.logprobs.of_steps(n)
         self.copies.bring(parts, stream)
@@ -71,13 +87,16 @@ class HostRounds:
         host = self.copies.arrived()
         tokens = host["tokens"][: self.num_rounds, :num_reqs].tolist()
         counts = host["num_tokens"][: self.num_rounds, :num_reqs]
+        drafts = np.full_like(counts, self.width - 1)
+        if self.has_grammars:
+            drafts = host["num_drafts"][: self.num_rounds, :num_reqs]
         of_rows: list[list[int]] = [[] for _ in range(num_reqs)]
-        rounds: list[list[int]] = [[] for _ in range(num_reqs)]
-        for of_round, numbers in zip(tokens, counts.tolist(), strict=True):
-            for row, number in enumerate(numbers):
+        rounds: list[list[Round]] = [[] for _ in range(num_reqs)]
+        for of_round, *numbers in zip(tokens, counts.tolist(), drafts.tolist(), strict=True):
+            for row, (number, drafted) in enumerate(zip(*numbers, strict=True)):
                 if number:
                     of_rows[row] += of_round[row][:number]
-                    rounds[row].append(number)
+                    rounds[row].append((number, drafted))
         num_sampled = counts.sum(axis=0, dtype=counts.dtype)
         if self.num_logprobs < 0:
             return WindowTokens(of_rows, num_sampled, None, None, None, rounds)

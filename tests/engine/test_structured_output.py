@@ -95,8 +95,8 @@ def expected(oracle: EngineChild, tiny: str) -> dict[str, Any]:
     return result
 
 
-def assert_same(have: dict[str, Any], want: dict[str, Any]) -> None:
-    for one, ours, theirs in zip(REQUESTS, have["completions"], want["completions"], strict=True):
+def assert_same(have: dict[str, Any], want: dict[str, Any], requests: list[Any] = REQUESTS) -> None:
+    for one, ours, theirs in zip(requests, have["completions"], want["completions"], strict=True):
         for a, b in zip(ours, theirs, strict=True):
             for name in ("token_ids", "text", "finish_reason", "stop_reason"):
                 assert a[name] == b[name], one
@@ -115,6 +115,82 @@ def test_equal_to_stock(
     counts = have["counts"]
     assert counts["steps"] > 1.5 * counts["windows"] > 0, counts
     assert set(counts["stock_steps"]) == {"prefill"}, have["turns"]
+
+
+# What vLLM takes beside drafts, and grammars whose words come again, so that drafts hold.
+DRAFTED = [
+    *(one for one in REQUESTS if not {"min_p", "logit_bias"} & one[1].keys()),
+    asked("Again:", regex="(ab, cd; )+", at=12),
+    asked("Again:", regex="(x[0-9] y){4,}", temperature=0.6, seed=19, at=12, logprobs=1),
+    asked("A list:", json={"type": "array", "items": {"const": "word"}, "minItems": 9}, at=13),
+    asked("Ends:", regex="(no ){5}", ignore_eos=True, at=14),
+]
+ANYWHERE = [n for n, one in enumerate(DRAFTED) if one[0] in ("A tree:", "A call:", "An object:")]
+NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+DRAFTERS = {"ngram": NGRAM, "draft_model": {"method": "draft_model"}}
+
+
+def with_drafts(tiny: str, drafter: str) -> dict[str, Any]:
+    """The draft model is the target, without its grammars."""
+    config = {"num_speculative_tokens": 3} | DRAFTERS[drafter]
+    if drafter == "draft_model":
+        config["model"] = tiny
+    return OPTIONS | {
+        "speculative_config": config,
+        "per_request_spec_decode_metrics": "detailed",
+    }
+
+
+def num_held(completions: list[Any]) -> list[int]:
+    """Drafts that held."""
+    return [sum(one["drafts"][1]) for ones in completions for one in ones]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_beside_drafts(oracle: EngineChild, fused: EngineChild, tiny: str, drafter: str) -> None:
+    """With tables that a token may leave (``ANYWHERE``) all steps are stock, with others few."""
+    options = with_drafts(tiny, drafter)
+    want = oracle.call(structured_child.run, tiny, options, DRAFTED)
+    if drafter == "ngram":
+        assert sum(num_held(want["completions"][-4:])) > 20
+    for decode_steps in (64, "auto"):
+        have = fused.call(structured_child.run, tiny, options, DRAFTED, decode_steps)
+        assert_same(have, want, DRAFTED)
+        assert have["turns"][OUTSIDE] > 10
+        kept = [one for n, one in enumerate(DRAFTED) if n not in ANYWHERE]
+        have = fused.call(structured_child.run, tiny, options, kept, decode_steps)
+        counts = have["counts"]
+        assert counts["steps"] > 1.5 * counts["windows"] > 0, counts
+        assert counts["steps"] > 2 * sum(counts["stock_steps"].values()), counts
+        if drafter == "ngram":
+            assert sum(num_held(have["completions"])) > 20
+
+
+def test_beside_drafts_on_the_stand_in(oracle: EngineChild, tiny: str) -> None:
+    """A GPU's memory and streams, and Triton's kernels, interpreted."""
+    some = [DRAFTED[n] for n in (0, 3, 4, -4, -3, -1)]
+    options = with_drafts(tiny, "ngram")
+    want = oracle.call(structured_child.run, tiny, options, some)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        child = StandInChild(tiny, {"ops": "triton", "capture_sizes": (4, 16, 32)}, **options)
+        have = child.call(structured_child.answer, some, 64)
+        child.close()
+    assert_same(have, want, some)
+    assert have["counts"]["steps"] > 1.5 * have["counts"]["windows"] > 0
+    assert set(have["counts"]["stock_steps"]) == {"prefill"}
+
+
+def test_drafts_that_are_not_followed(oracle: EngineChild, fused: EngineChild, tiny: str) -> None:
+    """The control: each draft's mask is that of the state before all of them."""
+    options = with_drafts(tiny, "ngram")
+    want = oracle.call(structured_child.run, tiny, options, DRAFTED[-4:])
+    have = fused.call(structured_child.run_with_one_mask, tiny, options, DRAFTED[-4:])
+    tokens, others = (
+        [one["token_ids"] for ones in result["completions"] for one in ones]
+        for result in (have, want)
+    )
+    assert tokens != others
 
 
 def test_texts_obey(expected: dict[str, Any]) -> None:

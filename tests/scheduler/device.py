@@ -143,7 +143,7 @@ class Device:
             tokens = self._decode(row, self.trace.num_drafts)
             sampled += tokens
             if batch.rounds is not None:
-                batch.rounds.setdefault(req_id, []).append(len(tokens))
+                batch.rounds.setdefault(req_id, []).append((len(tokens), self.width - 1))
             stops += row.stopped
             goes_on |= not row.stopped and batch.num_steps * self.width < budget
         arrived = self.arrivals() > batch.output.arrivals_seen

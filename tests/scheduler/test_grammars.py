@@ -31,7 +31,9 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Grammars:
         _create_grammar=None,
         _get_constraint_bounds=lambda *_: SimpleNamespace(constraint_start=0),
     )
-    table = Grammars(manager, SimpleNamespace(get_vocab_size=lambda: 4))
+    model = SimpleNamespace(get_vocab_size=lambda: 4)
+    config = SimpleNamespace(model_config=model, speculative_config=None)
+    table = Grammars(manager, config)
     table.vocabulary = VOCABULARY
     return table
 
@@ -97,6 +99,16 @@ def test_who_may_leave_the_tables_is_masked_by_the_host_in_stock_steps(table: Gr
     table.follow(requests["2"])
     assert table.reason(requests["2"]) == "structured output beyond its automaton"
     assert not table.are_on_device(both, requests, window=True)
+
+
+def test_beside_drafts_nobody_is_on_the_device_who_may_leave_its_tables(table: Grammars) -> None:
+    """A round would go on with a draft that leads outside."""
+    table.drafts = True
+    table.known["whole", STOPS], table.known["cut", STOPS] = automaton(3), automaton(3, cut=True)
+    outside = "structured output beyond its automaton"
+    assert table.enter(request("1", "whole")) is None
+    assert table.enter(request("2", "cut")) == outside
+    assert table.take_news().rows.keys() == {"1"}, "the device has no say in the other's drafts"
 
 
 def test_a_thought_ends_with_its_token(table: Grammars) -> None:

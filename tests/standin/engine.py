@@ -218,9 +218,8 @@ def install() -> None:
     from vllm.utils import torch_utils
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    for name in ("pin_memory", "record_stream"):
-        if name in vars(torch.Tensor):
-            delattr(torch.Tensor, name)
+    if "pin_memory" in vars(torch.Tensor):
+        del torch.Tensor.pin_memory
     graphs.install()
     buffers.UvaBuffer = UvaBuffer
     truncate = topk_topp_sampler.apply_top_k_top_p_pytorch  # on a CPU it asks for the largest k

@@ -38,7 +38,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(module.compat, "options", lambda _: SimpleNamespace(loop="auto"))
     monkeypatch.setattr(module, "PrefillSampler", lambda *_: None)
     monkeypatch.setattr(module, "Processing", lambda *_: None)
-    monkeypatch.setattr(module, "StockSteps", lambda *_: None)
+    monkeypatch.setattr(module, "DeviceMasks", lambda *_: None)
     monkeypatch.setattr(module, "arrival_counter", lambda _: seen.events.append("counter"))
     monkeypatch.setattr(module, "allocate_buffers", lambda *args: seen.events.append(args))
 

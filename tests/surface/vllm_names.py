@@ -282,7 +282,7 @@ _ENGINE = {
         """,
         "NewRequestData": "req_id, prompt_len\nsampling_params: sampling_params.SamplingParams",
         "CachedRequestData": "req_ids, num_computed_tokens",
-        "GrammarOutput": "",
+        "GrammarOutput": "structured_output_request_ids, grammar_bitmask, num_acceptable_drafts",
     },
     "vllm.v1.core.sched.request_queue": {
         "RequestQueue": "peek_request() -> Request",

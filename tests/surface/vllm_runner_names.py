@@ -136,7 +136,14 @@ RUNNER = {
             _dummy_run(num_tokens, uniform_decode=_)
             dp_rank, dp_size
             +stats, use_form, stock_steps_reason, graph_memory, reason, ranks, tables, windows
-            +copy_stream, pace
+            +copy_stream, pace, masks, grammars, rounds
+            structured_outputs_worker: StructuredOutputsWorker
+        """,
+    },
+    f"{GPU}.structured_outputs": {
+        "grammar_invalid_drafts": "(input_batch, grammar_req_ids, num_acceptable_drafts)",
+        "StructuredOutputsWorker": """
+            apply_grammar_bitmask(logits, input_batch, grammar_req_ids, grammar_bitmask)
         """,
     },
     f"{GPU}.kv_connector": {
@@ -232,6 +239,7 @@ RUNNER = {
             cu_num_logits, idx_mapping, idx_mapping_np, logits_indices, num_reqs, positions
             query_start_loc, seq_lens, num_tokens, seq_lens_cpu_upper_bound, input_ids, is_padding
             num_tokens_after_padding, num_reqs_after_padding, expanded_local_pos
+            num_draft_tokens, cu_num_logits_np
         """,
         "InputBuffers": """
             (max_num_reqs, max_num_tokens, device)

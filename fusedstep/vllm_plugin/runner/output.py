@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, ModelRunnerOutput
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from fusedstep.vllm_plugin.runner.experts import Outputs
     from fusedstep.vllm_plugin.runner.tracing import TracedStep
     from fusedstep.window.output import WindowTokens
+
+
+T = TypeVar("T")
 
 
 class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
@@ -76,11 +79,11 @@ class WindowOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
             report_rounds(output, self._of_all(result.rounds))
         return output
 
-    def _of_all(self, of_live: list[list[int]]) -> list[list[int]]:
+    def _of_all(self, of_live: list[list[T]]) -> list[list[T]]:
         """Lists of the window's requests, as those of the scheduled batch."""
-        lists: list[list[int]] = [[] for _ in self.req_ids]
-        for index, numbers in zip(self.live.tolist(), of_live, strict=True):
-            lists[index] = numbers
+        lists: list[list[T]] = [[] for _ in self.req_ids]
+        for index, entries in zip(self.live.tolist(), of_live, strict=True):
+            lists[index] = entries
         return lists
 
     def get_kv_connector_output(self) -> KVConnectorOutput | None:

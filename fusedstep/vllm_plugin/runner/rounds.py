@@ -37,7 +37,6 @@ from fusedstep.window.rounds import HostRounds, RoundTokens
 from fusedstep.window.state import WindowSlot
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -135,11 +134,6 @@ class Rounds:
         self.aux_hidden_states: Any = None
         self.scores: LogprobsTensors | None = None  # of the round's tokens, if they are asked for
 
-    def are_whole(self, scheduler_output: SchedulerOutput) -> bool:
-        """Does this batch give each request the same number of rounds, with all drafts in each?"""
-        num_tokens = set(scheduler_output.num_scheduled_tokens.values())
-        return len(num_tokens) == 1 and num_tokens.pop() % self.width == 0
-
     def stage(
         self, req_ids: list[str], reqs: np.ndarray, num_rounds: int, needs: BatchNeeds
     ) -> int:
@@ -152,7 +146,8 @@ class Rounds:
         is_plain = needs == BatchNeeds.none() and asked is None and not temperature.any()
         self.is_greedy = self.may_be_greedy and is_plain
         self.output = self.outputs[self.output is self.outputs[0]]
-        self.output.begin(num_rounds, len(reqs), -1 if asked is None else asked.num_logprobs)
+        num_logprobs = -1 if asked is None else asked.num_logprobs
+        self.output.begin(num_rounds, len(reqs), num_logprobs, has_grammars=needs.grammar)
         return next((n for n in sorted(self.sizes) if n >= len(reqs)), len(reqs))
 
     def prepare(self, rows: WindowRows, num_reqs: int) -> None:
@@ -273,15 +268,21 @@ class Rounds:
         """
         runner, batch = self.runner, self.batch
         assert batch is not None
-        num_reqs = batch.num_reqs
+        num_reqs, num_drafts = batch.num_reqs, None
         if self.is_greedy:
             tokens, num_tokens = verify_greedy(logits, self.drafts[:num_reqs])
         else:
-            sampled = self.verify(logits, batch, runner.speculator.draft_logits, None)
+            invalid = None
+            if needs.grammar:
+                invalid = runner.masks.constrain_drafts(logits, batch, runner.grammars)
+                num_drafts = self.num_drafts - invalid.view(num_reqs, self.width).sum(1)
+            sampled = self.verify(logits, batch, runner.speculator.draft_logits, invalid)
             tokens, num_tokens = sampled.sampled_token_ids, sampled.num_sampled
             self.scores = sampled.logprobs_tensors
         self.ops.accept(tokens, num_tokens, rows, num_reqs)
-        self.taken.add(tokens, num_tokens)
+        if needs.grammar:
+            runner.masks.follow(batch.idx_mapping, tokens, num_tokens)
+        self.taken.add(tokens, num_tokens, num_drafts)
         verified = Verified(
             batch,
             self.attn_metadata,
@@ -363,6 +364,6 @@ class Rounds:
             logits_indices=self.all_tokens[:num_tokens],
             cu_num_logits=self.starts[: num_reqs + 1],
             cu_num_logits_np=self.starts_np[: num_reqs + 1],
-            has_structured_output_reqs=False,
+            has_structured_output_reqs=self.output.has_grammars,
             prompt_lens=None,
         )

@@ -23,7 +23,7 @@ from fusedstep.vllm_plugin import compat, reasons, stamps
 from fusedstep.vllm_plugin.grammar_tables import grammars_of
 from fusedstep.vllm_plugin.runner.decode_model import VllmDecodeModel
 from fusedstep.vllm_plugin.runner.experts import RoutedExperts, routed_by
-from fusedstep.vllm_plugin.runner.grammars import Grammars, StockSteps
+from fusedstep.vllm_plugin.runner.grammars import DeviceMasks, Grammars
 from fusedstep.vllm_plugin.runner.logprobs import Logprobs
 from fusedstep.vllm_plugin.runner.model_inputs import ModelInputs
 from fusedstep.vllm_plugin.runner.output import WindowOutput, one_step_each
@@ -145,8 +145,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         return partial(step_class, scratch=self.scratch, truncation=truncation)
 
     def _allocate_grammars(self) -> None:
-        has_text = self.speculator is None and not self.model_config.skip_tokenizer_init
-        if self.grammars is None and has_text:
+        if self.grammars is None and not self.model_config.skip_tokenizer_init:
             self.grammars = Grammars(self.max_num_reqs, self.vocab_size, self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -163,7 +162,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         self.tables = DeviceTables(self, None if self.grammars is None else self.grammars.state)
         step_class = self._step_class()
         self.ops = step_class(self.tables.state)
-        self.stock_steps = StockSteps(self.max_num_reqs, self.device, self.ops)
+        self.masks = DeviceMasks(self.max_num_reqs, self.device, self.ops)
         self.processing = Processing(self.sampler, self.tables.state, step_class)
         self.prefill_sampler = PrefillSampler(self.tables, self.ops)
         if self.ops_choice.name == "native":
@@ -321,24 +320,24 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
     ) -> Sampled:
         """A stock step's sampling, by the window's own sampler wherever it can."""
         rows = input_batch.idx_mapping_np
-        if self.engine_reason is not None or self.rounds is not None:
-            plain: Sampled = super().sample(hidden_states, input_batch, grammar_output)
-            return plain
         on_device = self.grammars is not None and self.grammars.any_of(rows)
-        ours = not (self.tables.needs_stock[rows].any() or self.processing.is_wanted(rows))
-        if grammar_output is not None or not (ours or on_device):
+        drafted = self.rounds is not None
+        by_host = grammar_output is not None and not (drafted and on_device)
+        stock = by_host or self.engine_reason is not None
+        special = stock or drafted or self.tables.needs_stock[rows].any()
+        ours = not (special or self.processing.is_wanted(rows))
+        if stock or not (ours or on_device):
             sampled: Sampled = super().sample(hidden_states, input_batch, grammar_output)
         else:
             logits = self.model.compute_logits(hidden_states[input_batch.logits_indices])
             if ours:
                 sampled = self._sample(logits, input_batch)
             else:
-                output = self.stock_steps.sample(self.sampler, logits, input_batch)
+                output = self.masks.sample(self, logits, input_batch, grammar_output)
                 sampled = output, output.num_sampled, output.num_rejected
         if on_device:
             output, num_sampled, _ = sampled
-            token_ids = output.sampled_token_ids.view(-1)
-            self.stock_steps.follow(input_batch.idx_mapping, token_ids, num_sampled)
+            self.masks.follow(input_batch.idx_mapping, output.sampled_token_ids, num_sampled)
         return sampled
 
     def _sample(self, logits: torch.Tensor, input_batch: InputBatch) -> Sampled:
@@ -384,7 +383,7 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
             return next(r for r in map(self.tables.reasons.get, rows) if r)
         if scheduler_output.has_structured_output_requests:
             return Reason.STRUCTURED_OUTPUT  # by the host's masks
-        if self.rounds is not None and not self.rounds.are_whole(scheduler_output):
+        if self.rounds and not stamps.has_whole_rounds(scheduler_output, self.rounds.width):
             return Reason.FEWER_DRAFTS
         return batch_reason(scheduler_output)
 
@@ -461,9 +460,8 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
         live: np.ndarray,  # [num_reqs] int64, place in the scheduled batch
     ) -> None:
         assert self.rounds is not None
-        req_ids = list(scheduler_output.num_scheduled_tokens)
-        ids = [req_ids[index] for index in live.tolist()]
-        needs, num_rounds = self.tables.needs(rows), num_tokens // self.rounds.width
+        ids = np.array(list(scheduler_output.num_scheduled_tokens))[live].tolist()
+        needs, num_rounds = self._asked(rows), num_tokens // self.rounds.width
         num_rows = self.rounds.stage(ids, rows, int(num_rounds.max(initial=0)), needs)
         slot = self.windows.next_slot()
         slot.stage(rows, num_rounds, -1, needs, num_rows, *stamps.stamp_of(scheduler_output))
@@ -471,12 +469,15 @@ class FusedStepRunner(GPUModelRunner):  # type: ignore[misc]
 
     def _needs(self, rows: np.ndarray, *, logprobs: bool = False) -> BatchNeeds:
         """Work that a batch asks of a step; compiled kernels exist of few combinations."""
-        grammar = self.grammars is not None and self.grammars.any_of(rows)
-        needs = replace(self.tables.needs(rows), logprobs=logprobs, grammar=grammar)
+        needs = replace(self._asked(rows), logprobs=logprobs)
         if self.ops_choice.name != "triton":
             return needs
         # Kernels are not compiled for logprobs; a batch has those that it asks for.
         return replace(variant(needs), logprobs=logprobs)
+
+    def _asked(self, rows: np.ndarray) -> BatchNeeds:
+        grammar = self.grammars is not None and self.grammars.any_of(rows)
+        return replace(self.tables.needs(rows), grammar=grammar)
 
     def _dummy_step(self) -> None:
         """A forward pass for the other data-parallel ranks; nobody's token."""

@@ -25,7 +25,7 @@ from fusedstep.vllm_plugin import grammar_tables
 from fusedstep.vllm_plugin.grammar_tables import GrammarNews, RowGrammar, Table
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import VllmConfig
     from vllm.reasoning import ReasoningParser
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -68,8 +68,12 @@ class Followed:
 
     @cached_property
     def may_leave(self) -> bool:
+        return self.leaves(self.share.automaton, self.ends)
+
+    @staticmethod
+    def leaves(automaton: Automaton, ends: ReasoningEnds | None) -> bool:
         """Can a token lead out of the tables?"""
-        return self.share.automaton.cut or (self.ends is not None and self.ends.begin >= 0)
+        return automaton.cut or (ends is not None and ends.begin >= 0)
 
     def begin(self) -> None:
         """Before its first token."""
@@ -99,9 +103,10 @@ class Followed:
 class Grammars:
     """One per scheduler. Grammars are compiled in vLLM's threads, the rest is the main thread's."""
 
-    def __init__(self, manager: StructuredOutputManager, model: ModelConfig) -> None:
-        self.manager, self.model = manager, model
-        vocab_size = model.get_vocab_size()
+    def __init__(self, manager: StructuredOutputManager, vllm_config: VllmConfig) -> None:
+        self.manager, self.model = manager, vllm_config.model_config
+        self.drafts = vllm_config.speculative_config is not None
+        vocab_size = self.model.get_vocab_size()
         self.max_masks = grammar_tables.max_masks(vocab_size)
         self.known: OrderedDict[Key, Automaton | str] = OrderedDict()  # or why there is none
         self.shares: OrderedDict[Key, Share] = OrderedDict()  # least recently used first
@@ -232,6 +237,8 @@ class Grammars:
             ends = reasoning_ends(self.manager._get_reasoner(request))
             if ends is None:
                 return f"{Reason.STRUCTURED_OUTPUT} after reasoning"
+        if self.drafts and Followed.leaves(automaton, ends):
+            return Reason.OUTSIDE  # a round would go on with a draft that leads there
         share = self._place(_key(request), automaton)
         if share is None:
             return f"{Reason.STRUCTURED_OUTPUT}: its tables are full"

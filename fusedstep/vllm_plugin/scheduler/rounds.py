@@ -14,20 +14,22 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
+    from fusedstep.window.output import Round
+
 
 class RequestMetrics(RequestSpecDecodeMetrics):  # type: ignore[misc]
     """vLLM's counts of one request. A window is as many observations as it had rounds."""
 
-    rounds: tuple[int, ...] | None = None  # tokens of each in the window that comes back
+    rounds: tuple[Round, ...] | None = None  # of the window that comes back
 
-    def come_back(self, rounds: tuple[int, ...] | None) -> None:
+    def come_back(self, rounds: tuple[Round, ...] | None) -> None:
         """A batch comes back; None if it is no window with this request."""
         self.rounds = rounds
 
     def observe(self, num_draft_tokens: int, num_accepted: int, detailed: bool = False) -> None:
         drafts = min(num_draft_tokens, self.num_spec_tokens)
-        for num_tokens in self.rounds or (1 + num_accepted,):
-            super().observe(drafts, num_tokens - 1, detailed)
+        for num_tokens, num_drafts in self.rounds or ((1 + num_accepted, drafts),):
+            super().observe(num_drafts, num_tokens - 1, detailed)
 
 
 class Rounds:
@@ -40,7 +42,7 @@ class Rounds:
         self.width = 1 + num_drafts  # the most tokens that a round gives
         self.given: dict[str, tuple[int, int]] = {}  # request_id -> rounds, their tokens
         self.asked: dict[str, Any] = {}  # request_id -> its RequestMetrics, if they are asked for
-        self.returned: dict[str, tuple[int, ...]] = {}  # of the window that comes back
+        self.returned: dict[str, tuple[Round, ...]] = {}  # of the window that comes back
 
     def enter(self, request: Request) -> None:
         """A request has come."""
@@ -58,13 +60,13 @@ class Rounds:
         """A batch comes back. Its rounds, if it is a window, are counted before its tokens."""
         by_request = zip(result.req_ids, rounds_of(result) or (), strict=False)
         expected = set(known).intersection(output.num_scheduled_tokens)
-        returned = {i: tuple(tokens) for i, tokens in by_request if tokens and i in expected}
+        returned = {i: tuple(taken) for i, taken in by_request if taken and i in expected}
         for request_id, metrics in self.asked.items():
             metrics.come_back(returned.get(request_id))
         self.returned = returned
-        for request_id, tokens in returned.items():
+        for request_id, taken in returned.items():
             rounds, given = self.given.get(request_id, (0, 0))
-            self.given[request_id] = rounds + len(tokens), given + sum(tokens)
+            self.given[request_id] = rounds + len(taken), given + sum(n for n, _ in taken)
 
     def needed(self, request_id: str, num_tokens: int) -> int:
         """Rounds that a request is expected to take for so many tokens, at its own rate.
@@ -84,5 +86,5 @@ class Rounds:
     ) -> list[tuple[int, int]]:
         """Drafts, and how many of them held, of each round of the batch that comes back."""
         drafts = min(num_drafts, self.num_drafts)
-        tokens = self.returned.get(request_id) or (1 + num_accepted,)
-        return [(drafts, n - 1) for n in tokens]
+        rounds = self.returned.get(request_id) or ((1 + num_accepted, drafts),)
+        return [(drafts, n - 1) for n, drafts in rounds]

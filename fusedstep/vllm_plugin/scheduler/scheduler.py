@@ -140,9 +140,8 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
             if self.engine_reason is not None:
                 logger.warning("fusedstep: stock steps only (%s)", self.engine_reason)
                 return
-            model = self.vllm_config.model_config
-            if not model.skip_tokenizer_init and self.rounds is None:
-                self.grammars = Grammars(self.structured_output_manager, model)
+            if not self.vllm_config.model_config.skip_tokenizer_init:
+                self.grammars = Grammars(self.structured_output_manager, self.vllm_config)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         since = self.tracing.begins()
@@ -169,28 +168,24 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         self._reserve_window(batch)
         keep = self.admission.adapters_keep_their_places(batch.ending)
         with self._headroom() as tokens_ahead, keep:
-            scheduler_output = super().schedule(throttle_prefills)
-        on_device = not (
-            batch.prefilling or scheduler_output.scheduled_new_reqs or self._stock_reason()
-        )
-        self._bring_grammars(scheduler_output, window=on_device)
-        self.admission.record_turn(scheduler_output, self.blocks.num_free, tokens_ahead)
+            output = super().schedule(throttle_prefills)
+        on_device = not (batch.prefilling or output.scheduled_new_reqs or self._stock_reason())
+        self._bring_grammars(output, window=on_device)
+        self.admission.record_turn(output, self.blocks.num_free, tokens_ahead)
         self.door.is_open = self.admission.is_open
         self.has_freed = False
         stamps.stamp(
-            scheduler_output,
+            output,
             stamps.WindowStamp(self.door.seen(count), self.last_decision.num_stops),
         )
         decision = self.last_decision
-        if scheduler_output.scheduled_new_reqs:
+        if output.scheduled_new_reqs:
             decision = Decision(1, Reason.PREFILL)
         elif self.admission.awaits_kv:  # if only since this turn
             decision = Decision(1, Reason.REMOTE_KV)
-            stamps.stamp_stock_step(scheduler_output, Reason.REMOTE_KV)
-        self.in_flight.sent(
-            scheduler_output, self.requests, decision, on_device=on_device, since=since
-        )
-        return scheduler_output
+            stamps.stamp_stock_step(output, Reason.REMOTE_KV)
+        self.in_flight.sent(output, self.requests, decision, on_device=on_device, since=since)
+        return output
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -274,9 +269,10 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
 
     def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
         """The host's masks for a stock step, which takes the placeholders of a window off."""
-        if self.num_spec_tokens == 0:
-            scheduler_output = replace(scheduler_output, scheduled_spec_decode_tokens={})
-        return super().get_grammar_bitmask(scheduler_output)
+        reserved = scheduler_output.scheduled_spec_decode_tokens.items()
+        drafts = {req_id: tokens[: self.num_spec_tokens] for req_id, tokens in reserved}
+        single = replace(scheduler_output, scheduled_spec_decode_tokens=drafts)
+        return super().get_grammar_bitmask(single)
 
     def make_spec_decoding_stats(
         self,
@@ -289,16 +285,16 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         """By round; None without speculation: a window's placeholders are not drafts."""
         if self.num_spec_tokens == 0:
             return None
-        stats = spec_decoding_stats
-        verified = [(num_draft_tokens, num_accepted_tokens)]
+        stats, most = spec_decoding_stats, min(num_draft_tokens, self.num_spec_tokens)
+        num_valid = num_draft_tokens - (num_invalid_spec_tokens or {}).get(request_id, 0)
+        verified = [(num_valid, num_accepted_tokens)]
         if self.rounds is not None:
-            verified = self.rounds.verified(request_id, num_draft_tokens, num_accepted_tokens)
+            verified = self.rounds.verified(request_id, num_valid, num_accepted_tokens)
         for drafts, accepted in verified:
             self.counts.drafts += drafts
             self.counts.accepted_drafts += accepted
-            stats = super().make_spec_decoding_stats(
-                stats, drafts, accepted, num_invalid_spec_tokens, request_id
-            )
+            invalid = {request_id: most - drafts}
+            stats = super().make_spec_decoding_stats(stats, most, accepted, invalid, request_id)
         return stats
 
     def _handle_stopped_request(self, request: Request) -> bool:
@@ -322,8 +318,7 @@ class FusedStepScheduler(AsyncScheduler):  # type: ignore[misc]
         """New requests bring their grammars; the host masks where the device cannot."""
         if self.grammars is None:
             return
-        for request_id in (new.req_id for new in output.scheduled_new_reqs):
-            request = self.requests[request_id]
+        for request in (self.requests[new.req_id] for new in output.scheduled_new_reqs):
             if request.use_structured_output:
                 self._note_stock_reason(request, self.grammars.enter(request))
         bring_grammars(output, self.grammars.take_news())
