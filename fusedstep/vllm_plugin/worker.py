@@ -39,8 +39,8 @@ class FusedStepWorker(PlatformWorker):  # type: ignore[misc]
     def init_device(self) -> None:
         """vLLM 0.32's CPUWorker names its runner class inside this method: lend it ours.
 
-        What was imported is garbage's no more, as vLLM sees to once it is up: till then it collects
-        seven times, 0.4 s each.
+        Python's garbage collector is told to leave alone what is imported by now. vLLM tells it the
+        same once it is up, but until then calls it seven times, 0.4 s each.
         """
         gc.collect()
         gc.freeze()
